@@ -1,0 +1,72 @@
+"""What a step's key is made of, and what makes two keys differ.
+
+A key is the SHA-256 of the canonical JSON of everything that decides the result. The encoding refuses what it could not write the same way
+twice; the hashed payload is stored beside the artifact, so a plan can name the field that changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*.jinja")
+"""What of a model's directory `from_pretrained` may read; a README or a script beside it is not the model."""
+
+Payload = dict[str, Any]
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no spaces. Raises TypeError on anything but str, int, finite float, bool, None, list, tuple and str-keyed dict."""
+    _must_be_stable(value)
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def key_of(payload: Payload) -> str:
+    """64 hex digits."""
+    return hashlib.sha256(canonical(payload).encode()).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of the bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_model(directory: Path) -> str:
+    """SHA-256 of the names and bytes of a model's files."""
+    files = sorted({path for pattern in MODEL_FILES for path in directory.glob(pattern) if path.is_file()})
+    return key_of({str(path.relative_to(directory)): digest_file(path) for path in files})
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted field -> (before, after), for every field that differs; None where a side has none."""
+    old, new = dict(_flat(before)), dict(_flat(after))
+    names = [*old, *(name for name in new if name not in old)]
+    return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from _flat(inner, f"{path}.{name}" if path else str(name))
+    else:
+        yield path, list(value) if isinstance(value, tuple) else value
+
+
+def _must_be_stable(value: Any) -> None:
+    if isinstance(value, dict):
+        if not all(isinstance(name, str) for name in value):
+            raise TypeError(f"cannot hash a dict with keys other than strings: {list(value)[:3]}")
+        for inner in value.values():
+            _must_be_stable(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            _must_be_stable(inner)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise TypeError(f"cannot hash {value}")
+    elif not isinstance(value, (str, int, float, bool, type(None))):
+        raise TypeError(f"cannot hash a {type(value).__name__}: {value!r}")

@@ -1,0 +1,271 @@
+"""The recipe: YAML and overrides -> a frozen Recipe. What it says about files and other stages is judged in `pipeline.checks`.
+
+The order is the list; inputs are named; there is no graph language. Relative paths count from the working directory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+
+from stages.config import Config, Seconds, execution, identity, resolved
+from stages.evaluate import Evaluate, Validation
+from stages.grpo import GrpoConfig
+from stages.job import BadInput, Dtype, Execution
+from stages.problems import SchedulingSettings
+from stages.rejection import RejectionConfig
+from stages.sft import SftConfig
+
+
+class Lora(Config):
+    """Low-rank adapters, merged before they are published."""
+
+    r: int = identity(32, ge=1)
+    """Rank."""
+    alpha: float = identity(32.0, gt=0)
+    """Scale: the update is multiplied by alpha / r."""
+    dropout: float = identity(0.0, ge=0, lt=1)
+    """0 = off; in RL it makes the ratio noisy."""
+    targets: str | tuple[str, ...] = identity("all-linear")
+    """Modules that get an adapter."""
+
+
+class Model(Config):
+    """The base policy: exactly one of path, hub and artifact."""
+
+    path: str | None = resolved(None)
+    """A model directory; identified by the digest of its files."""
+    hub: str | None = resolved(None)
+    """A model on the Hugging Face hub; identified by its name and revision as written."""
+    revision: str | None = resolved(None)
+    """Commit of the hub model. Off: whatever is newest when a stage runs."""
+    artifact: str | None = resolved(None)
+    """Id of a policy in the registry."""
+    dtype: Dtype = identity("float32")
+    """Precision of the weights in memory and of the computation."""
+    lora: Lora | None = identity(None)
+    """Train adapters instead of all weights. Off: none."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Model:
+        given = [name for name in ("path", "hub", "artifact") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(f"found {' and '.join(given) or 'none'} of path, hub and artifact, expected exactly one")
+        if self.revision and not self.hub:
+            raise ValueError("revision belongs to hub; remove it")
+        return self
+
+
+class FileProblem(Config):
+    """A problem of one's own, in one Python file."""
+
+    file: str = resolved()
+    """Path of the file; identified by its bytes."""
+
+
+class DatasetProblem(Config):
+    """Rows from a dataset, rewards by name."""
+
+    dataset: str = resolved()
+    """Hub id as written, or path of a jsonl file, identified by its bytes."""
+    rewards: tuple[str, ...] = identity(min_length=1)
+    """Names of reward functions, or file.py:function."""
+    answer: str | None = identity(None)
+    """Column with the reference answer. Off: none."""
+
+
+def _which_problem(value: Any) -> str | None:
+    found = [name for name in ("name", "file", "dataset") if isinstance(value, dict) and name in value]
+    return found[0] if found else None
+
+
+Problem = Annotated[
+    Annotated[SchedulingSettings, Tag("name")] | Annotated[FileProblem, Tag("file")] | Annotated[DatasetProblem, Tag("dataset")],
+    Discriminator(
+        _which_problem,
+        custom_error_type="problem",
+        custom_error_message="expected one of {name: scheduling}, {file: my_problem.py} and {dataset: ..., rewards: [...]}",
+    ),
+]
+
+
+class FormatSettings(Config):
+    """How text is dressed, declared once for SFT, RL, sampling, evaluation and serving."""
+
+    prompt: str = resolved("plain")
+    """Name of a file in prompts/, or the path of an .md file; identified by its content."""
+    response_prefix: str = resolved("")
+    """What every completion starts with. "" is a prefix too: none."""
+
+
+class Launch(Execution):
+    """How stages are run; re-runs nothing."""
+
+    accelerate: str | None = execution(None)
+    """An accelerate config file, passed through. Off: none."""
+
+
+class Track(Config):
+    """Where else to write what the files say."""
+
+    wandb: Literal["online", "offline"] | None = execution(None)
+    """Off: no W&B."""
+
+
+StageSettings = Annotated[SftConfig | GrpoConfig | RejectionConfig, Field(discriminator="kind")]
+
+
+class Recipe(Config):
+    """The whole climb."""
+
+    name: str = execution(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")
+    """What runs of it are called."""
+    seed: int = identity(0, ge=0)
+    """Names the stream of training rows, and seeds demonstrations, order and sampling. Evaluations do not depend on it."""
+    registry: str | None = execution(None)
+    """Directory of the registry. Off: SWITCHBACK_REGISTRY, else ./registry."""
+    model: Model = identity()
+    """The policy that is called `base`."""
+    problem: Problem = resolved()
+    """Rows, rewards, score."""
+    format: FormatSettings = resolved(FormatSettings())
+    """Prompt and response prefix."""
+    evaluate: Evaluate = identity(Evaluate())
+    """How every policy is evaluated on held-out rows, which only report."""
+    validation: Validation = identity(Validation())
+    """The same on validation rows, which decide."""
+    stages: tuple[StageSettings, ...] = identity(min_length=1)
+    """The boxes, in order."""
+    launch: Launch = execution(Launch())
+    """Processes, threads, device."""
+    track: Track = execution(Track())
+    """Trackers."""
+    deadline: Seconds | None = execution(None, gt=0)
+    """Seconds (or "90m", "2h") that any one stage may take. Off: none."""
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and put `a.b=value` overrides over it. Raises BadInput, one line, on anything that is wrong with it."""
+    if not path.is_file():
+        raise BadInput(f"{path}: there is no such recipe file")
+    data = _yaml(path.read_text(), str(path))
+    if not isinstance(data, dict):
+        raise BadInput(f"{path}: found {type(data).__name__}, expected a mapping that starts with name: and model:")
+    for override in overrides:
+        _override(data, override)
+    try:
+        return Recipe.model_validate_json(json.dumps(data, default=str), strict=True)
+    except ValidationError as error:
+        raise BadInput(f"{path}: {_first(error, data)}") from None
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that `load` reads back."""
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False, width=120)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people expect it: 1e-4 is a number, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        at = f"{where}, line {mark.line + 1}, column {mark.column + 1}" if mark else where
+        raise BadInput(f"{at}: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise BadInput(f"{where}: {' '.join(str(error).split())}") from None
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    """`stages.rl1.kl.beta=0.1`: stages are addressed by name, the value is YAML. What is missing on the way is made."""
+    path, equals, value = override.partition("=")
+    names = path.strip().split(".")
+    if not equals or not all(names):
+        raise BadInput(f"--set {override}: expected a path, = and a value, such as stages.rl1.kl.beta=0.1")
+    here: Any = data
+    for i, name in enumerate(names[:-1]):
+        here = _named(here, name) if isinstance(here, list) else here.setdefault(name, {})
+        if not isinstance(here, (dict, list)):
+            raise BadInput(f"--set {override}: {'.'.join(names[: i + 1])} is {here!r} and has nothing inside")
+    if isinstance(here, list):
+        raise BadInput(f"--set {override}: expected a field of {names[-1]}, such as {path}.learning_rate")
+    here[names[-1]] = _yaml(value, f"--set {override}")
+
+
+def _named(stages: list[Any], name: str) -> Any:
+    found = [stage for stage in stages if isinstance(stage, dict) and stage.get("name") == name]
+    if not found:
+        names = [str(stage.get("name")) for stage in stages if isinstance(stage, dict)]
+        raise BadInput(f"--set: no stage is named {name}{nearest(name, names)}")
+    return found[0]
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """"; did you mean ...?" for a misspelt name, and else what there is."""
+    if close := difflib.get_close_matches(name, known, n=1, cutoff=0.5):
+        return f"; did you mean {close[0]}?"
+    return f"; there is {', '.join(known) or 'none'}"
+
+
+def _first(error: ValidationError, data: Any) -> str:
+    """The first complaint in one line, and how many more there are."""
+    errors = error.errors(include_url=False)
+    first = errors[0]
+    where = _where(first["loc"], data)
+    found = first.get("input")
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        kind = found.get("kind") if isinstance(found, dict) else found
+        where, message = f"{where}.kind", f"found {kind!r}{nearest(str(kind), ['sft', 'grpo', 'rejection'])}"
+    elif first["type"] == "missing":
+        message = "is missing"
+    elif first["type"] not in ("value_error", "problem"):
+        message = f"found {_short(found)}, but {message[0].lower()}{message[1:]}"
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return " ".join(f"{f'{where}: ' if where else ''}{message}{more}".split())
+
+
+def _where(loc: tuple[int | str, ...], data: Any) -> str:
+    """("stages", 1, "grpo", "kl") -> "stages.rl1.kl": positions become names, and the kind pydantic adds goes."""
+    parts: list[str] = []
+    skip = False
+    for part in loc:
+        if skip:
+            skip = False
+        elif isinstance(part, int) and parts == ["stages"]:
+            stage = data["stages"][part]
+            parts.append(str(stage.get("name", part)) if isinstance(stage, dict) else str(part))
+            skip = True
+        elif parts == ["problem"] and part in ("name", "file", "dataset") and len(loc) > 2:
+            continue
+        else:
+            parts.append(str(part))
+    return ".".join(parts)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

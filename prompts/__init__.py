@@ -1,0 +1,62 @@
+"""Prompts: one Markdown file each, loaded by name or by path, identified by content.
+
+    ---
+    purpose: one line
+    ---
+    # system
+    What the system message says; leave it empty for none.
+    # user
+    {{ prompt }}
+
+`# user` is a jinja2 template that sees the fields of a row. Editing a file moves the key of every step that uses it; renaming it does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+HERE = Path(__file__).parent
+SHAPE = re.compile(r"---\n(?P<front>.*?)\n---\n+# system\n(?P<system>.*?)\n?# user\n(?P<user>.*)", re.S)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What one file says."""
+
+    name: str
+    purpose: str
+    system_prompt: str
+    """Without surrounding blank space; "" for none."""
+    user_template: str
+    digest: str
+    """SHA-256 of what reaches the model: system prompt and user template."""
+
+
+def names() -> list[str]:
+    """The prompts that can be loaded by name."""
+    return sorted(path.stem for path in HERE.glob("*.md"))
+
+
+def load(name: str) -> Prompt:
+    """A prompt by name, or by the path of an .md file. Raises ValueError, one line, when it is not there or has another shape."""
+    path = Path(name) if name.endswith(".md") else HERE / f"{name}.md"
+    if not name.endswith(".md") and name not in names():
+        raise ValueError(f"no prompt named {name!r}; there are {', '.join(names())}, or give the path of an .md file")
+    if not path.is_file():
+        raise ValueError(f"the prompt file {name} is not there")
+    return parse(path.stem, path.read_text())
+
+
+def parse(name: str, text: str) -> Prompt:
+    """A prompt from the text of its file. Raises ValueError when a part is missing."""
+    if not (match := SHAPE.fullmatch(text)):
+        raise ValueError(f"the prompt {name} needs front matter between --- lines, then '# system', then '# user'")
+    front = yaml.safe_load(match["front"]) or {}
+    system, user = match["system"].strip(), match["user"].strip("\n")
+    digest = hashlib.sha256(f"{system}\0{user}".encode()).hexdigest()
+    return Prompt(name, str(front.get("purpose", "")), system, user, digest)

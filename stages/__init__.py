@@ -1,0 +1,30 @@
+"""Stages: each does one thing on the accelerator, given a job and a directory. They know no Prefect and no registry.
+
+Importing this is cheap: torch, transformers and trl are imported inside `run`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from stages import evaluate, grpo, rejection, sft
+from stages.config import Config
+from stages.job import Job, Result
+
+
+class Stage(NamedTuple):
+    """A kind of step."""
+
+    config: type[Config]
+    run: Callable[[Job], Result]
+    version: int
+    """Raised when the same config gives another result; part of the key."""
+
+
+STAGES: dict[str, Stage] = {
+    "sft": Stage(sft.SftConfig, sft.run, 1),
+    "grpo": Stage(grpo.GrpoConfig, grpo.run, 1),
+    "rejection": Stage(rejection.RejectionConfig, rejection.run, 1),
+    "evaluate": Stage(evaluate.EvaluateConfig, evaluate.run, 1),
+}

@@ -1,0 +1,26 @@
+"""The worker: `python -m stages job.json` runs one job here; `python -m stages --serve` forks one process a job, on orders from stdin."""
+
+from __future__ import annotations
+
+import sys
+
+USAGE = "usage: python -m stages job.json | --serve"
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code."""
+    if arguments == ["--serve"]:
+        from stages.serve import serve
+
+        serve()
+        return 0
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        print(USAGE, file=sys.stderr)
+        return 2
+    from stages.worker import main as work
+
+    return work(arguments[0])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,108 @@
+"""What a user may set, and which part of it decides the result.
+
+Every field of every Config is marked. *Identity* fields say what is computed and are hashed into the step's key; *execution* fields say how
+(names, places, processes) and are not: changing one re-runs nothing. `resolved` fields are identity too, but are hashed as what they stand for,
+which the plan works out: an input's key, a range of rows, a Format.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+PART = "part"
+"""Key of the mark in a field's JSON schema, so that `switchback schema` shows it."""
+
+
+class Frozen(BaseModel):
+    """Immutable, and strict about names: an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Config(Frozen):
+    """A group of settings, every one of them marked identity, resolved or execution."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_names(cls, data: Any) -> Any:
+        """Name the nearest known field where a name is not known."""
+        known = list(cls.model_fields)
+        for name in data if isinstance(data, dict) else ():
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
+                hint = f"did you mean {close[0]}?" if close else f"there is {', '.join(known)}"
+                raise ValueError(f"unknown key {name!r}; {hint}")
+        return data
+
+
+def identity(default: Any = ..., **constraints: Any) -> Any:
+    """A field that decides the result; hashed as written."""
+    return Field(default, json_schema_extra={PART: "identity"}, **constraints)
+
+
+def resolved(default: Any = ..., **constraints: Any) -> Any:
+    """A field that decides the result; hashed as what it stands for."""
+    return Field(default, json_schema_extra={PART: "resolved"}, **constraints)
+
+
+def execution(default: Any = ..., **constraints: Any) -> Any:
+    """A field that says how, not what; recorded and never hashed."""
+    return Field(default, json_schema_extra={PART: "execution"}, **constraints)
+
+
+def part_of(config: type[BaseModel], name: str) -> str | None:
+    """The mark of a field; None when it has none, which a test refuses."""
+    extra = config.model_fields[name].json_schema_extra
+    return str(extra[PART]) if isinstance(extra, dict) and PART in extra else None
+
+
+def identity_values(config: BaseModel) -> dict[str, Any]:
+    """The identity fields as JSON values, those of nested Configs included."""
+    return {
+        name: _plain(getattr(config, name))
+        for name in type(config).model_fields
+        if part_of(type(config), name) == "identity"
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Config):
+        return identity_values(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def _seconds(value: Any) -> Any:
+    """"90", "10m", "1.5h" -> seconds; anything else is left for pydantic to judge."""
+    if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", value.strip())):
+        return float(match[1]) * UNITS[match[2]]
+    return value
+
+
+Seconds = Annotated[float, BeforeValidator(_seconds)]
+"""A duration: a number of seconds, or a number with s, m, h or d."""
+
+RESERVED_NAMES = ("base", "policy", "demonstrations", "evaluate")
+
+
+class StageConfig(Config):
+    """What every box of a recipe has."""
+
+    name: str = execution(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$")
+    """What the box is called; other boxes refer to it, and its artifacts start with it. Renaming it re-runs nothing."""
+    policy: str = resolved()
+    """The policy to start from: `base`, or the name of an earlier stage that makes one."""
+    replicate: int = resolved(0, ge=0)
+    """Makes the same thing again with another seed; `--fresh` raises it."""
+    deadline: Seconds | None = execution(None, gt=0)
+    """Seconds (or "90m", "2h") after which the stage is killed and fails. Off: none, or the recipe's."""
+    gate: dict[str, float] | None = execution(None)
+    """What the stage's evaluation must reach before the next stage starts. Off: none."""

@@ -1,0 +1,124 @@
+"""Group-relative policy optimisation (DeepSeekMath, arXiv 2402.03300) with a response prefix, on TRL's GRPOTrainer.
+
+policy + rows of a problem -> policy. Each step samples `group_size` completions for each of `prompts_per_step` rows; their rewards, centred and
+scaled within the group, are the advantages. Loss: token-level (`dapo`, arXiv 2503.14476 section 3.3; TRL's default). The KL reference is the
+policy the stage starts from. Cheap to import: torch and trl come with `run`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import model_validator
+
+from stages.config import Config, identity, resolved
+from stages.job import Job, Result
+from stages.training import TrainingConfig, accumulation, trl_arguments
+
+LOGGED = ("reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "completions/mean_length", "completions/clipped_ratio")
+"""TRL's metrics whose last value an artifact shows."""
+
+
+class Kl(Config):
+    """How tightly the policy is held to its reference."""
+
+    beta: float = identity(0.001, ge=0)
+    """Coefficient of the KL term. 0 = off: no reference is loaded and no KL is logged. 0.001 is often enough; raise it when KL explodes."""
+    reference: str = identity("policy")
+    """What to stay close to: `policy`, the policy this stage starts from."""
+
+
+class GrpoConfig(TrainingConfig):
+    """Settings of a `grpo` stage."""
+
+    TRANSLATED: ClassVar[dict[str, str]] = {
+        **TrainingConfig.TRANSLATED,
+        "group_size": "num_generations",
+        "temperature": "temperature",
+        "max_completion_length": "max_completion_length",
+        "epsilon": "epsilon",
+        "epsilon_high": "epsilon_high",
+    }
+
+    kind: Literal["grpo"] = resolved("grpo")
+    rows: str = resolved()
+    """The rows to train on, such as train[0:1000]."""
+    steps: int = identity(200, ge=1)
+    """Optimiser steps."""
+    prompts_per_step: int = identity(16, ge=1)
+    """Rows of one step, over all processes and accumulation."""
+    group_size: int = identity(8, ge=2)
+    """Completions sampled for each row. TRL's default."""
+    max_completion_length: int = identity(512, ge=1)
+    """Tokens a completion may have, the prefix not counted; a longer one is cut."""
+    temperature: float = identity(1.0, gt=0)
+    """Of the sampling; other than 1, what is sampled is not the policy that is trained."""
+    learning_rate: float = identity(1.0e-6, gt=0)
+    """Peak learning rate, an order below SFT's. TRL's default."""
+    kl: Kl = identity(Kl())
+    """The KL term."""
+    epsilon: float = identity(0.2, gt=0)
+    """The probability ratio is clipped below 1 - epsilon. PPO's and TRL's default; idle where every step samples anew."""
+    epsilon_high: float = identity(0.28, gt=0)
+    """The ratio is clipped above 1 + epsilon_high (clip-higher, arXiv 2503.14476 section 3.1)."""
+
+    @model_validator(mode="after")
+    def _beta_is_ours(self) -> GrpoConfig:
+        for name, instead in {"beta": "kl.beta", "generation_batch_size": "prompts_per_step", "steps_per_generation": "prompts_per_step"}.items():
+            if name in self.trl:
+                raise ValueError(f"trl.{name}: set the stage's own {instead} instead")
+        return self
+
+
+def run(job: Job) -> Result:
+    """Train on the problem's rewards and write the policy to `job.out`. Raises RuntimeError when TRL ran another number of steps."""
+    from datasets import Dataset
+    from transformers import set_seed
+    from trl.trainer.grpo_config import GRPOConfig
+
+    from stages import models, prefix, problems
+    from stages.metrics import FILE, MetricsLog, last
+    from stages.rewards import reward_functions
+    from stages.trl.callbacks import listen
+    from stages.trl.prefill import PrefillGRPOTrainer
+
+    config, out = GrpoConfig.model_validate(job.config), Path(job.out)
+    assert job.format is not None and job.problem is not None and job.rows is not None, "the plan gives grpo all three"
+    set_seed(job.seed)
+    device = models.pick_device(job.execution)
+    path = models.local_path(job.inputs["policy"])
+    tokenizer = models.load_tokenizer(path)
+    problem = problems.load(job.problem)
+    rows = problems.rows(problem, job.rows)
+    micro, steps = accumulation(config.prompts_per_step * config.group_size, job)
+    arguments = trl_arguments(
+        job,
+        config,
+        device,
+        GRPOConfig,
+        max_steps=config.steps,
+        beta=config.kl.beta,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=steps,
+        steps_per_generation=steps,
+    )
+    functions, weights = reward_functions(problem, rows)
+    arguments.reward_weights = weights
+    trainer = PrefillGRPOTrainer(
+        model=models.load_policy(path, job.dtype),  # its path is where TRL loads the KL reference from
+        reward_funcs=functions,
+        args=arguments,
+        train_dataset=Dataset.from_list([{"prompt": prefix.messages(job.format, row), "row": i} for i, row in enumerate(rows)]),
+        processing_class=tokenizer,
+        response_prefix=job.format.response_prefix,
+    )
+    listen(trainer, MetricsLog(out))
+    trainer.train()
+    if trainer.state.global_step != config.steps:
+        raise RuntimeError(f"{job.name}: {trainer.state.global_step} optimiser steps were run, {config.steps} were expected")
+    models.save_policy(trainer.model, tokenizer, job.format, out)
+    metrics = {"steps": config.steps, "rows": len(rows)}
+    logged = {name: last(out / FILE, name) for name in LOGGED}
+    metrics |= {name: value for name, value in logged.items() if value is not None}
+    return Result(outputs={"policy": "."}, metrics=metrics, format=prefix.seen_format(job.format, tokenizer))

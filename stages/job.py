@@ -1,0 +1,153 @@
+"""The types that cross the boundary between `pipeline` and `stages`: frozen, typed, JSON.
+
+Job goes in, Result comes out; Format and Evaluation travel inside. Nothing else crosses: no globals, no live models, no environment look-ups.
+Cheap to import: no torch, no trl.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict
+
+from stages.config import Config, Frozen, execution
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Split = Literal["train", "validation", "held_out"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "held_out")
+"""Training stages read `train`; `validation` decides between settings; `held_out` only reports."""
+
+
+class BadInput(ValueError):
+    """Something the user gave cannot be used; the message is one line and says what was found, what was expected and what to do."""
+
+
+class Execution(Config):
+    """How a stage is run. None of it is identity: the key says what was asked, not which machine did it."""
+
+    processes: int = execution(1, ge=1)
+    """Processes of one stage (data parallel)."""
+    threads: int | None = execution(None, ge=1)
+    """CPU threads of each process. Off: torch's default. Tiny models are fastest with 1."""
+    device: Literal["auto", "cpu", "cuda"] = execution("auto")
+    """`auto` takes the GPU where there is one."""
+    micro_batch: int | None = execution(None, ge=1)
+    """Rows (sft) or completions (grpo) of one forward pass in one process; the rest of the step's batch is accumulated. Off: the whole batch at once."""
+
+
+class Format(Frozen):
+    """How text is dressed, from SFT to serving."""
+
+    prompt: str
+    """Name of the prompt file, for reading; its content is what counts."""
+    prompt_digest: str
+    system_prompt: str
+    """"" when there is none."""
+    user_template: str
+    """jinja2; sees the fields of a row, `prompt` among them."""
+    response_prefix: str
+    """What every completion starts with: trained in SFT, given in RL, evaluation and serving. "" is a prefix too."""
+    training_template: str | None = None
+    """SHA-256 of the chat template everything is rendered with. The worker finds it, so it is None before a job has run."""
+
+
+class RowRange(Frozen):
+    """Rows start..stop of a split; `seed` names the stream of training rows."""
+
+    split: Split
+    start: int
+    stop: int
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.split}[{self.start}:{self.stop}]"
+
+
+def parse_rows(text: str, seed: int) -> RowRange:
+    """"train[0:1000]" -> RowRange. Raises BadInput on anything else, and on an empty range."""
+    match = re.fullmatch(r"(\w+)\[(\d+):(\d+)\]", text)
+    if not match or match[1] not in SPLITS or int(match[2]) >= int(match[3]):
+        raise BadInput(f"rows: found {text!r}, expected a range such as train[0:1000] of {', '.join(SPLITS)}")
+    return RowRange(split=match[1], start=int(match[2]), stop=int(match[3]), seed=seed)
+
+
+class Job(Frozen):
+    """Marching orders of one step. A stage is a function of this file and a directory."""
+
+    kind: str
+    name: str
+    config: dict[str, Any]
+    """The kind's Config as JSON."""
+    inputs: dict[str, str]
+    """Role -> absolute path."""
+    work: str
+    """The step's own directory: job, lock, logs, result."""
+    out: str
+    """What will be published; inside `work`, emptied before the stage starts."""
+    problem: dict[str, Any] | None
+    """The recipe's `problem`, where the step uses one."""
+    rows: RowRange | None
+    format: Format | None
+    seed: int
+    dtype: Dtype
+    execution: Execution
+
+    def save(self) -> Path:
+        """Write `job.json` into `work`."""
+        path = Path(self.work, "job.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.model_dump_json(indent=1))
+        return path
+
+
+class Result(Frozen):
+    """What the worker says it made; written last, by rank 0."""
+
+    outputs: dict[str, str]
+    """Name -> path relative to the job's `out`; a policy lies at "."."""
+    metrics: dict[str, float]
+    format: Format | None = None
+    """The job's Format, with the digest of the training template filled in."""
+    seen: dict[str, Any] = {}
+    """The execution as it really was: processes, threads, device, library versions."""
+
+
+class Evaluation(Frozen):
+    """How good a policy is on one split. All shares and scores in 0..1."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    policy: str
+    split: Split
+    decoding: dict[str, float]
+    """Temperature and max_completion_length of the samples; greedy decoding has the same length."""
+    rows: int
+    samples: int
+    """Samples per row."""
+    seeds: list[int]
+    greedy: float
+    """Mean score of the most likely completion."""
+    mean: float
+    """Mean score of the samples."""
+    interval: tuple[float, float]
+    """95 % of `mean`: percentile bootstrap, resampling rows."""
+    solved: float
+    """Share of the samples that are optimal."""
+    format: float
+    """Share of the samples that have the right form."""
+    format_digest: str
+    """SHA-256 of the Format that dressed prompt and completion."""
+    pass_at_k: dict[str, float]
+    """k -> chance that at least one of k samples passes."""
+    outcomes: dict[str, float]
+    """Share of the samples per outcome."""
+    per_row: str
+    """File beside this one, a line a row."""
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """An Evaluation from its file. Raises pydantic's ValidationError on anything else."""
+    return Evaluation.model_validate(json.loads(path.read_text()))

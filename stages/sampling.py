@@ -1,0 +1,91 @@
+"""The sampler: token ids in, token ids out. What is sampled is kept as it is; nobody re-tokenises it.
+
+Prompts are sorted by length and padded on the left; the model's own generation settings are overruled, so that temperature is all there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+SEQUENCES = 512
+"""Sequences that are generated side by side."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How to decode."""
+
+    temperature: float
+    """0 is greedy; there is no top-k and no top-p."""
+    max_completion_length: int
+    """Tokens, the prefix not counted."""
+    samples: int = 1
+    """Completions per prompt."""
+
+
+@torch.inference_mode()
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    seed: int,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> list[list[list[int]]]:
+    """`samples` completions of each prompt, in the order of the prompts, each with its turn end where it came to one.
+
+    The same seed, prompts and model give the same completions. `on_progress` hears how many prompts are done.
+    """
+    torch.manual_seed(seed)
+    model.eval()
+    config, ends = _generation_config(model, tokenizer, decoding)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    per_batch = max(1, SEQUENCES // decoding.samples)
+    completions: list[list[list[int]]] = [[] for _ in prompts]
+    for start in range(0, len(order), per_batch):
+        batch = order[start : start + per_batch]
+        ids, mask = _left_padded([prompts[i] for i in batch], config.pad_token_id, model.device)
+        generated = model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=config, disable_compile=True
+        )
+        sequences = [_until_end(sequence, ends) for sequence in generated[:, ids.size(1) :].tolist()]
+        for j, i in enumerate(batch):
+            completions[i] = sequences[j * decoding.samples : (j + 1) * decoding.samples]
+        on_progress(start + len(batch))
+    return completions
+
+
+def _generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding
+) -> tuple[GenerationConfig, set[int]]:
+    declared = model.generation_config.eos_token_id if model.generation_config else None
+    ends = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
+    how = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
+    config = GenerationConfig(
+        max_new_tokens=decoding.max_completion_length,
+        num_return_sequences=decoding.samples,
+        eos_token_id=sorted(ends),
+        pad_token_id=tokenizer.pad_token_id,
+        **(how if decoding.temperature > 0 else {"do_sample": False}),
+    )
+    return config, ends
+
+
+def _left_padded(
+    prompts: list[Sequence[int]], pad: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T) ids and attention mask."""
+    width = max(map(len, prompts))
+    ids = [[pad] * (width - len(p)) + list(p) for p in prompts]
+    mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _until_end(sequence: list[int], ends: set[int]) -> list[int]:
+    """Ids up to and including the first end; all of them when it never came."""
+    stop = next((i + 1 for i, id in enumerate(sequence) if id in ends), len(sequence))
+    return sequence[:stop]

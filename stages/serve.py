@@ -1,0 +1,97 @@
+"""The serving worker: imports torch and trl once, then forks a clean process for each local job.
+
+    launcher --stdin--> server --fork, setsid, PDEATHSIG--> job --> whatever it starts
+
+Orders come as JSON lines {"job", "log", "env"}; answers go back as {"ready"}, {"pid"}, {"pid", "status"}. The launcher's death, however it dies, is
+the end of stdin: the server kills everything below it and exits. The server's death kills the job. The server starts no thread and touches no GPU, so
+a fork of it is clean.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import select
+import sys
+import traceback
+from typing import Any
+
+from stages import worker
+from stages.process import adopt_orphans, descendants, die_with_parent, kill_tree
+
+PRELOAD = ("trl.trainer.sft_trainer", "trl.trainer.grpo_trainer", "stages.trl.sft_loss", "stages.trl.prefill", "stages.rollouts")
+STDIN = 0
+
+
+def serve() -> None:
+    """Answer orders until stdin ends."""
+    adopt_orphans()
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever a library prints must not be taken for an answer
+    for name in PRELOAD:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # the garbage collector of a job leaves these pages shared
+    print(json.dumps({"ready": os.getpid()}), file=answers)
+    while line := _read_line():
+        pid = _fork(json.loads(line))
+        print(json.dumps({"pid": pid}), file=answers)
+        if not _wait(pid):
+            break
+        _, status = os.waitpid(pid, 0)
+        kill_tree(os.getpid())
+        _reap()
+        print(json.dumps({"pid": pid, "status": os.waitstatus_to_exitcode(status)}), file=answers)
+    while descendants(os.getpid()):
+        kill_tree(os.getpid())
+
+
+def _read_line() -> bytes:
+    """One line, unbuffered, so that `select` sees what is really there."""
+    line = b""
+    while (char := os.read(STDIN, 1)) not in (b"", b"\n"):
+        line += char
+    return line
+
+
+def _fork(order: dict[str, Any]) -> int:
+    """Start the job; returns its pid. In the child this never returns."""
+    server = os.getpid()
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        os.setsid()
+        die_with_parent(server)
+        os.environ.update(order["env"])
+        log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), STDIN)
+        code = worker.main(order["job"])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _wait(pid: int) -> bool:
+    """Until the job ends, or the launcher is gone (it says nothing while a job runs); True when the job ended."""
+    ended = os.pidfd_open(pid)
+    select.select([ended, STDIN], [], [])
+    over = bool(select.select([ended], [], [], 0)[0])
+    os.close(ended)
+    return over
+
+
+def _reap() -> None:
+    """Take the status of every orphan that was killed."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass

@@ -1,0 +1,94 @@
+"""What sft and grpo have in common: the settings of any training, and their translation to TRL's names, in one place."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import model_validator
+
+from stages.config import StageConfig, identity
+from stages.job import BadInput, Job
+
+if TYPE_CHECKING:
+    import torch
+
+OURS = ("output_dir", "seed", "data_seed", "report_to", "use_cpu", "bf16", "fp16", "disable_tqdm", "logging_steps", "logging_strategy",
+        "save_strategy", "save_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "resume_from_checkpoint",
+        "trust_remote_code", "push_to_hub", "hub_token", "model_init_kwargs", "chat_template_kwargs")  # fmt: skip
+"""TRL settings that follow from the job; a recipe cannot pass them."""
+
+
+class TrainingConfig(StageConfig):
+    """Settings of a stage that trains."""
+
+    TRANSLATED: ClassVar[dict[str, str]] = {
+        "learning_rate": "learning_rate",
+        "lr_scheduler": "lr_scheduler_type",
+        "warmup_steps": "warmup_steps",
+        "weight_decay": "weight_decay",
+        "max_grad_norm": "max_grad_norm",
+    }
+    """Our field -> TRL's."""
+
+    learning_rate: float = identity(gt=0)
+    """Peak learning rate of AdamW."""
+    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = identity("cosine")
+    """How the learning rate falls after the warm-up."""
+    warmup_steps: float = identity(0.05, ge=0)
+    """Optimiser steps of linear warm-up; below 1, a share of all steps. 0 = off."""
+    weight_decay: float = identity(0.0, ge=0)
+    """AdamW's weight decay. 0 = off (TRL's default)."""
+    max_grad_norm: float = identity(1.0, ge=0)
+    """Gradients are scaled down to this norm. 0 = off. TRL's default."""
+    trl: dict[str, Any] = identity({})
+    """Further settings, passed unchanged to SFTConfig or GRPOConfig."""
+
+    @model_validator(mode="after")
+    def _trl_names_are_free(self) -> TrainingConfig:
+        ours = {trl_name: field for field, trl_name in self.TRANSLATED.items()}
+        for name in self.trl:
+            if name in ours:
+                raise ValueError(f"trl.{name}: set the stage's own {ours[name]} instead")
+            if name in OURS:
+                raise ValueError(f"trl.{name}: switchback sets it; remove it")
+        return self
+
+
+def accumulation(batch: int, job: Job) -> tuple[int, int]:
+    """(micro-batch, accumulation steps) that make up a step's batch in this execution. Raises BadInput on a remainder."""
+    processes = job.execution.processes
+    micro = job.execution.micro_batch or batch // processes
+    if not micro or batch % (micro * processes):
+        raise BadInput(f"{job.name}: a batch of {batch} does not divide into {processes} processes x micro_batch {micro}")
+    return micro, batch // (micro * processes)
+
+
+def trl_arguments(job: Job, config: TrainingConfig, device: torch.device, config_class: type[Any], **more: Any) -> Any:
+    """An SFTConfig or GRPOConfig. Every setting that is not neutral is written here, not left to a default.
+
+    Raises BadInput for a name in `trl` that this version of TRL does not know.
+    """
+    import trl
+
+    if unknown := sorted(set(config.trl) - set(config_class.__dataclass_fields__)):
+        raise BadInput(f"stages.{job.name}.trl.{unknown[0]}: {config_class.__name__} of trl {trl.__version__} has no such setting")
+    on_cpu = device.type == "cpu"
+    settings = {
+        "output_dir": f"{job.work}/trainer",
+        "seed": job.seed,
+        "data_seed": job.seed,
+        "use_cpu": on_cpu,
+        "bf16": job.dtype == "bfloat16",
+        "fp16": job.dtype == "float16",
+        "gradient_checkpointing": not on_cpu,
+        "dataloader_pin_memory": not on_cpu,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        **{trl_name: getattr(config, field) for field, trl_name in config.TRANSLATED.items()},
+        **more,
+        **config.trl,
+    }
+    return config_class(**settings)

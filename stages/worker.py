@@ -1,0 +1,99 @@
+"""One job, from its file to its result: take the directory's lock, check what the launcher promised, run the stage, write `result.json` last.
+
+What goes wrong is told by the exit code and one line in `error.json`: 2 for something the user gave, 1 for anything else. The traceback is in the log.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import sys
+import time
+import traceback
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any
+
+from stages.job import BadInput, Job, Result
+
+RESULT, ERROR, LOCK = "result.json", "error.json", "lock"
+LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
+
+
+def main(path: str) -> int:
+    """Run the job in a file; returns the exit code."""
+    job = Job.model_validate_json(Path(path).read_text())
+    work = Path(job.work)
+    with (work / LOCK).open("a+") as lock:
+        try:
+            _take(lock, job)
+            _empty(job)
+            result = _run(job)
+        except Exception as error:
+            traceback.print_exc()
+            bad_input = isinstance(error, BadInput)
+            message = " ".join(f"{error if bad_input else f'{type(error).__name__}: {error}'}".split())
+            _write(work / ERROR, {"message": message, "bad_input": bad_input})
+            return 2 if bad_input else 1
+        if _rank() == 0:
+            _write(work / RESULT, result.model_dump(mode="json"))
+        return 0
+
+
+def _run(job: Job) -> Result:
+    """The stage itself, in the execution that the job asks for."""
+    from stages import STAGES
+
+    if (world := int(os.environ.get("WORLD_SIZE", "1"))) != job.execution.processes:
+        raise BadInput(f"{job.name}: the job is for {job.execution.processes} processes, but the launcher started {world}")
+    import torch
+
+    if job.execution.threads:
+        torch.set_num_threads(job.execution.threads)
+    start = time.monotonic()
+    result = STAGES[job.kind].run(job)
+    seen = {
+        "processes": world,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() and job.execution.device != "cpu" else "cpu",
+        "versions": {name: version(name) for name in LIBRARIES},
+        "seconds": round(time.monotonic() - start, 3),
+    }
+    return result.model_copy(update={"seen": seen})
+
+
+def _take(lock: IO[str], job: Job) -> None:
+    """Hold the directory's lock until this process and all its children are gone."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise BadInput(f"{job.name}: process {lock.read().strip() or '?'} is already working in {job.work}; wait for it or stop it") from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    os.set_inheritable(lock.fileno(), True)
+
+
+def _empty(job: Job) -> None:
+    """A stage starts from nothing: what an earlier attempt left would be published with it."""
+    for leftover in (Path(job.out), Path(job.work, "trainer")):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for name in (RESULT, ERROR):
+        Path(job.work, name).unlink(missing_ok=True)
+    Path(job.out).mkdir(parents=True)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """All or nothing."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1))
+    partial.replace(path)
+
+
