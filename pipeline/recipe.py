@@ -6,7 +6,6 @@ The order is the list; inputs are named; there is no graph language. Relative pa
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
-from stages.config import Config, Seconds, execution, identity, resolved
+from stages.config import Config, FromList, Seconds, execution, identity, resolved
 from stages.evaluate import Evaluate, Validation
 from stages.grpo import GrpoConfig
 from stages.job import BadInput, Dtype, Execution
@@ -33,7 +32,7 @@ class Lora(Config):
     """Scale: the update is multiplied by alpha / r."""
     dropout: float = identity(0.0, ge=0, lt=1)
     """0 = off; in RL it makes the ratio noisy."""
-    targets: str | tuple[str, ...] = identity("all-linear")
+    targets: str | Annotated[tuple[str, ...], FromList] = identity("all-linear")
     """Modules that get an adapter."""
 
 
@@ -75,15 +74,15 @@ class DatasetProblem(Config):
 
     dataset: str = resolved()
     """Hub id as written, or path of a jsonl file, identified by its bytes."""
-    rewards: tuple[str, ...] = identity(min_length=1)
+    rewards: Annotated[tuple[str, ...], FromList] = identity(min_length=1)
     """Names of reward functions, or file.py:function."""
     answer: str | None = identity(None)
     """Column with the reference answer. Off: none."""
 
 
 def _which_problem(value: Any) -> str | None:
-    found = [name for name in ("name", "file", "dataset") if isinstance(value, dict) and name in value]
-    return found[0] if found else None
+    given = value if isinstance(value, dict) else vars(value) if isinstance(value, Config) else {}
+    return next((name for name in ("name", "file", "dataset") if name in given), None)
 
 
 Problem = Annotated[
@@ -141,7 +140,7 @@ class Recipe(Config):
     """How every policy is evaluated on held-out rows, which only report."""
     validation: Validation = identity(Validation())
     """The same on validation rows, which decide."""
-    stages: tuple[StageSettings, ...] = identity(min_length=1)
+    stages: Annotated[tuple[StageSettings, ...], FromList] = identity(min_length=1)
     """The boxes, in order."""
     launch: Launch = execution(Launch())
     """Processes, threads, device."""
@@ -161,7 +160,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _override(data, override)
     try:
-        return Recipe.model_validate_json(json.dumps(data, default=str), strict=True)
+        return Recipe.model_validate(data)
     except ValidationError as error:
         raise BadInput(f"{path}: {_first(error, data)}") from None
 

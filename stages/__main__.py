@@ -1,18 +1,18 @@
-"""The worker: `python -m stages job.json` runs one job here; `python -m stages --serve` forks one process a job, on orders from stdin."""
+"""The worker: `python -m stages job.json` runs one job here; `python -m stages --serve PID` forks one process a job, on orders from stdin."""
 
 from __future__ import annotations
 
 import sys
 
-USAGE = "usage: python -m stages job.json | --serve"
+USAGE = "usage: python -m stages job.json | --serve LAUNCHER_PID"
 
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code."""
-    if arguments == ["--serve"]:
+    if len(arguments) == 2 and arguments[0] == "--serve":
         from stages.serve import serve
 
-        serve()
+        serve(launcher=int(arguments[1]))
         return 0
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print(USAGE, file=sys.stderr)

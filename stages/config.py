@@ -11,8 +11,10 @@ import difflib
 import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
+FromList = Strict(False)
+"""Lets a tuple be written as the list it is in YAML and JSON."""
 PART = "part"
 """Key of the mark in a field's JSON schema, so that `switchback schema` shows it."""
 
@@ -24,7 +26,9 @@ class Frozen(BaseModel):
 
 
 class Config(Frozen):
-    """A group of settings, every one of them marked identity, resolved or execution."""
+    """A group of settings, every one of them marked identity, resolved or execution. Strict about types: "3" is no number, and true is not 1."""
+
+    model_config = ConfigDict(strict=True)
 
     @model_validator(mode="before")
     @classmethod

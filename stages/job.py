@@ -6,7 +6,6 @@ Cheap to import: no torch, no trl.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -150,4 +149,4 @@ class Evaluation(Frozen):
 
 def read_evaluation(path: Path) -> Evaluation:
     """An Evaluation from its file. Raises pydantic's ValidationError on anything else."""
-    return Evaluation.model_validate(json.loads(path.read_text()))
+    return Evaluation.model_validate_json(path.read_text())

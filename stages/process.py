@@ -10,6 +10,7 @@ import ctypes
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -28,6 +29,11 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
+def outlive_parent() -> None:
+    """Take `die_with_parent` back."""
+    _libc.prctl(PR_SET_PDEATHSIG, 0)
+
+
 def descendants(root: int) -> set[int]:
     """The living processes below `root`, zombies left out."""
     parent_of: dict[int, int] = {}
@@ -42,15 +48,17 @@ def descendants(root: int) -> set[int]:
     return found
 
 
-def kill_tree(root: int, spare: frozenset[int] = frozenset()) -> None:
-    """SIGKILL everything below `root` until nothing is left; `spare` and what is below it lives on."""
-    while left := descendants(root) - spare - {below for pid in spare for below in descendants(pid)}:
-        for pid in left:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        time.sleep(0.02)
+def kill_tree(root: int) -> None:
+    """SIGKILL everything below `root` until nothing is left."""
+    while left := descendants(root):
+        _kill(left)
+
+
+def _kill(pids: set[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    time.sleep(0.02)
 
 
 def started_at(pid: int) -> str | None:
@@ -65,3 +73,23 @@ def _stat(proc: Path) -> list[str] | None:
         return (proc / "stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
+
+
+def marked(mark: str) -> set[int]:
+    """Living processes whose environment holds `mark` (NAME=value), wherever they are in the tree."""
+    found: set[int] = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (stat := _stat(entry)) and stat[0] != "Z":
+            try:
+                environment = (entry / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if mark.encode() in environment:
+                found.add(int(entry.name))
+    return found
+
+
+def kill_marked(mark: str) -> None:
+    """SIGKILL every process whose environment holds `mark`, until none is left; this one is spared."""
+    while left := marked(mark) - {os.getpid()}:
+        _kill(left)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import model_validator
 
-from stages.config import Config, StageConfig, identity, resolved
+from stages.config import Config, FromList, StageConfig, identity, resolved
 from stages.job import Job, Result
 from stages.problems.base import Problem
 
@@ -29,7 +29,7 @@ class Keep(Config):
     """The least score, 0..1."""
     per_prompt: int = identity(2, ge=1)
     """How many of one row at most, the best first; equal ones in the order they were sampled."""
-    pass_rate: tuple[float, float] | None = identity(None)
+    pass_rate: Annotated[tuple[float, float], FromList] | None = identity(None)
     """Only rows of which this share of rollouts passed, both ends included: not hopeless, not yet easy. Off: any row."""
 
     @model_validator(mode="after")

@@ -49,9 +49,7 @@ def sample(
     for start in range(0, len(order), per_batch):
         batch = order[start : start + per_batch]
         ids, mask = _left_padded([prompts[i] for i in batch], config.pad_token_id, model.device)
-        generated = model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=config, disable_compile=True
-        )
+        generated = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         sequences = [_until_end(sequence, ends) for sequence in generated[:, ids.size(1) :].tolist()]
         for j, i in enumerate(batch):
             completions[i] = sequences[j * decoding.samples : (j + 1) * decoding.samples]
@@ -70,6 +68,7 @@ def _generation_config(
         num_return_sequences=decoding.samples,
         eos_token_id=sorted(ends),
         pad_token_id=tokenizer.pad_token_id,
+        disable_compile=True,
         **(how if decoding.temperature > 0 else {"do_sample": False}),
     )
     return config, ends

@@ -2,7 +2,7 @@
 
     launcher --stdin--> server --fork, setsid, PDEATHSIG--> job --> whatever it starts
 
-Orders come as JSON lines {"job", "log", "env"}; answers go back as {"ready"}, {"pid"}, {"pid", "status"}. The launcher's death, however it dies, is
+Orders come as JSON lines {"job", "log"}; answers go back as {"ready"}, {"pid"}, {"pid", "status"}. The launcher's death, however it dies, is
 the end of stdin: the server kills everything below it and exits. The server's death kills the job. The server starts no thread and touches no GPU, so
 a fork of it is clean.
 """
@@ -19,14 +19,15 @@ import traceback
 from typing import Any
 
 from stages import worker
-from stages.process import adopt_orphans, descendants, die_with_parent, kill_tree
+from stages.process import adopt_orphans, descendants, die_with_parent, kill_tree, outlive_parent
 
 PRELOAD = ("trl.trainer.sft_trainer", "trl.trainer.grpo_trainer", "stages.trl.sft_loss", "stages.trl.prefill", "stages.rollouts")
 STDIN = 0
 
 
-def serve() -> None:
-    """Answer orders until stdin ends."""
+def serve(launcher: int) -> None:
+    """Answer orders until stdin ends. `launcher` is the pid of the process that holds the other end."""
+    die_with_parent(launcher)  # while it imports, it does not listen
     adopt_orphans()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints must not be taken for an answer
@@ -34,6 +35,7 @@ def serve() -> None:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # the garbage collector of a job leaves these pages shared
+    outlive_parent()  # to kill what is below it
     print(json.dumps({"ready": os.getpid()}), file=answers)
     while line := _read_line():
         pid = _fork(json.loads(line))
@@ -65,7 +67,6 @@ def _fork(order: dict[str, Any]) -> int:
     try:
         os.setsid()
         die_with_parent(server)
-        os.environ.update(order["env"])
         log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)

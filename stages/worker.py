@@ -49,7 +49,9 @@ def _run(job: Job) -> Result:
     if (world := int(os.environ.get("WORLD_SIZE", "1"))) != job.execution.processes:
         raise BadInput(f"{job.name}: the job is for {job.execution.processes} processes, but the launcher started {world}")
     import torch
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     if job.execution.threads:
         torch.set_num_threads(job.execution.threads)
     start = time.monotonic()

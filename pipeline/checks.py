@@ -1,0 +1,147 @@
+"""Everything that can be judged about a recipe without an accelerator, a tokenizer or user code.
+
+`check` is the first thing `plan` and `run` do: what it lets through can be planned. `refuse_unbuilt` names the first field whose work comes later, so
+that nothing a recipe says is silently ignored. Both raise BadInput: what was found, what was expected, what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import prompts
+from pipeline.recipe import DatasetProblem, FileProblem, Recipe, nearest
+from stages.config import RESERVED_NAMES
+from stages.grpo import GrpoConfig
+from stages.job import BadInput, parse_rows
+from stages.problems import FORMS, SchedulingSettings
+from stages.rejection import RejectionConfig
+from stages.sft import DEMONSTRATIONS, SftConfig
+
+BASE = "base"
+DEFAULT_DEMONSTRATIONS = "train[0:1000]"
+
+
+def check(recipe: Recipe) -> None:
+    """Raise BadInput for the first thing that cannot be planned."""
+    _names(recipe)
+    for i, stage in enumerate(recipe.stages):
+        _inputs(recipe, i)
+        if stage.rows is not None:
+            _rows_fit(stage.name, stage, recipe)
+        _batch_divides(stage, recipe)
+    _files(recipe)
+
+
+def refuse_unbuilt(recipe: Recipe) -> None:
+    """Raise BadInput for the first field that parses but that this version cannot act on."""
+    for name, asked in UNBUILT.items():
+        if asked(recipe):
+            raise BadInput(f"{name} comes in a later version of switchback and would have no effect here; remove it to run this recipe")
+    for stage in recipe.stages:
+        if stage.gate:
+            raise BadInput(f"stages.{stage.name}.gate comes in a later version of switchback; remove it to run this recipe")
+        if isinstance(stage, GrpoConfig) and stage.kl.reference != "policy":
+            raise BadInput(
+                f"stages.{stage.name}.kl.reference: found {stage.kl.reference!r}, but this version only has 'policy'; remove it to run this recipe"
+            )
+
+
+UNBUILT: dict[str, Callable[[Recipe], bool]] = {
+    "model.lora": lambda recipe: recipe.model.lora is not None,
+    "problem.file": lambda recipe: isinstance(recipe.problem, FileProblem),
+    "problem.dataset": lambda recipe: isinstance(recipe.problem, DatasetProblem),
+    "problem.form: text": lambda recipe: isinstance(recipe.problem, SchedulingSettings) and recipe.problem.form not in FORMS,
+    "launch.processes above 1": lambda recipe: recipe.launch.processes > 1,
+    "launch.accelerate": lambda recipe: recipe.launch.accelerate is not None,
+    "track.wandb": lambda recipe: recipe.track.wandb is not None,
+}
+"""What parses and plans, and whether a recipe asks for it."""
+
+
+def rows_of(recipe: Recipe, stage: SftConfig | GrpoConfig | RejectionConfig) -> str | None:
+    """The rows a stage works on: its own, else what follows from its data or policy; None for an sft stage whose rows another stage made."""
+    if stage.rows:
+        return stage.rows
+    if isinstance(stage, SftConfig):
+        return DEFAULT_DEMONSTRATIONS if stage.data == DEMONSTRATIONS else None
+    policy = next((other for other in recipe.stages if other.name == stage.policy), None)
+    if isinstance(policy, GrpoConfig):
+        return policy.rows
+    raise BadInput(f"stages.{stage.name}.rows is missing, and its policy {stage.policy} is no grpo stage to take them from; say which rows to sample")
+
+
+def _names(recipe: Recipe) -> None:
+    seen: set[str] = set()
+    for stage in recipe.stages:
+        if stage.name in RESERVED_NAMES:
+            raise BadInput(f"stages: the name {stage.name} is reserved ({', '.join(RESERVED_NAMES)}); choose another")
+        if stage.name in seen:
+            raise BadInput(f"stages: two stages are named {stage.name}; rename one")
+        seen.add(stage.name)
+
+
+def _inputs(recipe: Recipe, i: int) -> None:
+    """A stage reads earlier stages that make what it needs."""
+    stage = recipe.stages[i]
+    makers = [BASE, *(earlier.name for earlier in recipe.stages[:i] if not isinstance(earlier, RejectionConfig))]
+    _known(recipe, i, "policy", stage.policy, makers)
+    if isinstance(stage, SftConfig):
+        harvests = [earlier.name for earlier in recipe.stages[:i] if isinstance(earlier, RejectionConfig)]
+        _known(recipe, i, "data", stage.data, [DEMONSTRATIONS, *harvests])
+    rows_of(recipe, stage)
+
+
+def _known(recipe: Recipe, i: int, role: str, name: str, known: list[str]) -> None:
+    if name in known:
+        return
+    where = f"stages.{recipe.stages[i].name}.{role}"
+    if name in [later.name for later in recipe.stages[i:]]:
+        raise BadInput(f"{where}: {name} does not come before it; a stage reads earlier ones, so move {name} up")
+    if name in [earlier.name for earlier in recipe.stages[:i]]:
+        raise BadInput(f"{where}: {name} makes no {role}; there is {', '.join(known)}")
+    raise BadInput(f"{where}: there is nothing called {name}{nearest(name, known)}")
+
+
+def _rows_fit(name: str, stage: SftConfig | GrpoConfig | RejectionConfig, recipe: Recipe) -> None:
+    try:
+        rows = parse_rows(stage.rows or "", recipe.seed)
+    except BadInput as error:
+        raise BadInput(f"stages.{name}.{error}") from None
+    if rows.split != "train":
+        raise BadInput(f"stages.{name}.rows: found {rows}, but stages work on train rows; {rows.split} rows are for evaluation only")
+    count = rows.stop - rows.start
+    if isinstance(stage, GrpoConfig) and count < stage.prompts_per_step:
+        raise BadInput(
+            f"stages.{name}.rows: {rows} has {count} rows, fewer than one generation batch of prompts_per_step={stage.prompts_per_step};"
+            " TRL would train 0 steps. Give it more rows, or lower prompts_per_step"
+        )
+
+
+def _batch_divides(stage: SftConfig | GrpoConfig | RejectionConfig, recipe: Recipe) -> None:
+    """A step's batch is made of whole micro-batches; the arithmetic is in the message."""
+    processes, micro = recipe.launch.processes, recipe.launch.micro_batch
+    if isinstance(stage, SftConfig):
+        batch, what = stage.rows_per_step, f"rows_per_step={stage.rows_per_step}"
+    elif isinstance(stage, GrpoConfig):
+        batch = stage.prompts_per_step * stage.group_size
+        what = f"prompts_per_step={stage.prompts_per_step} x group_size={stage.group_size} (={batch})"
+    else:
+        return
+    unit = processes * (micro or 1)
+    if batch % unit:
+        by = f"processes={processes}" + (f" x micro_batch={micro} (={unit})" if micro else "")
+        raise BadInput(f"stages.{stage.name}: {what} does not divide by {by}; change one of them")
+
+
+def _files(recipe: Recipe) -> None:
+    if recipe.model.path and not Path(recipe.model.path, "config.json").is_file():
+        raise BadInput(f"model.path: {recipe.model.path} holds no config.json; expected a model directory (paths count from {Path.cwd()})")
+    try:
+        prompts.load(recipe.format.prompt)
+    except ValueError as error:
+        raise BadInput(f"format.prompt: {error}") from None
+    if isinstance(recipe.problem, FileProblem) and not Path(recipe.problem.file).is_file():
+        raise BadInput(f"problem.file: {recipe.problem.file} is not there (paths count from {Path.cwd()})")
+    if recipe.launch.accelerate and not Path(recipe.launch.accelerate).is_file():
+        raise BadInput(f"launch.accelerate: {recipe.launch.accelerate} is not there (paths count from {Path.cwd()})")

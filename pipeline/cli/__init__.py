@@ -1,0 +1,54 @@
+"""The command line. One file per noun; each parses, calls, prints, exits. Imported by nobody.
+
+Exit codes: 0 done, 1 a stage failed, 2 bad input, 130/143 signals. What went wrong is one line on stderr, never a traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+import typer
+
+from pipeline.cli import artifacts, recipes, run, runs
+from stages.job import BadInput
+
+app = typer.Typer(
+    help="SFT, reinforcement learning, rejection sampling and reinforcement learning again, as one recipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+for noun in (recipes, run, runs, artifacts):
+    noun.add_to(app)
+
+
+def main() -> None:
+    """The `switchback` command."""
+    sys.exit(exit_code(sys.argv[1:]))
+
+
+def exit_code(arguments: list[str]) -> int:
+    """Run a command line; whatever goes wrong becomes one line and a code."""
+    try:
+        code = app(arguments, prog_name="switchback", standalone_mode=False)
+    except click.ClickException as error:
+        return complain(error.format_message(), 2)
+    except BadInput as error:
+        return complain(str(error), 2)
+    except run.Stopped as error:
+        return complain(error.message, error.code)
+    except (KeyboardInterrupt, click.Abort):
+        return complain("interrupted; run the same command to go on with what is done", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
+        return 0
+    return code if isinstance(code, int) else 0
+
+
+def complain(message: str, code: int) -> int:
+    """One line on stderr."""
+    print(f"switchback: {' '.join(message.split())}", file=sys.stderr)
+    return code

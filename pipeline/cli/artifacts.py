@@ -1,0 +1,68 @@
+"""ls, lineage, verify: what is in the registry, where it comes from, and whether it is still whole."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.tree import Tree
+
+from pipeline.cli.common import JsonOption, RegistryOption, open_registry, print_json, size
+from pipeline.cli.tables import console, show, table
+from pipeline.registry.lineage import Ancestor
+from pipeline.registry.lineage import lineage as lineage_of
+from pipeline.registry.verify import verify as problems_of
+
+Id = Annotated[str, typer.Argument(help="An artifact.", show_default=False)]
+Ids = Annotated[list[str] | None, typer.Argument(help="Artifacts. Default: all.", show_default=False)]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    app.command()(ls)
+    app.command()(lineage)
+    app.command()(verify)
+
+
+def ls(registry: RegistryOption = None, json: JsonOption = False) -> None:
+    """List artifacts, oldest first."""
+    place = open_registry(registry)
+    found = place.artifacts()
+    if json:
+        fields = [(a.id, a.stage, a.kind, str(place.path(a)), a.created, a.size) for a in found]
+        return print_json([dict(zip(("id", "stage", "kind", "path", "created", "size"), values, strict=True)) for values in fields])
+    made = table("id", "kind", "created", "size", "path", right=("size",))
+    for a in found:
+        made.add_row(a.id, a.kind, a.created[:19].replace("T", " "), size(a.size), str(place.path(a)))
+    show(made)
+
+
+def lineage(id: Id, registry: RegistryOption = None, json: JsonOption = False) -> None:
+    """Show what an artifact was made from, down to the base model."""
+    place = open_registry(registry)
+    found = lineage_of(place, place.open(id))
+    if json:
+        return print_json(found.model_dump(mode="json"))
+    console().print(_tree(found))
+
+
+def verify(ids: Ids = None, registry: RegistryOption = None, json: JsonOption = False) -> None:
+    """Hash every file of artifacts again; exit 1 when anything is not what was published."""
+    place = open_registry(registry)
+    artifacts = [place.open(id) for id in ids] if ids else place.artifacts()
+    wrong = {artifact.id: problems_of(place, artifact) for artifact in artifacts}
+    lines = [line for found in wrong.values() for line in found]
+    if json:
+        print_json([{"id": id, "ok": not found, "problems": found} for id, found in wrong.items()])
+    else:
+        print("\n".join(lines or [f"{len(artifacts)} artifacts are whole"]))
+    if lines:
+        raise typer.Exit(1)
+
+
+def _tree(ancestor: Ancestor, into: Tree | None = None) -> Tree:
+    label = f"{f'{ancestor.role}: ' if ancestor.role else ''}{ancestor.id or ancestor.name} ({ancestor.kind}, key {ancestor.key[:12]})"
+    node = into.add(label) if into else Tree(label)
+    for inner in ancestor.inputs:
+        _tree(inner, node)
+    return node

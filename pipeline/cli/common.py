@@ -1,0 +1,47 @@
+"""Options and printing that every command shares."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.recipe import Recipe
+from pipeline.registry import Registry
+
+REGISTRY = "SWITCHBACK_REGISTRY"
+
+RecipeArgument = Annotated[Path, typer.Argument(help="Recipe file.", show_default=False)]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Override a field, such as stages.rl1.kl.beta=0.01. May be given again.", show_default=False),
+]
+RegistryOption = Annotated[
+    str | None,
+    typer.Option("--registry", help=f"Registry directory. Default: the recipe's, {REGISTRY}, ./registry.", show_default=False),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def open_registry(option: str | None, recipe: Recipe | None = None) -> Registry:
+    """--registry, the recipe's, the environment's, ./registry: the first that is given. Relative paths count from the working directory."""
+    root = option or (recipe.registry if recipe else None) or os.environ.get(REGISTRY) or "registry"
+    return Registry(Path(root))
+
+
+def print_json(content: Any) -> None:
+    """Indented, for people and programs."""
+    print(json.dumps(content, indent=2))
+
+
+def size(count: int) -> str:
+    """Bytes for people: 1.2 MB."""
+    amount = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.1f} TB"

@@ -1,0 +1,66 @@
+"""check, plan, schema: what a recipe says, before anything runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pipeline import checks
+from pipeline import plan as planning
+from pipeline.cli.common import JsonOption, RecipeArgument, RegistryOption, SetOption, open_registry, print_json
+from pipeline.cli.tables import plan_table, show
+from pipeline.recipe import Recipe, load
+from stages.job import BadInput
+
+Only = Annotated[str | None, typer.Option("--only", metavar="STAGE", help="Only this stage and its evaluation.", show_default=False)]
+From = Annotated[str | None, typer.Option("--from", metavar="STAGE", help="This stage and all after it.", show_default=False)]
+Until = Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Up to this stage.", show_default=False)]
+Fresh = Annotated[str | None, typer.Option("--fresh", metavar="STAGE", help="Make this stage again, as a new replicate.", show_default=False)]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    app.command()(check)
+    app.command()(plan)
+    app.command()(schema)
+
+
+def check(recipe: RecipeArgument, overrides: SetOption = None) -> None:
+    """Check everything about a recipe that needs no accelerator."""
+    loaded = load(recipe, overrides or ())
+    checks.check(loaded)
+    print(f"{recipe}: good; {len(loaded.stages)} stages: {', '.join(stage.name for stage in loaded.stages)}")
+    try:
+        checks.refuse_unbuilt(loaded)
+    except BadInput as error:
+        print(f"but run will refuse it: {error}")
+
+
+def plan(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    registry: RegistryOption = None,
+    only: Only = None,
+    start: From = None,
+    until: Until = None,
+    fresh: Fresh = None,
+    json: JsonOption = False,
+) -> None:
+    """Show for each step whether it is reused or run, and why."""
+    loaded = load(recipe, overrides or ())
+    place = open_registry(registry, loaded)
+    if fresh:
+        checks.check(loaded)
+        loaded = planning.freshen(loaded, place, fresh)
+    planned = planning.plan(loaded, place, planning.Selection(only, start, until))
+    if json:
+        fields = [(one.step.name, one.step.kind, one.step.key, one.action, one.artifact.id if one.artifact else None, one.why) for one in planned]
+        print_json([dict(zip(("step", "kind", "key", "action", "artifact", "why"), values, strict=True)) for values in fields])
+    else:
+        show(plan_table(planned))
+
+
+def schema() -> None:
+    """Print the JSON schema of a recipe; "part" says whether a field is identity or execution."""
+    print_json(Recipe.model_json_schema())

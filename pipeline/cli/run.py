@@ -1,0 +1,84 @@
+"""run: the whole climb, or a part of it."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from pipeline import checks, climb
+from pipeline import plan as planning
+from pipeline.cli.common import RecipeArgument, RegistryOption, SetOption, open_registry
+from pipeline.cli.progress import Progress
+from pipeline.cli.recipes import Fresh, From, Only, Until
+from pipeline.cli.tables import run_table, show
+from pipeline.launch import StageFailed
+from pipeline.recipe import load
+from pipeline.registry import Registry
+from pipeline.summary import summarise
+from stages.job import BadInput
+
+NoPrefect = Annotated[bool, typer.Option("--no-prefect", help="Run the same steps without a Prefect server.")]
+
+
+class Stopped(Exception):
+    """The run ended before its time; carries the line to print and the exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.message, self.code = message, code
+
+
+class Terminated(BaseException):
+    """SIGTERM, as an exception, so that everything on the way out is cleaned up."""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command()(run)
+
+
+def run(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    registry: RegistryOption = None,
+    only: Only = None,
+    start: From = None,
+    until: Until = None,
+    fresh: Fresh = None,
+    no_prefect: NoPrefect = False,
+) -> None:
+    """Run a recipe; what is done already is reused."""
+    loaded = load(recipe, overrides or ())
+    checks.check(loaded)
+    checks.refuse_unbuilt(loaded)
+    place = open_registry(registry, loaded)
+    if only and (start or until):
+        raise BadInput("--only names one stage; --from and --until name a range; give one or the other")
+    if fresh:
+        loaded = planning.freshen(loaded, place, fresh)
+        replicate = next(stage.replicate for stage in loaded.stages if stage.name == fresh)
+        print(f"{fresh}: replicate {replicate}; later runs use it with --set stages.{fresh}.replicate={replicate}")
+    planned = planning.plan(loaded, place, planning.Selection(only, start, until))
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        with Progress(len(planned)) as progress:
+            id = climb.run(loaded, planned, place, progress, use_prefect=not no_prefect)
+    except StageFailed as error:
+        raise Stopped(str(error), 1) from None
+    except Terminated:
+        raise Stopped("terminated; run the same command to go on with what is done", 143) from None
+    _report(place, id)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough; what follows must not be cut short
+    raise Terminated
+
+
+def _report(registry: Registry, run: str) -> None:
+    show(run_table(summarise(registry, run)))
+    print(f"scores are x 100, on held-out rows; mean of the samples with a 95 % interval over rows")
+    print(f"run {run} in {registry.root}: switchback show {run} --registry {registry.root}")

@@ -1,0 +1,70 @@
+"""Tables for people: scores x 100, one line a thing; plain when piped, NO_COLOR honoured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pipeline.plan import Planned
+from pipeline.summary import RunSummary, StageSummary
+
+ACTION_STYLE = {"reuse": "green", "run": "yellow", "skip": "dim"}
+
+
+def console(stderr: bool = False) -> Console:
+    """As wide as the terminal; when piped, as wide as it takes."""
+    made = Console(stderr=stderr, highlight=False)
+    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=200)
+
+
+def show(table: Table) -> None:
+    """Print a table."""
+    console().print(table)
+
+
+def table(*columns: str, right: Sequence[str] = ()) -> Table:
+    """An empty table; the columns in `right` hold numbers."""
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold", no_wrap=column in right)
+    return made
+
+
+def plan_table(planned: Sequence[Planned]) -> Table:
+    """Step, what is done about it, why."""
+    made = table("step", "kind", "", "why")
+    for one in planned:
+        made.add_row(one.step.name, one.step.kind, f"[{ACTION_STYLE[one.action]}]{one.action}[/]", escape(one.why))
+    return made
+
+
+def run_table(summary: RunSummary) -> Table:
+    """Stage by stage: held-out score with interval, solved and format share, seconds, place."""
+    numbers = ("greedy", "mean", "95 %", "solved", "format", "pass@1", "seconds")
+    made = table("stage", "kind", *numbers, "artifact", right=numbers)
+    for stage in summary.stages:
+        made.add_row(stage.name, stage.kind, *_scores(stage), _seconds(stage), stage.artifact or stage.path or "-")
+    return made
+
+
+def _scores(stage: StageSummary) -> list[str]:
+    e = stage.evaluation
+    if e is None:
+        return ["-"] * 6
+    low, high = e.interval
+    shares = (e.solved, e.format, e.pass_at_k["1"])
+    return [_x100(e.greedy), _x100(e.mean), f"{_x100(low)} - {_x100(high)}", *map(_x100, shares)]
+
+
+def _x100(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _seconds(stage: StageSummary) -> str:
+    if stage.name == "base" or stage.seconds is None:
+        return "-"
+    return "reused" if stage.reused else f"{stage.seconds:.1f}"

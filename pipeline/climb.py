@@ -1,0 +1,63 @@
+"""A run: plan, then step after step, with or without Prefect, and every step remembered.
+
+`run` is what `switchback run` calls. It owns what lives as long as the run does: the launcher, and a Prefect server of its own where one is needed.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from pipeline import recipe as recipes
+from pipeline.launch import Launcher
+from pipeline.plan import Planned
+from pipeline.prefect_server import api_url, own_server
+from pipeline.recipe import Recipe
+from pipeline.registry import Artifact, Registry, runs
+from pipeline.run import Observer, run_step, work_root
+
+
+def run(recipe: Recipe, planned: list[Planned], registry: Registry, observer: Observer, use_prefect: bool) -> str:
+    """Run the plan; returns the run's id. Raises StageFailed or BadInput; the run's last event says how it ended, whatever it was."""
+    id = runs.start(registry, recipe.name, recipes.dump(recipe), [_remembered(one) for one in planned])
+    try:
+        _conduct(id, recipe, planned, registry, observer, use_prefect)
+    except BaseException as error:
+        state = "failed" if isinstance(error, Exception) else "stopped"
+        runs.record(registry, id, state, message=str(error) or type(error).__name__)
+        raise
+    runs.record(registry, id, "done")
+    return id
+
+
+def _conduct(id: str, recipe: Recipe, planned: list[Planned], registry: Registry, observer: Observer, use_prefect: bool) -> None:
+    made: dict[str, Artifact] = {}
+    to_run = any(one.action == "run" for one in planned)
+    with ExitStack() as stack:
+        launcher = stack.enter_context(Launcher(recipe.launch.threads))
+
+        def do(one: Planned) -> tuple[Artifact, bool] | None:
+            """What happens at a step; the only thing that a conductor calls."""
+            if one.action == "skip":
+                observer.skipped(one.step)
+                return None
+            artifact, reused = run_step(one, made, registry, launcher, recipe.launch, observer, id)
+            made[one.step.name] = artifact
+            seconds = 0.0 if reused else artifact.provenance.get("seconds", 0.0)
+            runs.record(registry, id, "step", step=one.step.name, artifact=artifact.id, reused=reused, seconds=seconds)
+            return artifact, reused
+
+        if to_run:
+            launcher.warm_up()
+        if use_prefect and (to_run or api_url()):
+            stack.enter_context(own_server(work_root(registry) / "prefect"))
+            from pipeline.flow import conduct
+
+            conduct(id, planned, do)
+        else:
+            for one in planned:
+                do(one)
+
+
+def _remembered(one: Planned) -> dict[str, str | None]:
+    artifact = one.artifact.id if one.artifact else None
+    return {"step": one.step.name, "kind": one.step.kind, "key": one.step.key, "action": one.action, "artifact": artifact, "why": one.why}

@@ -1,0 +1,53 @@
+"""The Prefect flow: it reads as the recipe, step after step. One task a step, called in the main thread, so that Ctrl-C and SIGTERM reach it.
+
+Prefect shows and schedules; it decides nothing. Its caching stays off, because it cannot know that a checkpoint is gone: the registry decides, and
+publishing happens in the task's body. A task's result is small JSON.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from prefect import flow, task
+from prefect.logging.handlers import PrefectConsoleHandler
+from prefect.states import Completed, State
+
+from pipeline.plan import Planned
+from pipeline.registry import Artifact
+
+Do = Callable[[Planned], tuple[Artifact, bool] | None]
+
+
+def conduct(run: str, planned: list[Planned], do: Do) -> None:
+    """Run the plan as a Prefect flow named for the run."""
+
+    @task(name="step", task_run_name="{step}", cache_policy=None, persist_result=False)
+    def step_task(step: str, inputs: list[dict[str, Any] | None]) -> State[Any]:
+        outcome = do(by_name[step])
+        if outcome is None:
+            return Completed(name="NotSelected")
+        artifact, reused = outcome
+        made = {"step": step, "artifact": artifact.id, "reused": reused}
+        return Completed(name="Reused" if reused else "Completed", message=artifact.id, data=made)
+
+    @flow(name="switchback", flow_run_name=run, validate_parameters=False, persist_result=False)
+    def climb(steps: list[str]) -> None:
+        results: dict[str, dict[str, Any] | None] = {}
+        for step in steps:
+            reads = [ref.step for ref in by_name[step].step.inputs.values() if ref.step]
+            inputs = [results[name] for name in reads]
+            results[step] = step_task(step, inputs, return_state=True).result()
+
+    by_name = {one.step.name: one for one in planned}
+    _leave_the_terminal()
+    climb(list(by_name))
+
+
+def _leave_the_terminal() -> None:
+    """Prefect's log goes to its server; the terminal is switchback's."""
+    for name in ("prefect", "prefect.flow_runs", "prefect.task_runs"):
+        logger = logging.getLogger(name)
+        for handler in [handler for handler in logger.handlers if isinstance(handler, PrefectConsoleHandler)]:
+            logger.removeHandler(handler)

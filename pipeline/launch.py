@@ -1,0 +1,181 @@
+"""The launcher: a Job becomes a process tree of our own, and a Result comes back.
+
+A local job is forked from a serving worker (`stages.serve`) that imported torch and trl once. The tree dies with its deadline, with an exception here
+(Ctrl-C and SIGTERM are exceptions), and with the launcher itself, however that dies. Every attempt has its own log.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from stages.job import BadInput, Job, Result
+from stages.metrics import FILE as METRICS
+from stages.process import adopt_orphans, kill_marked, kill_tree
+from stages.worker import ERROR, RESULT
+
+TICK = 0.2
+"""Seconds between two looks at a job."""
+MARK = "SWITCHBACK_LAUNCHER"
+"""Environment variable that every process of a launcher carries."""
+
+OnMetrics = Callable[[dict[str, Any]], None]
+
+
+class StageFailed(RuntimeError):
+    """A stage did not come to its end. One line: what happened and where its log is."""
+
+
+class Launcher:
+    """Runs jobs, one at a time; owns the serving worker from its first need to `close`."""
+
+    def __init__(self, threads: int | None = None) -> None:
+        """`threads` is OMP_NUM_THREADS of the worker, which has to be set before torch is imported."""
+        self._threads = threads
+        self._worker: _ServingWorker | None = None
+
+    def __enter__(self) -> Launcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def warm_up(self) -> None:
+        """Start the worker's imports without waiting for them."""
+        if self._worker is None:
+            self._worker = _ServingWorker(self._threads)
+
+    def launch(self, job: Job, deadline: float | None = None, on_metrics: OnMetrics = lambda line: None) -> Result:
+        """Run a job to its end; `on_metrics` hears each line it logs. Raises BadInput or StageFailed.
+
+        Whatever is raised, nothing of the job lives on. `deadline` is in seconds.
+        """
+        self.warm_up()
+        assert self._worker is not None
+        path, log = job.save(), _next_log(Path(job.work))
+        lines = _new_lines(Path(job.out, METRICS))
+        try:
+            self._worker.start(path, log)
+            ends_at = time.monotonic() + (deadline or float("inf"))
+            while (status := self._worker.status(TICK)) is None:
+                for line in next(lines):
+                    on_metrics(line)
+                if time.monotonic() > ends_at:
+                    raise StageFailed(f"{job.name}: killed after its deadline of {deadline:g} s; its log is {log}")
+        except BaseException:
+            self.close()
+            raise
+        return _result(job, status, log)
+
+    def close(self) -> None:
+        """Leave no process behind."""
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker = None
+
+
+class _ServingWorker:
+    """The other end of `stages.serve`."""
+
+    def __init__(self, threads: int | None) -> None:
+        adopt_orphans()
+        self._mark = f"{MARK}={uuid.uuid4().hex}"
+        name, _, value = self._mark.partition("=")
+        env = {**os.environ, name: value, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        if threads:
+            env["OMP_NUM_THREADS"] = str(threads)
+        self._errors = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "stages", "--serve", str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=env,
+            start_new_session=True,  # Ctrl-C on the terminal is the launcher's to handle
+        )
+        self._buffer = b""
+        self._ready = False
+
+    def start(self, job: Path, log: Path) -> None:
+        """Order a job; returns once it has been forked."""
+        if not self._ready:
+            self._answer()
+            self._ready = True
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"job": str(job), "log": str(log)}).encode() + b"\n")
+        self._process.stdin.flush()
+        self._answer()
+
+    def status(self, seconds: float) -> int | None:
+        """The job's exit status (negative: the signal that killed it); None when it is still running after `seconds`."""
+        answer = self._answer(seconds)
+        return None if answer is None else answer["status"]
+
+    def kill(self) -> None:
+        """Kill the job, all it started, and the worker."""
+        kill_tree(self._process.pid)
+        self._process.kill()
+        self._process.communicate()
+        kill_marked(self._mark)
+
+    def _answer(self, seconds: float | None = None) -> dict[str, Any] | None:
+        """The next line the worker says; None when it says none in time. Raises StageFailed when it is gone."""
+        assert self._process.stdout is not None
+        while b"\n" not in self._buffer:
+            if not select.select([self._process.stdout], [], [], seconds)[0]:
+                return None
+            if not (read := os.read(self._process.stdout.fileno(), 4096)):
+                raise StageFailed(f"the serving worker is gone (exit {self._process.wait()}): {self._last_error()}")
+            self._buffer += read
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return json.loads(line)
+
+    def _last_error(self) -> str:
+        self._errors.seek(0)
+        said = self._errors.read().decode(errors="replace").strip().splitlines()
+        return said[-1] if said else "it said nothing; it may have been killed for want of memory"
+
+
+def _next_log(work: Path) -> Path:
+    """logs/attempt-<n>.log, n from 1: an attempt never writes into another's."""
+    logs = work / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    return logs / f"attempt-{len(list(logs.glob('attempt-*.log'))) + 1}.log"
+
+
+def _new_lines(path: Path) -> Iterator[list[dict[str, Any]]]:
+    """Each `next` gives the whole lines that were written since; what an earlier attempt left is passed over."""
+    before = path.stat().st_ino if path.exists() else None
+    read = 0
+    while True:
+        if not path.exists() or path.stat().st_ino == before:
+            yield []
+            continue
+        with path.open("rb") as file:
+            file.seek(read)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        read += len(whole) + len(newline)
+        yield [json.loads(line) for line in whole.splitlines()]
+
+
+def _result(job: Job, status: int, log: Path) -> Result:
+    """What the worker made, or why it made nothing."""
+    work = Path(job.work)
+    if status == 0:
+        return Result.model_validate_json((work / RESULT).read_text())
+    if (work / ERROR).exists():
+        error = json.loads((work / ERROR).read_text())
+        if error["bad_input"]:
+            raise BadInput(error["message"])
+        raise StageFailed(f"{job.name}: {error['message']} (log: {log})")
+    how = f"killed by signal {-status}" if status < 0 else f"exited with {status}"
+    raise StageFailed(f"{job.name}: {how} without a word; its log is {log}")

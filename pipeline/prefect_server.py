@@ -1,0 +1,89 @@
+"""A Prefect server of a run's own, where PREFECT_API_URL names none: loopback, a free port, its own kept home, no telemetry, gone with the run.
+
+Imports no Prefect. The server is killed with this process, however that dies; its home keeps the history of runs for
+`PREFECT_HOME=<registry>/work/prefect prefect server start`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.launch import StageFailed
+from stages.process import die_with_parent
+
+API_URL = "PREFECT_API_URL"
+SETTINGS = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",
+}
+"""Of server and client."""
+PATIENCE = 120.0
+"""Seconds a server may take to answer; a new database takes about 10."""
+
+
+def api_url() -> str | None:
+    """The user's own server."""
+    return os.environ.get(API_URL) or None
+
+
+@contextmanager
+def own_server(home: Path) -> Iterator[None]:
+    """PREFECT_API_URL answers inside this block: the user's, else a server started here and stopped at the end."""
+    if api_url():
+        yield
+        return
+    home.mkdir(parents=True, exist_ok=True)
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}/api"
+    os.environ.update({**SETTINGS, "PREFECT_HOME": str(home), API_URL: url})
+    with (home / "server.log").open("w") as log:
+        server = _start(port, log.fileno())
+    try:
+        _wait_until_healthy(server, url, home / "server.log")
+        yield
+    finally:
+        server.kill()
+        server.wait()
+        del os.environ[API_URL]
+
+
+def _start(port: int, log: int) -> subprocess.Popen[bytes]:
+    me = os.getpid()
+    application = ["prefect.server.api.server:create_app", "--factory", "--host", "127.0.0.1", "--port", str(port)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "uvicorn", *application, "--log-level", "warning"],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+        preexec_fn=lambda: die_with_parent(me),  # noqa: PLW1509 - no thread has been started yet
+    )
+
+
+def _wait_until_healthy(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    ends_at = time.monotonic() + PATIENCE
+    while time.monotonic() < ends_at:
+        if server.poll() is not None:
+            raise StageFailed(f"the Prefect server ended at once (exit {server.returncode}); see {log}, or use --no-prefect")
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=1):
+                return
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            time.sleep(0.1)
+    raise StageFailed(f"the Prefect server did not answer within {PATIENCE:g} s; see {log}, or use --no-prefect")
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -1,0 +1,81 @@
+"""Runs: one invocation each. What was asked (recipe.yaml, plan.json) and what happened (events/<n>.json), append-only.
+
+A run's state is read off its last event; one that never ended and whose process is gone was interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from datetime import UTC, datetime
+from typing import Any
+
+from pipeline.registry.artifact import now
+from pipeline.registry.registry import FORMAT, Registry
+from stages.config import Frozen
+from stages.job import BadInput
+from stages.process import started_at
+
+ENDED = ("done", "failed", "stopped")
+
+
+class Run(Frozen):
+    """One invocation, as the registry remembers it."""
+
+    run: str
+    recipe: str
+    """The recipe's name."""
+    state: str
+    """running, done, failed, stopped (by a signal) or interrupted (its process is gone)."""
+    started: str
+
+
+def start(registry: Registry, recipe_name: str, recipe_yaml: str, plan: list[dict[str, Any]]) -> str:
+    """Remember a new run; returns its id."""
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    run = f"{recipe_name}-{stamp}-{secrets.token_hex(2)}"
+    registry.store.put_new("format.json", FORMAT)
+    registry.store.put_new(f"runs/{run}/plan.json", {"recipe": recipe_name, "steps": plan})
+    registry.store.path(f"runs/{run}/recipe.yaml").write_text(recipe_yaml)
+    pid = os.getpid()
+    record(registry, run, "started", pid=pid, process=started_at(pid), host=socket.gethostname())
+    return run
+
+
+def record(registry: Registry, run: str, event: str, **facts: Any) -> None:
+    """Append an event: started, step, done, failed or stopped."""
+    registry.store.append(f"runs/{run}/events", {"event": event, "at": now(), **facts})
+
+
+def events(registry: Registry, run: str) -> list[dict[str, Any]]:
+    """Oldest first. Raises BadInput when there is no such run."""
+    if found := registry.store.entries(f"runs/{run}/events"):
+        return found
+    raise BadInput(f"there is no run {run} in {registry.root}; switchback runs shows what there is")
+
+
+def planned(registry: Registry, run: str) -> dict[str, Any]:
+    """The run's plan.json."""
+    events(registry, run)
+    return registry.store.get(f"runs/{run}/plan.json")
+
+
+def runs(registry: Registry) -> list[Run]:
+    """All runs, newest first."""
+    found = [_run(registry, run) for run in registry.store.names("runs") if registry.store.names(f"runs/{run}/events")]
+    return sorted(found, key=lambda run: run.started, reverse=True)
+
+
+def _run(registry: Registry, run: str) -> Run:
+    log = events(registry, run)
+    recipe = planned(registry, run)["recipe"]
+    return Run(run=run, recipe=recipe, state=_state(log), started=log[0]["at"])
+
+
+def _state(log: list[dict[str, Any]]) -> str:
+    last, first = log[-1]["event"], log[0]
+    if last in ENDED:
+        return last
+    here = first["host"] == socket.gethostname()
+    return "interrupted" if here and started_at(first["pid"]) != first["process"] else "running"

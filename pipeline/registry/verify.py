@@ -1,0 +1,24 @@
+"""Whether an artifact is still what was published: every file there, of its size and digest, and no other."""
+
+from __future__ import annotations
+
+from pipeline.identity import digest_file
+from pipeline.registry.artifact import MANIFEST, Artifact
+from pipeline.registry.registry import Registry
+
+
+def verify(registry: Registry, artifact: Artifact) -> list[str]:
+    """What is wrong, a line a file; empty when nothing is."""
+    directory = registry.path(artifact)
+    wrong: list[str] = []
+    for file in artifact.files:
+        path = directory / file.path
+        if not path.is_file():
+            wrong.append(f"{artifact.id}/{file.path}: is gone")
+        elif path.stat().st_size != file.size:
+            wrong.append(f"{artifact.id}/{file.path}: has {path.stat().st_size} bytes, {file.size} were published")
+        elif digest_file(path) != file.sha256:
+            wrong.append(f"{artifact.id}/{file.path}: its bytes are not those that were published")
+    known = {MANIFEST, *(file.path for file in artifact.files)}
+    strays = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()} - known
+    return wrong + [f"{artifact.id}/{stray}: was not published" for stray in sorted(strays)]

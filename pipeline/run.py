@@ -1,0 +1,114 @@
+"""One step, from its plan to its artifact: find, launch, check, publish. A plain function, without Prefect.
+
+The registry decides whether a step has been done. Work in progress lies in `<work>/<first 12 digits of the key>/`, so the same step always finds
+its own place; what is published leaves it by a rename.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.launch import Launcher, StageFailed
+from pipeline.plan import Planned, Step
+from pipeline.registry import Artifact, Registry, Source, UnsafeFile
+from stages.job import Execution, Job, Result
+
+WORK = "SWITCHBACK_WORK"
+"""Environment variable that moves work in progress to another disk."""
+
+
+class Observer(Protocol):
+    """Hears what happens to steps, to show it."""
+
+    def reused(self, step: Step, artifact: Artifact) -> None: ...
+    def skipped(self, step: Step) -> None: ...
+    def started(self, step: Step) -> None: ...
+    def logged(self, step: Step, line: dict[str, Any]) -> None: ...
+    def finished(self, step: Step, artifact: Artifact) -> None: ...
+
+
+def run_step(
+    planned: Planned,
+    made: Mapping[str, Artifact],
+    registry: Registry,
+    launcher: Launcher,
+    execution: Execution,
+    observer: Observer,
+    run: str,
+) -> tuple[Artifact, bool]:
+    """(the step's artifact, whether it was reused). `made` holds the artifacts of the steps before it.
+
+    Raises StageFailed when the stage did not end well, BadInput when it refused what it was given.
+    """
+    step = planned.step
+    if artifact := registry.find(step.key):  # it may have been made since it was planned
+        observer.reused(step, artifact)
+        return artifact, True
+    observer.started(step)
+    job = job_of(step, made, registry, execution)
+    result = launcher.launch(job, step.deadline, lambda line: observer.logged(step, line))
+    artifact = publish(step, job, result, made, registry, run)
+    observer.finished(step, artifact)
+    return artifact, False
+
+
+def job_of(step: Step, made: Mapping[str, Artifact], registry: Registry, execution: Execution) -> Job:
+    """The step as marching orders, with places filled in."""
+    work = work_root(registry) / step.key[:12]
+    inputs = {
+        role: str(registry.path(made[ref.step], ref.output)) if ref.step else ref.source for role, ref in step.inputs.items()
+    }
+    return Job(
+        kind=step.kind,
+        name=step.name,
+        config=step.config,
+        inputs=inputs,
+        work=str(work),
+        out=str(work / "out"),
+        problem=step.problem,
+        rows=step.rows,
+        format=step.format,
+        seed=step.seed,
+        dtype=step.dtype,
+        execution=Execution(**{name: getattr(execution, name) for name in Execution.model_fields}),
+    )
+
+
+def publish(step: Step, job: Job, result: Result, made: Mapping[str, Artifact], registry: Registry, run: str) -> Artifact:
+    """Check what the worker says it made, and hand it to the registry."""
+    out = Path(job.out)
+    for name, path in result.outputs.items():
+        if not (out / path).exists():
+            raise StageFailed(f"{step.name}: it says that {name} lies at {path}, but nothing is there")
+    sources = {
+        role: Source(id=made[ref.step].id if ref.step else None, output=ref.output, key=ref.key, name=ref.source)
+        for role, ref in step.inputs.items()
+    }
+    artifact = Artifact(
+        id="",
+        key=step.key,
+        kind=step.kind,
+        stage=step.name,
+        created="",
+        outputs=result.outputs,
+        files=(),
+        inputs=sources,
+        format=result.format,
+        config={**step.config, "execution": job.execution.model_dump()},
+        identity=step.identity,
+        metrics=result.metrics,
+        provenance={"run": run, "host": socket.gethostname(), **result.seen},
+    )
+    try:
+        return registry.publish(out, artifact)
+    except UnsafeFile as error:
+        raise StageFailed(f"{step.name}: {error}") from None
+
+
+def work_root(registry: Registry) -> Path:
+    """Where work in progress lies: SWITCHBACK_WORK, else `work/` in the registry."""
+    return Path(os.environ.get(WORK) or registry.root / "work").absolute()
