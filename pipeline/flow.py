@@ -11,11 +11,16 @@ from collections.abc import Callable
 from typing import Any
 
 from prefect import flow, task
-from prefect.logging.handlers import PrefectConsoleHandler
+from prefect.events.worker import EventsWorker
+from prefect.logging.configuration import setup_logging
+from prefect.logging.handlers import APILogWorker, PrefectConsoleHandler
 from prefect.states import Completed, State
 
 from pipeline.plan import Planned
 from pipeline.registry import Artifact
+
+PATIENCE = 2.0
+"""Seconds that Prefect may take for its last words."""
 
 Do = Callable[[Planned], tuple[Artifact, bool] | None]
 
@@ -42,11 +47,21 @@ def conduct(run: str, planned: list[Planned], do: Do) -> None:
 
     by_name = {one.step.name: one for one in planned}
     _leave_the_terminal()
-    climb(list(by_name))
+    try:
+        climb(list(by_name))
+    finally:
+        _say_what_is_left()
+
+
+def _say_what_is_left() -> None:
+    """Logs and events are sent in batches by threads, which at exit would try for a minute to reach a server that has been stopped."""
+    for worker in (APILogWorker, EventsWorker):
+        worker.drain_all(timeout=PATIENCE)
 
 
 def _leave_the_terminal() -> None:
     """Prefect's log goes to its server; the terminal is switchback's."""
+    setup_logging()
     for name in ("prefect", "prefect.flow_runs", "prefect.task_runs"):
         logger = logging.getLogger(name)
         for handler in [handler for handler in logger.handlers if isinstance(handler, PrefectConsoleHandler)]:
