@@ -206,12 +206,19 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise BadInput(f"--set {override}: expected a path, = and a value, such as stages.rl1.kl.beta=0.1")
     here: Any = data
     for i, name in enumerate(names[:-1]):
-        here = _named(here, name) if isinstance(here, list) else here.setdefault(name, {})
+        here = _named(here, name) if isinstance(here, list) else _inside(here, name)
         if not isinstance(here, (dict, list)):
             raise BadInput(f"--set {override}: {'.'.join(names[: i + 1])} is {here!r} and has nothing inside")
     if isinstance(here, list):
         raise BadInput(f"--set {override}: expected a field of {names[-1]}, such as {path}.learning_rate")
     here[names[-1]] = _yaml(value, f"--set {override}")
+
+
+def _inside(mapping: dict[str, Any], name: str) -> Any:
+    """What lies under a name; an empty mapping where there is nothing."""
+    if mapping.get(name) is None:
+        mapping[name] = {}
+    return mapping[name]
 
 
 def _named(stages: list[Any], name: str) -> Any:

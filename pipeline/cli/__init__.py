@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 
-import click
 import typer
 
 from pipeline.cli import artifacts, recipes, run, runs
@@ -34,13 +33,11 @@ def exit_code(arguments: list[str]) -> int:
     """Run a command line; whatever goes wrong becomes one line and a code."""
     try:
         code = app(arguments, prog_name="switchback", standalone_mode=False)
-    except click.ClickException as error:
-        return complain(error.format_message(), 2)
-    except BadInput as error:
+    except (BadInput, typer.TyperException) as error:
         return complain(str(error), 2)
     except run.Stopped as error:
         return complain(error.message, error.code)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         return complain("interrupted; run the same command to go on with what is done", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes

@@ -1,0 +1,91 @@
+"""What every test may use: a command line in a process of its own, a recipe small enough to run in seconds, an empty registry.
+
+Nothing is mocked: the model is the tiny base, registries are real directories, processes are real.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+TINY_BASE = ROOT / "configs" / "tiny-base"
+SWITCHBACK = Path(sys.executable).parent / "switchback"
+
+Settings = dict[str, Any]
+
+TINY: Settings = {
+    "name": "tiny",
+    "model": {"path": str(TINY_BASE), "dtype": "float32"},
+    "problem": {"name": "scheduling", "form": "compact"},
+    "format": {"prompt": "plain", "response_prefix": "<think>\n"},
+    "evaluate": {"rows": 8, "samples": 2, "max_completion_length": 36},
+    "validation": {"rows": 4},
+    "stages": [
+        {"name": "warmup", "kind": "sft", "policy": "base", "rows": "train[0:64]", "epochs": 1.0, "learning_rate": 1.5e-3, "prompt_loss_weight": 0.1},
+        {"name": "rl1", "kind": "grpo", "policy": "warmup", "rows": "train[64:80]", "steps": 2, "prompts_per_step": 2, "group_size": 4,
+         "max_completion_length": 36, "learning_rate": 5e-4},
+        {"name": "harvest", "kind": "rejection", "policy": "rl1", "samples": 2, "max_completion_length": 36, "keep": {"min_score": 0.0}},
+        {"name": "distill", "kind": "sft", "policy": "warmup", "data": "harvest", "epochs": 1.0, "learning_rate": 1.5e-3},
+        {"name": "rl2", "kind": "grpo", "policy": "distill", "rows": "train[80:96]", "steps": 2, "prompts_per_step": 2, "group_size": 4,
+         "max_completion_length": 36, "learning_rate": 5e-4},
+    ],
+    "launch": {"threads": 1},
+}  # fmt: skip
+
+
+@pytest.fixture
+def settings() -> Settings:
+    """The tiny climb as a dict of one's own."""
+    return copy.deepcopy(TINY)
+
+
+def stage(settings: Settings, name: str) -> Settings:
+    """One box of it."""
+    return next(stage for stage in settings["stages"] if stage["name"] == name)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[Settings], Path]:
+    """Write a recipe file."""
+
+    def write(settings: Settings) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(settings, sort_keys=False))
+        return path
+
+    return write
+
+
+def run_cli(*arguments: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """The `switchback` command, as a user runs it."""
+    command = [str(SWITCHBACK), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment(**(env or {})), capture_output=True, text=True, timeout=300)
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's, without what would point a test at somebody's registry or server."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SWITCHBACK_", "PREFECT_"))}
+    return {**kept, **more}
+
+
+@pytest.fixture(scope="session")
+def climbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(recipe, registry) of the tiny climb, run once for all tests that only look at it."""
+    directory = tmp_path_factory.mktemp("climbed")
+    recipe = directory / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(TINY, sort_keys=False))
+    done = run_cli("run", recipe, "--registry", directory / "registry", "--no-prefect")
+    assert done.returncode == 0, done.stderr
+    return recipe, directory / "registry"

@@ -1,0 +1,213 @@
+"""Keys: they move with what decides the result, and with nothing else."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import plan, recipe
+from pipeline.identity import canonical, changes, key_of
+from pipeline.registry import Registry
+from stages import STAGES
+from stages.config import Config, part_of
+from tests.conftest import TINY, stage
+
+EVERYTHING: dict[str, Any] = copy.deepcopy(TINY)
+EVERYTHING["model"] |= {"lora": {"r": 32, "alpha": 32.0, "dropout": 0.0, "targets": "all-linear"}}
+stage(EVERYTHING, "harvest")["keep"] |= {"per_prompt": 2, "pass_rate": [0.0, 1.0]}
+EVERYTHING |= {"deadline": 100, "track": {"wandb": "offline"}, "seed": 0}
+EVERYTHING["launch"] |= {"processes": 1, "device": "auto", "micro_batch": 8}
+"""A recipe in which every optional group is there, so that every field can be walked to."""
+
+OTHER: dict[str, Any] = {
+    "recipe.name": "other", "recipe.seed": 1, "recipe.registry": "elsewhere", "recipe.deadline": 7,
+    "model.path": None, "model.hub": None, "model.revision": None, "model.artifact": None, "model.dtype": "bfloat16",
+    "lora.r": 4, "lora.alpha": 4.0, "lora.dropout": 0.5, "lora.targets": ["q_proj"],
+    "problem.name": None, "problem.form": "text",
+    "format.prompt": "scheduler", "format.response_prefix": "",
+    "evaluate.rows": 9, "evaluate.samples": 3, "evaluate.temperature": 0.5, "evaluate.max_completion_length": 9, "validation.rows": 5,
+    "launch.processes": 2, "launch.threads": 2, "launch.device": "cpu", "launch.micro_batch": 4, "launch.accelerate": None,
+    "track.wandb": "online",
+    "stage.name": "renamed", "stage.policy": "base", "stage.replicate": 1, "stage.deadline": 5, "stage.gate": {"pass_rate": 0.1},
+    "stage.kind": None, "stage.data": "demonstrations", "stage.rows": "train[100:200]",
+    "stage.learning_rate": 0.5, "stage.lr_scheduler": "constant", "stage.warmup_steps": 3.0, "stage.weight_decay": 0.5, "stage.max_grad_norm": 0.5,
+    "stage.trl": {"adam_beta2": 0.5}, "stage.prompt_loss_weight": 0.7, "stage.completion_loss_weight": 0.7, "stage.epochs": 2.0, "stage.rows_per_step": 16,
+    "stage.steps": 7, "stage.prompts_per_step": 4, "stage.group_size": 8, "stage.max_completion_length": 9, "stage.temperature": 0.5, "stage.epsilon": 0.1,
+    "stage.epsilon_high": 0.5, "stage.samples": 3, "kl.beta": 0.5, "kl.reference": "base",
+    "keep.min_score": 0.5, "keep.per_prompt": 1, "keep.pass_rate": [0.1, 0.9],
+}  # fmt: skip
+"""Another value for every field; None where a field cannot be changed on its own (covered by tests of their own below)."""
+
+GROUPS = {
+    "recipe": [()], "model": [("model",)], "lora": [("model", "lora")], "problem": [("problem",)], "format": [("format",)],
+    "evaluate": [("evaluate",)], "validation": [("validation",)], "launch": [("launch",)], "track": [("track",)],
+    "stage": [("stages", i) for i in range(5)], "kl": [("stages", 1, "kl"), ("stages", 4, "kl")], "keep": [("stages", 2, "keep")],
+}  # fmt: skip
+
+
+def keys(settings: dict[str, Any], tmp_path: Path) -> list[str]:
+    """The keys of all steps, in order."""
+    return [step.key for step in plan.steps(recipe.Recipe.model_validate(settings), Registry(tmp_path / "r"))]
+
+
+def config_at(loaded: Any, way: tuple[Any, ...]) -> Config:
+    for name in way:
+        loaded = loaded[name] if isinstance(name, int) else getattr(loaded, name)
+    return loaded
+
+
+def fields() -> list[tuple[str, tuple[Any, ...], str]]:
+    """(group, way, field) of every field of every Config in the recipe."""
+    loaded = recipe.Recipe.model_validate(EVERYTHING)
+    found = []
+    for group, ways in GROUPS.items():
+        for way in ways:
+            config = config_at(loaded, way)
+            inner = [n for n in type(config).model_fields if isinstance(getattr(config, n), (Config, tuple)) and n not in ("pass_rate", "targets")]
+            found += [(group, way, name) for name in type(config).model_fields if name not in inner and OTHER[f"{group}.{name}"] is not None]
+    return found
+
+
+@pytest.mark.parametrize(("group", "way", "name"), fields(), ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else value)
+def test_a_key_moves_exactly_when_an_identity_field_does(group, way, name, tmp_path):
+    """Every field of every Config is changed, one at a time."""
+    other = OTHER[f"{group}.{name}"]
+    settings = copy.deepcopy(EVERYTHING)
+    here: Any = settings
+    for step in way:
+        here = here.setdefault(step, {}) if isinstance(here, dict) else here[step]
+    if (group, name) == ("stage", "name"):
+        rename(settings, here["name"], other)
+    elif (group, name) == ("stage", "data"):
+        if here.get("data") != "harvest":
+            return
+        here["data"] = other
+    elif (group, name) == ("stage", "rows") and here.get("data") == "harvest":
+        return
+    elif (group, name) == ("stage", "policy") and here["policy"] == "base":
+        return
+    else:
+        here[name] = other
+    if (group, name) == ("stage", "policy") and here.get("kind") == "rejection":
+        here["rows"] = "train[64:80]"
+    part = part_of(type(config_at(recipe.Recipe.model_validate(EVERYTHING), way)), name)
+    assert part in ("identity", "resolved", "execution"), f"{group}.{name} is not marked"
+    moved = keys(settings, tmp_path) != keys(EVERYTHING, tmp_path)
+    assert moved == (part != "execution"), f"{group}.{name} is {part}"
+
+
+def rename(settings, old, new):
+    for box in settings["stages"]:
+        for role in ("name", "policy", "data"):
+            if box.get(role) == old:
+                box[role] = new
+
+
+def test_every_config_of_every_kind_is_marked():
+    for kind, known in STAGES.items():
+        for name in known.config.model_fields:
+            assert part_of(known.config, name), f"{kind}.{name} is neither identity nor execution"
+
+
+def test_every_field_that_the_walk_skips_is_one_of_these():
+    assert {name for name, value in OTHER.items() if value is None} == {
+        "model.path", "model.hub", "model.revision", "model.artifact", "problem.name", "launch.accelerate", "stage.kind",
+    }  # fmt: skip
+
+
+def test_one_changed_byte_of_the_base_model_moves_every_key(tmp_path, settings):
+    model = tmp_path / "model"
+    shutil.copytree(settings["model"]["path"], model)
+    settings["model"]["path"] = str(model)
+    before = keys(settings, tmp_path)
+    (model / "README.md").write_text("not the model")
+    assert keys(settings, tmp_path) == before
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    assert not set(keys(settings, tmp_path)) & set(before)
+
+
+def test_the_base_model_is_known_by_its_bytes_and_not_by_its_place(tmp_path, settings):
+    before = keys(settings, tmp_path)
+    shutil.copytree(settings["model"]["path"], tmp_path / "moved")
+    settings["model"]["path"] = str(tmp_path / "moved")
+    assert keys(settings, tmp_path) == before
+
+
+def test_a_hub_model_is_known_by_name_and_revision(tmp_path, settings):
+    settings["model"] = {"hub": "org/name", "revision": "abc"}
+    before = keys(settings, tmp_path)
+    for change in ({"hub": "org/other"}, {"revision": "abd"}):
+        settings["model"] = {"hub": "org/name", "revision": "abc"} | change
+        assert not set(keys(settings, tmp_path)) & set(before)
+
+
+@pytest.mark.parametrize("part", ["system", "user"])
+def test_one_changed_byte_of_the_prompt_moves_every_key(part, tmp_path, settings):
+    prompt = tmp_path / "mine.md"
+    prompt.write_text("---\npurpose: a test\n---\n# system\nbe brief\n# user\n{{ prompt }}\n")
+    settings["format"]["prompt"] = str(prompt)
+    before = keys(settings, tmp_path)
+    prompt.write_text(prompt.read_text().replace("a test", "another"))
+    assert keys(settings, tmp_path) == before, "the purpose is for people"
+    text = prompt.read_text()
+    prompt.write_text(text.replace("brief", "brieg") if part == "system" else text.replace("{{ prompt }}", "{{ prompt }}!"))
+    assert not set(keys(settings, tmp_path)) & set(before)
+
+
+def test_one_changed_byte_of_a_problem_file_moves_the_keys_of_what_uses_it(tmp_path, settings):
+    file = tmp_path / "mine.py"
+    file.write_text("x = 1\n")
+    settings["problem"] = {"file": str(file)}
+    before = keys(settings, tmp_path)
+    file.write_text("x = 2\n")
+    assert not set(keys(settings, tmp_path)) & set(before)
+
+
+def test_one_changed_byte_of_a_dataset_or_a_reward_file_moves_the_keys(tmp_path, settings):
+    data, reward = tmp_path / "rows.jsonl", tmp_path / "rewards.py"
+    data.write_text("{}\n")
+    reward.write_text("a = 1\n")
+    settings["problem"] = {"dataset": str(data), "rewards": [f"{reward}:brevity"]}
+    seen = [keys(settings, tmp_path)]
+    data.write_text("{} \n")
+    seen.append(keys(settings, tmp_path))
+    reward.write_text("a = 2\n")
+    seen.append(keys(settings, tmp_path))
+    assert len({key for found in seen for key in found}) == 3 * len(seen[0])
+
+
+def test_a_base_evaluation_is_shared_by_all_seeds(tmp_path, settings):
+    before = keys(settings, tmp_path)
+    settings["seed"] = 1
+    after = keys(settings, tmp_path)
+    assert after[0] == before[0]
+    assert not set(after[1:]) & set(before[1:])
+
+
+def test_a_step_does_not_depend_on_what_it_does_not_use(tmp_path, settings):
+    """rl2's KL moves rl2 and its evaluation, and nothing else."""
+    before = keys(settings, tmp_path)
+    stage(settings, "rl2")["kl"] = {"beta": 0.1}
+    moved = [a != b for a, b in zip(before, keys(settings, tmp_path), strict=True)]
+    assert moved == [False] * 8 + [True] * 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {1: 2}, {"a": {1, 2}}, b"x", object(), Path("x")])
+def test_what_cannot_be_hashed_stably_is_refused(value):
+    with pytest.raises(TypeError):
+        canonical({"a": [value]})
+
+
+def test_a_key_does_not_depend_on_the_order_of_a_dict():
+    assert key_of({"a": 1, "b": [1.5, None, True, "x"]}) == key_of({"b": [1.5, None, True, "x"], "a": 1})
+    assert key_of({}) == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
+
+
+def test_changes_names_fields_by_their_path():
+    assert changes({"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": 1, "c": 3}, "d": (1,), "e": None}) == {"a.c": (2, 3)}

@@ -1,0 +1,194 @@
+"""Recipes: what parses, what is refused in one line, and what the schema says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline import checks, recipe
+from stages.job import BadInput
+from tests.conftest import ROOT, run_cli, stage
+
+
+def set_(settings, path, value):
+    """a.b.c = value; stages by name."""
+    here = settings
+    *way, last = path.split(".")
+    for name in way:
+        here = stage(settings, name) if isinstance(here, list) else here.setdefault(name, {})
+    here[last] = value
+
+
+BAD = {
+    "unknown key": ({"stages.rl1.kl": {"betta": 1}}, "unknown key 'betta'; did you mean beta?"),
+    "unknown key at the top": ({"modle": 1}, "did you mean model?"),
+    "wrong type": ({"stages.rl1.steps": "many"}, "stages.rl1.steps: found 'many'"),
+    "true is no number": ({"stages.rl1.steps": True}, "stages.rl1.steps: found True"),
+    "later stage": ({"stages.rl1.policy": "rl2"}, "rl2 does not come before it"),
+    "unknown stage": ({"stages.rl1.policy": "warmap"}, "did you mean warmup?"),
+    "itself": ({"stages.rl1.policy": "rl1"}, "rl1 does not come before it"),
+    "no policy": ({"stages.distill.policy": "harvest"}, "harvest makes no policy"),
+    "no data": ({"stages.distill.data": "rl1"}, "rl1 makes no data"),
+    "two of one name": ({"stages.rl2.name": "rl1"}, "two stages are named rl1"),
+    "reserved name": ({"stages.rl2.name": "base"}, "the name base is reserved"),
+    "negative weight": ({"stages.warmup.prompt_loss_weight": -0.1}, "prompt_loss_weight: found -0.1"),
+    "both weights 0": ({"stages.warmup.prompt_loss_weight": 0.0, "stages.warmup.completion_loss_weight": 0.0}, "are both 0"),
+    "a batch that does not divide": ({"launch.micro_batch": 3}, "rows_per_step=32 does not divide by processes=1 x micro_batch=3 (=3)"),
+    "no prompt file": ({"format.prompt": "planes"}, "no prompt named 'planes'"),
+    "no prompt path": ({"format.prompt": "nowhere/p.md"}, "nowhere/p.md is not there"),
+    "no model": ({"model.path": "nowhere"}, "model.path: nowhere holds no config.json"),
+    "two models": ({"model.hub": "org/name"}, "expected exactly one"),
+    "too few rows": ({"stages.rl1.rows": "train[0:1]"}, "has 1 rows, fewer than one generation batch of prompts_per_step=2"),
+    "rows that are no range": ({"stages.rl1.rows": "train"}, "expected a range such as train[0:1000]"),
+    "rows of another split": ({"stages.rl1.rows": "held_out[0:100]"}, "held_out rows are for evaluation only"),
+    "unknown kind": ({"stages.rl1.kind": "gropo"}, "did you mean grpo?"),
+    "unknown problem": ({"problem": {"nmae": "scheduling"}}, "expected one of {name: scheduling}"),
+    "a TRL name that is ours": ({"stages.rl1.trl": {"learning_rate": 1.0}}, "set the stage's own learning_rate"),
+    "rows without demonstrations": ({"stages.distill.rows": "train[0:5]"}, "remove rows"),
+    "a pass-rate band": ({"stages.harvest.keep": {"pass_rate": [0.9, 0.1]}}, "expected two shares"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes, said", BAD.values(), ids=BAD.keys())
+def test_bad_input_is_refused_in_one_line_that_says_what_was_found(changes, said, settings, write):
+    for path, value in changes.items():
+        set_(settings, path, value)
+    with pytest.raises(BadInput) as refused:
+        checks.check(recipe.load(write(settings)))
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def one_line(done):
+    """Exit 2, nothing on stdout, one line on stderr, no traceback."""
+    assert done.returncode == 2, done
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "check"])
+def test_a_bad_recipe_exits_2_with_one_line_from_every_command(command, settings, write):
+    stage(settings, "rl1")["kl"] = {"betta": 1}
+    assert "did you mean beta?" in one_line(run_cli(command, write(settings)))
+
+
+def test_a_missing_recipe_is_one_line(tmp_path):
+    assert "there is no such recipe file" in one_line(run_cli("run", tmp_path / "none.yaml"))
+
+
+def test_broken_yaml_gives_line_and_column(tmp_path):
+    (tmp_path / "bad.yaml").write_text("name: x\nstages: [1, 2\n")
+    assert "line 3, column 1" in one_line(run_cli("run", tmp_path / "bad.yaml"))
+
+
+def test_a_key_given_twice_is_an_error(tmp_path):
+    (tmp_path / "bad.yaml").write_text("name: x\nname: y\n")
+    assert "line 2, column 1: the key 'name' is given twice" in one_line(run_cli("run", tmp_path / "bad.yaml"))
+
+
+def test_a_registry_under_a_file_is_one_line(tmp_path, settings, write):
+    (tmp_path / "file").write_text("")
+    assert "is a file" in one_line(run_cli("run", write(settings), "--registry", tmp_path / "file" / "registry"))
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("stages.rl9.steps=3", "no stage is named rl9; did you mean rl"),
+        ("seed", "expected a path, = and a value"),
+        ("name.x=1", "has nothing inside"),
+        ("stages.rl1.stepz=3", "did you mean steps?"),
+        ("seed=[1", "line 1, column 3"),
+    ],
+)
+def test_a_bad_override_is_one_line(override, said, settings, write):
+    assert said in one_line(run_cli("plan", write(settings), "--set", override))
+
+
+@pytest.mark.parametrize("arguments", [["nosuch"], ["plan"], ["run", "--nosuch"], ["plan", "configs/demo.yaml", "--only", "nosuch"]])
+def test_bad_arguments_are_one_line(arguments, tmp_path):
+    one_line(run_cli(*arguments, env={"SWITCHBACK_REGISTRY": str(tmp_path)}))
+
+
+LATER = {
+    "model.lora": {"r": 8},
+    "track.wandb": "offline",
+    "launch.processes": 2,
+    "stages.rl1.gate": {"pass_rate": 0.2},
+    "stages.rl1.kl": {"reference": "base"},
+    "problem.form": "text",
+}
+
+
+@pytest.mark.parametrize("path, value", LATER.items(), ids=LATER.keys())
+def test_what_comes_later_parses_and_plans_and_run_refuses_it_in_one_line(path, value, settings, write, tmp_path):
+    set_(settings, path, value)
+    file = write(settings)
+    assert run_cli("plan", file, "--registry", tmp_path / "r").returncode == 0
+    assert "later version" in one_line(run_cli("run", file, "--registry", tmp_path / "r")) or "only has 'policy'" in one_line(
+        run_cli("run", file, "--registry", tmp_path / "r")
+    )
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_problem_file_and_a_dataset_parse_plan_and_are_refused(settings, write, tmp_path):
+    (tmp_path / "mine.py").write_text("rows = []\n")
+    for problem in ({"file": str(tmp_path / "mine.py")}, {"dataset": "org/data", "rewards": ["accuracy"], "answer": "answer"}):
+        settings["problem"] = problem
+        file = write(settings)
+        assert run_cli("plan", file, "--registry", tmp_path / "r").returncode == 0
+        assert "later version" in one_line(run_cli("run", file, "--registry", tmp_path / "r"))
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_parses_and_plans_offline(config: Path, tmp_path):
+    done = run_cli("plan", config, "--registry", tmp_path / "r", "--json")
+    assert done.returncode == 0, done.stderr
+    assert {"base.evaluate", "warmup", "rl1", "harvest", "distill", "rl2", "rl2.evaluate"} <= {step["step"] for step in json.loads(done.stdout)}
+
+
+def test_the_recipe_of_the_design_parses(tmp_path):
+    """Every field that the documentation's example shows is known."""
+    (tmp_path / "r.yaml").write_text("""
+name: scheduling
+seed: 0
+registry: registry
+model: {hub: Qwen/Qwen2.5-0.5B-Instruct, dtype: bfloat16, lora: {r: 32, alpha: 32, targets: all-linear}}
+problem: {name: scheduling}
+format: {prompt: scheduler, response_prefix: "<think>\\n"}
+evaluate: {rows: 1000, samples: 8, temperature: 1.0}
+validation: {rows: 200}
+stages:
+  - {name: warmup,  kind: sft,       policy: base,   data: demonstrations, prompt_loss_weight: 0.1, epochs: 3, rows_per_step: 32, learning_rate: 2.0e-5}
+  - {name: rl1,     kind: grpo,      policy: warmup, rows: "train[0:1000]", steps: 200, prompts_per_step: 16, group_size: 8, max_completion_length: 512,
+     learning_rate: 1.0e-6, kl: {beta: 0.001, reference: policy}, gate: {pass_rate: 0.2}}
+  - {name: harvest, kind: rejection, policy: rl1,    samples: 16, keep: {min_score: 0.99, per_prompt: 2, pass_rate: [0.05, 0.9]}}
+  - {name: distill, kind: sft,       policy: base,   data: harvest}
+  - {name: rl2,     kind: grpo,      policy: distill, rows: "train[1000:2000]", steps: 200}
+launch: {processes: 1}
+track: {wandb: offline}
+""")
+    loaded = recipe.load(tmp_path / "r.yaml")
+    checks.check(loaded)
+    assert loaded.stages[0].epochs == 3.0
+
+
+def test_numbers_are_read_as_people_write_them(settings, write):
+    loaded = recipe.load(write(settings), ["stages.rl1.learning_rate=5e-4", "deadline=1.5h", "stages.warmup.trl={adam_beta2: 1e-1}"])
+    assert (loaded.stages[1].learning_rate, loaded.deadline, loaded.stages[0].trl) == (5e-4, 5400.0, {"adam_beta2": 0.1})
+
+
+def test_a_dumped_recipe_reads_back_equal(settings, write, tmp_path):
+    loaded = recipe.load(write(settings))
+    (tmp_path / "again.yaml").write_text(recipe.dump(loaded))
+    assert recipe.load(tmp_path / "again.yaml") == loaded
+
+
+def test_the_schema_says_of_every_field_whether_it_is_identity():
+    schema = json.loads(run_cli("schema").stdout)
+    assert schema["$defs"]["Kl"]["properties"]["beta"]["part"] == "identity"
+    assert "Coefficient of the KL term" in schema["$defs"]["Kl"]["properties"]["beta"]["description"]
+    assert schema["properties"]["launch"]["part"] == "execution"
