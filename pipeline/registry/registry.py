@@ -83,13 +83,12 @@ class Registry:
         write_through(directory / MANIFEST, whole.model_dump_json(indent=1))
         sync(directory)
         path = self.store.adopt(directory, f"artifacts/{id}")
-        log, taken = f"keys/{artifact.key}", self.store.last(f"keys/{artifact.key}")
-        while not self.store.put_new(f"{log}/{taken + 1:06d}.json", {"artifact": id}):
-            taken = self.store.last(log)
-            if winner := self.find(artifact.key):
-                shutil.rmtree(path)
-                return winner
-        return whole
+        log = f"keys/{artifact.key}"
+        while (winner := self.find(artifact.key)) is None:
+            self.store.put_new(f"{log}/{self.store.last(log) + 1:06d}.json", {"artifact": id})
+        if winner.id != id:
+            shutil.rmtree(path)
+        return winner
 
 
 def list_files(directory: Path) -> tuple[File, ...]:

@@ -1,0 +1,194 @@
+"""A whole climb on the real trainers, in seconds: artifacts, reuse, what the commands say of it, and how stages fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stages import tokens
+from tests.conftest import TINY, run_cli, stage
+
+POLICIES = ("warmup", "rl1", "distill", "rl2")
+
+
+def json_of(*arguments):
+    done = run_cli(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_box_made_what_it_says(climbed):
+    _, registry = climbed
+    shown = json_of("show", "--registry", registry)
+    assert shown["recipe"] == "tiny"
+    assert [(one["name"], one["kind"]) for one in shown["stages"]] == [
+        ("base", "base"), ("warmup", "sft"), ("rl1", "grpo"), ("harvest", "rejection"), ("distill", "sft"), ("rl2", "grpo"),
+    ]  # fmt: skip
+    for one in shown["stages"]:
+        assert Path(one["path"]).is_dir() and set(one) == {"name", "kind", "artifact", "path", "reused", "seconds", "evaluation"}
+        if one["name"] == "harvest":
+            assert one["evaluation"] is None
+        else:
+            assert set(one["evaluation"]) == {"greedy", "mean", "interval", "solved", "format", "pass_at_k", "rows", "samples"}
+            assert (one["evaluation"]["rows"], one["evaluation"]["samples"], set(one["evaluation"]["pass_at_k"])) == (8, 2, {"1", "2"})
+
+
+def test_a_policy_loads_as_users_load_models_and_serves_with_the_prefix(climbed):
+    _, registry = climbed
+    for one in json_of("show", "--registry", registry)["stages"]:
+        if one["name"] in POLICIES:
+            model, tokenizer = AutoModelForCausalLM.from_pretrained(one["path"]), AutoTokenizer.from_pretrained(one["path"])
+            text = tokenizer.apply_chat_template([{"role": "user", "content": "A"}], add_generation_prompt=True, tokenize=False)
+            assert text == "<|im_start|>user\nA<|im_end|>\n<|im_start|>assistant\n<think>\n"
+            assert model.config.vocab_size == len(tokenizer)
+
+
+def test_greedy_serving_equals_the_evaluation(climbed):
+    """What a user gets from the published policy by the usual two calls is what was scored."""
+    _, registry = climbed
+    shown = {one["name"]: one for one in json_of("show", "--registry", registry)["stages"]}
+    listed = {one["stage"]: one for one in json_of("ls", "--registry", registry)}
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(shown["rl2"]["path"]), AutoTokenizer.from_pretrained(shown["rl2"]["path"])
+    for line in Path(listed["rl2.evaluate"]["path"], "held_out.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        turn = [{"role": "user", "content": row["prompt"]}]
+        inputs = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        ids = model.generate(**inputs, max_new_tokens=36, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert "<think>\n" + tokenizer.decode(ids, skip_special_tokens=True) == row["greedy"]["text"]
+
+
+def test_what_rejection_kept_is_what_it_sampled_prefix_included(climbed):
+    _, registry = climbed
+    listed = {one["stage"]: one for one in json_of("ls", "--registry", registry)}
+    tokenizer = AutoTokenizer.from_pretrained(listed["rl1"]["path"])
+    rollouts = [json.loads(line) for line in Path(listed["harvest"]["path"], "rollouts", "rollouts.jsonl").read_text().splitlines()]
+    text_of = {(one["row"], one["sample"]): one["text"] for one in rollouts if one["kept"]}
+    kept = tokens.read(Path(listed["harvest"]["path"], "data"))
+    assert len(kept) == len(text_of) > 0
+    for row in kept:
+        assert row.completion_ids[:2] == tokenizer("<think>\n")["input_ids"]
+        assert tokenizer.decode(row.completion_ids, skip_special_tokens=True) == text_of[row.row, row.provenance["sample"]]
+        assert tokenizer.decode(row.prompt_ids).endswith("<|im_start|>assistant\n")
+
+
+def test_ls_is_oldest_first_with_absolute_paths_and_kinds(climbed):
+    _, registry = climbed
+    listed = json_of("ls", "--registry", registry)
+    assert [set(one) for one in listed] == [{"id", "stage", "kind", "path", "created", "size"}] * 10
+    assert [one["created"] for one in listed] == sorted(one["created"] for one in listed)
+    assert [one["kind"] for one in listed] == ["evaluate", "sft", "evaluate", "grpo", "evaluate", "rejection", "sft", "evaluate", "grpo", "evaluate"]
+    for one in listed:
+        assert Path(one["path"]).is_absolute() and one["size"] > 0
+
+
+def test_runs_lineage_verify_and_show_say_the_same_thing_to_people(climbed):
+    _, registry = climbed
+    listed = {one["stage"]: one["id"] for one in json_of("ls", "--registry", registry)}
+    runs = json_of("runs", "--registry", registry)
+    assert set(runs[0]) == {"run", "recipe", "state", "started"} and runs[-1]["state"] == "done"
+    assert runs[-1]["run"] in run_cli("runs", "--registry", registry).stdout
+    assert "10 artifacts are whole" in run_cli("verify", "--registry", registry).stdout
+    tree = run_cli("lineage", listed["rl2"], "--registry", registry).stdout
+    assert all(listed[name] in tree for name in ("rl2", "distill", "harvest", "rl1", "warmup")) and "tiny-base" in tree
+    assert listed["rl2"] in run_cli("show", "--registry", registry).stdout
+    assert "reward" in run_cli("show", listed["rl1"], "--registry", registry).stdout
+
+
+def test_again_reuses_everything_and_starts_no_server(climbed):
+    recipe, registry = climbed
+    done = run_cli("run", recipe, "--registry", registry)
+    assert done.returncode == 0
+    shown = json_of("show", "--registry", registry)
+    assert all(one["reused"] for one in shown["stages"])
+    assert not (registry / "work" / "prefect").exists()
+
+
+def test_another_kl_runs_rl2_and_its_evaluation_alone(climbed):
+    recipe, registry = climbed
+    override = ["--set", "stages.rl2.kl.beta=0.1"]
+    before = {one["id"] for one in json_of("ls", "--registry", registry)}
+    assert "kl.beta: 0.001 -> 0.1" in run_cli("plan", recipe, "--registry", registry, *override).stdout
+    assert run_cli("run", recipe, "--registry", registry, "--no-prefect", *override).returncode == 0
+    new = [one for one in json_of("ls", "--registry", registry) if one["id"] not in before]
+    assert [one["stage"] for one in new] == ["rl2", "rl2.evaluate"]
+
+
+def test_only_and_fresh_make_one_stage_again(climbed):
+    recipe, registry = climbed
+    done = run_cli("run", recipe, "--registry", registry, "--no-prefect", "--only", "harvest", "--fresh", "harvest")
+    assert done.returncode == 0, done.stderr
+    assert "harvest: replicate 1" in done.stdout
+    harvests = [one for one in json_of("ls", "--registry", registry) if one["stage"] == "harvest"]
+    assert len(harvests) == 2
+    texts = [Path(one["path"], "rollouts", "rollouts.jsonl").read_text() for one in harvests]
+    assert texts[0] != texts[1]
+
+
+def test_the_same_recipe_in_another_registry_makes_the_same_weights(climbed, write, tmp_path):
+    """Bit-identity for equal execution: the model's files have equal digests."""
+    _, registry = climbed
+    settings = {**TINY, "stages": TINY["stages"][:2]}
+    assert run_cli("run", write(settings), "--registry", tmp_path / "r", "--no-prefect").returncode == 0
+    for name in ("warmup", "rl1"):
+        digests = []
+        for place in (registry, tmp_path / "r"):
+            id = next(one["id"] for one in json_of("ls", "--registry", place) if one["stage"] == name)
+            files = json_of("show", id, "--registry", place)["files"]
+            digests.append({file["path"]: file["sha256"] for file in files if file["path"] == "model.safetensors"})
+        assert digests[0] == digests[1]
+
+
+def test_the_registry_comes_from_the_option_the_recipe_the_environment_the_directory(settings, write, tmp_path):
+    def root(recipe, *option, **env):
+        done = run_cli("plan", recipe, "--only", "rl2", *option, cwd=tmp_path, env=env)
+        return done.stderr.partition("neither in ")[2].partition(" nor")[0]
+
+    plain = write(settings)
+    assert root(plain) == str(tmp_path / "registry")
+    assert root(plain, SWITCHBACK_REGISTRY="from_env") == str(tmp_path / "from_env")
+    settings["registry"] = "from_recipe"
+    assert root(write(settings), SWITCHBACK_REGISTRY="from_env") == str(tmp_path / "from_recipe")
+    assert root(write(settings), "--registry", "from_option", SWITCHBACK_REGISTRY="from_env") == str(tmp_path / "from_option")
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        ({"deadline": 0.05}, 1, "killed after its deadline of 0.05 s"),
+        ({"trl": {"no_such_setting": 1}}, 2, "no such setting"),
+        ({"trl": {"loss_type": "dft"}}, 1, "loss_type nll"),
+    ],
+)
+def test_a_stage_that_fails_is_one_line_and_publishes_nothing(change, code, said, settings, write, tmp_path):
+    stage(settings, "warmup").update(change)
+    done = run_cli("run", write(settings), "--registry", tmp_path / "r", "--no-prefect", "--only", "warmup")
+    assert done.returncode == code and said in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
+    assert json_of("ls", "--registry", tmp_path / "r") == []
+    assert json_of("runs", "--registry", tmp_path / "r")[0]["state"] == "failed"
+
+
+def test_a_harvest_that_kept_nothing_is_said_by_the_stage_that_reads_it(settings, write, tmp_path):
+    stage(settings, "harvest")["keep"] = {"min_score": 1.0}
+    done = run_cli("run", write(settings), "--registry", tmp_path / "r", "--no-prefect", "--until", "distill")
+    assert done.returncode == 2 and "its data has no rows" in done.stderr
+
+
+def test_after_a_failure_the_same_command_goes_on_from_what_is_done(settings, write, tmp_path):
+    stage(settings, "rl1")["trl"] = {"no_such_setting": 1}
+    assert run_cli("run", write(settings), "--registry", tmp_path / "r", "--no-prefect", "--until", "rl1").returncode == 2
+    del stage(settings, "rl1")["trl"]
+    assert run_cli("run", write(settings), "--registry", tmp_path / "r", "--no-prefect", "--until", "rl1").returncode == 0
+    shown = {one["name"]: one["reused"] for one in json_of("show", "--registry", tmp_path / "r")["stages"]}
+    assert shown["warmup"] is True and shown["rl1"] is False
+
+
+def test_verify_exits_1_and_names_a_changed_file(settings, write, tmp_path):
+    assert run_cli("run", write(settings), "--registry", tmp_path / "r", "--no-prefect", "--until", "warmup").returncode == 0
+    path = next(one["path"] for one in json_of("ls", "--registry", tmp_path / "r") if one["stage"] == "warmup")
+    Path(path, "config.json").write_text("{}")
+    done = run_cli("verify", "--registry", tmp_path / "r")
+    assert done.returncode == 1 and "config.json" in done.stdout and "Traceback" not in done.stderr

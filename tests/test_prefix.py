@@ -1,0 +1,105 @@
+"""The prefix is one thing: given in sampling, target in SFT, seen by the problem, yielded by the serving template, never doubled."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import AutoTokenizer
+
+from stages import models, prefix
+from stages.job import BadInput, Format
+from stages.problems.base import Row
+from tests.models import CHATML, make_model, make_tokenizer
+
+ROW = Row("1", "What is 1 + 2?")
+
+
+def format_with(response_prefix: str = "<think>\n", system: str = "", user: str = "{{ prompt }}") -> Format:
+    return Format(prompt="p", prompt_digest="d", system_prompt=system, user_template=user, response_prefix=response_prefix)
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer()
+
+
+def test_sampling_is_given_prompt_and_prefix_and_nothing_is_merged_between_them(tokenizer):
+    prompts, given = prefix.sampling_prompts(tokenizer, format_with(), [ROW])
+    assert tokenizer.decode(prompts[0]) == "<|im_start|>user\nWhat is 1 + 2?<|im_end|>\n<|im_start|>assistant\n"
+    assert given[0] == prompts[0] + tokenizer("<think>\n")["input_ids"]
+
+
+def test_an_sft_target_starts_with_the_very_ids_that_sampling_is_given(tokenizer):
+    """Were prefix and rest one string, the tokenizer would merge across the boundary."""
+    text = "<think>\nOkay, so I add the numbers."
+    ids = prefix.demonstration_ids(tokenizer, format_with("<think>\nOk"), text)
+    start = prefix.prefix_ids(tokenizer, "<think>\nOk")
+    assert ids[: len(start)] == start and ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids[:-1]) == text
+    assert ids[:-1] != tokenizer(text)["input_ids"]
+
+
+def test_a_demonstration_that_does_not_start_with_the_prefix_is_refused(tokenizer):
+    with pytest.raises(BadInput, match="make them agree"):
+        prefix.demonstration_ids(tokenizer, format_with(), "Okay.")
+
+
+def test_the_problem_sees_the_prefix_and_no_special_token(tokenizer):
+    sampled = [*tokenizer("Okay.")["input_ids"], tokenizer.eos_token_id]
+    assert prefix.completion_text(tokenizer, "<think>\n", sampled) == "<think>\nOkay."
+
+
+@pytest.mark.parametrize("response_prefix", ["<think>\n", "", "{{ 'a' }}", "\"quoted\" \\ {% x %}\n", "\n\n"])
+@pytest.mark.parametrize("template", [CHATML, CHATML + "\n", CHATML.replace("{% endif %}", "{%- endif %}\n")])
+def test_serving_yields_prompt_and_prefix_and_training_does_not(response_prefix, template, tmp_path, tokenizer):
+    tokenizer.chat_template = template
+    turn = prefix.messages(format_with(response_prefix), ROW)
+    training = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    models.save_policy(make_model(tokenizer), tokenizer, format_with(response_prefix), tmp_path)
+    served = AutoTokenizer.from_pretrained(tmp_path)
+    assert served.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) == training + response_prefix
+    assert served.apply_chat_template(turn, add_generation_prompt=False, tokenize=False).count("assistant") == 0
+    assert prefix.training_template(served) == template
+    assert served.decode(prefix.prompt_ids(served, [turn])[0]) == training
+
+
+def test_the_prefix_is_not_doubled_when_a_policy_is_published_again(tmp_path, tokenizer):
+    for generation in range(3):
+        models.save_policy(make_model(tokenizer), tokenizer, format_with(), tmp_path / str(generation))
+        tokenizer = models.load_tokenizer(str(tmp_path / str(generation)))
+    text = tokenizer.apply_chat_template(prefix.messages(format_with(), ROW), add_generation_prompt=True, tokenize=False)
+    assert text.count("<think>") == 1
+
+
+def test_system_prompt_and_user_template_dress_the_row(tokenizer):
+    dressed = prefix.messages(format_with(system="Be brief.", user="Task {{ id }}: {{ prompt }}"), ROW)
+    assert dressed == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Task 1: What is 1 + 2?"}]
+
+
+def test_a_user_template_that_asks_for_what_a_row_has_not_is_refused():
+    with pytest.raises(BadInput, match="a row has id, prompt"):
+        prefix.messages(format_with(user="{{ question }}"), ROW)
+
+
+def test_a_user_template_cannot_reach_the_machine():
+    with pytest.raises(Exception, match="unsafe"):
+        prefix.messages(format_with(user="{{ prompt.__class__.__mro__ }}"), ROW)
+
+
+def test_a_turn_that_does_not_end_in_the_eos_token_is_refused(tokenizer):
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", "</s>")
+    with pytest.raises(BadInput, match="eos token"):
+        prefix.turn_end(tokenizer)
+
+
+def test_a_prefix_that_the_tokenizer_cannot_write_is_refused():
+    from tests.conftest import TINY_BASE
+
+    with pytest.raises(BadInput, match="comes back from the tokenizer"):
+        prefix.prefix_ids(models.load_tokenizer(str(TINY_BASE)), "<dächte>")
+
+
+def test_the_digest_of_a_format_moves_with_its_text_and_not_with_its_name(tokenizer):
+    seen = prefix.seen_format(format_with(), tokenizer)
+    assert len(seen.training_template) == 64
+    assert prefix.format_digest(seen) == prefix.format_digest(seen.model_copy(update={"prompt": "other"}))
+    assert prefix.format_digest(seen) != prefix.format_digest(seen.model_copy(update={"response_prefix": ""}))

@@ -1,0 +1,157 @@
+"""The registry: whole or not there, written once, found by key, verified by bytes."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from pipeline.registry import Artifact, Registry, Source, UnsafeFile, runs
+from pipeline.registry.lineage import lineage
+from pipeline.registry.store import LocalStore
+from pipeline.registry.verify import verify
+from stages.job import BadInput
+
+
+def finished(directory: Path, content: str = "weights") -> Path:
+    (directory / "data").mkdir(parents=True)
+    (directory / "model.safetensors").write_text(content)
+    (directory / "data" / "rows.jsonl").write_text("{}\n")
+    return directory
+
+
+def draft(key: str = "k" * 64, stage: str = "warmup", inputs: dict[str, Source] | None = None) -> Artifact:
+    return Artifact(
+        id="", key=key, kind="sft", stage=stage, created="", outputs={"policy": ".", "data": "data"}, files=(), inputs=inputs or {}, format=None,
+        config={}, identity={}, metrics={}, provenance={},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def registry(tmp_path):
+    return Registry(tmp_path / "registry")
+
+
+def test_what_is_published_is_found_by_key_and_by_id_and_leaves_where_it_was(registry, tmp_path):
+    out = finished(tmp_path / "out")
+    artifact = registry.publish(out, draft())
+    assert not out.exists()
+    assert registry.find("k" * 64) == registry.open(artifact.id) == artifact
+    assert (registry.path(artifact, "data") / "rows.jsonl").read_text() == "{}\n"
+    assert {file.path for file in artifact.files} == {"model.safetensors", "data/rows.jsonl"}
+    assert artifact.id.startswith("warmup-") and len(artifact.id) == len("warmup-") + 8
+
+
+def test_without_a_manifest_a_directory_is_no_artifact(registry, tmp_path):
+    artifact = registry.publish(finished(tmp_path / "out"), draft())
+    (registry.path(artifact) / "artifact.json").unlink()
+    assert registry.find(artifact.key) is None and registry.artifacts() == []
+    with pytest.raises(BadInput, match="there is no artifact"):
+        registry.open(artifact.id)
+
+
+def test_the_first_maker_of_a_key_wins_and_the_other_leaves_nothing(registry, tmp_path):
+    first = registry.publish(finished(tmp_path / "a"), draft())
+    second = registry.publish(finished(tmp_path / "b", "other"), draft())
+    assert second == first
+    assert [artifact.id for artifact in registry.artifacts()] == [first.id]
+
+
+def test_a_key_whose_artifact_is_gone_or_void_can_be_made_again(registry, tmp_path):
+    first = registry.publish(finished(tmp_path / "a"), draft())
+    registry.store.append(f"keys/{first.key}", {"void": first.id, "reason": "a test"})
+    assert registry.find(first.key) is None
+    again = registry.publish(finished(tmp_path / "b"), draft())
+    assert again.id != first.id and registry.find(first.key) == again
+
+
+@pytest.mark.parametrize("name", ["training_args.bin", "optimizer.pt", "model.pkl", "code.py", "noextension"])
+def test_an_unsafe_kind_of_file_is_never_published(name, registry, tmp_path):
+    out = finished(tmp_path / "out")
+    (out / name).write_text("x")
+    with pytest.raises(UnsafeFile, match=name):
+        registry.publish(out, draft())
+    assert out.exists() and registry.artifacts() == []
+
+
+def test_a_link_is_never_published(registry, tmp_path):
+    out = finished(tmp_path / "out")
+    (out / "link.json").symlink_to("/etc/passwd")
+    with pytest.raises(UnsafeFile, match="link"):
+        registry.publish(out, draft())
+
+
+def test_verify_names_every_file_that_changed_went_or_came(registry, tmp_path):
+    artifact = registry.publish(finished(tmp_path / "out"), draft())
+    assert verify(registry, artifact) == []
+    directory = registry.path(artifact)
+    (directory / "model.safetensors").write_text("weightz")
+    (directory / "data" / "rows.jsonl").unlink()
+    (directory / "extra.txt").write_text("")
+    said = verify(registry, artifact)
+    assert len(said) == 3 and all(artifact.id in line for line in said)
+    assert "model.safetensors: its bytes" in said[1] and "rows.jsonl: is gone" in said[0] and "extra.txt: was not published" in said[2]
+
+
+def test_lineage_goes_down_to_the_base_and_says_what_is_gone(registry, tmp_path):
+    base = Source(id=None, output="policy", key="base-key", name="/models/tiny")
+    first = registry.publish(finished(tmp_path / "a"), draft("1" * 64, "warmup", {"policy": base}))
+    source = Source(id=first.id, output="policy", key=first.key, name="warmup")
+    second = registry.publish(finished(tmp_path / "b"), draft("2" * 64, "rl1", {"policy": source}))
+    tree = lineage(registry, second)
+    assert tree.inputs[0].id == first.id and tree.inputs[0].inputs[0].name == "/models/tiny"
+    (registry.path(first) / "artifact.json").unlink()
+    gone = lineage(registry, second).inputs[0]
+    assert (gone.whole, gone.kind) == (False, "gone")
+
+
+def test_a_root_that_is_a_file_and_a_registry_of_another_format_are_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match="is a file"):
+        Registry(tmp_path / "file" / "registry")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "format.json").write_text(json.dumps({"format": 2}))
+    with pytest.raises(BadInput, match="format"):
+        Registry(tmp_path / "new")
+
+
+def test_no_name_leaves_the_root(tmp_path):
+    store = LocalStore(tmp_path / "r")
+    for name in ("../x", "a/../../x", "/etc/passwd"):
+        with pytest.raises(ValueError, match="leaves the registry"):
+            store.path(name)
+
+
+def _append(root: Path, writer: int) -> None:
+    for i in range(25):
+        LocalStore(root).append("log", {"writer": writer, "i": i})
+
+
+def test_an_append_only_log_loses_nothing_to_eight_writers(tmp_path):
+    """Numbers are dense, and every entry is there once."""
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_append, args=(tmp_path, writer)) for writer in range(8)]
+    for process in writers:
+        process.start()
+    for process in writers:
+        process.join()
+    store = LocalStore(tmp_path)
+    assert store.names("log") == [f"{n:06d}.json" for n in range(1, 201)]
+    assert {(entry["writer"], entry["i"]) for entry in store.entries("log")} == {(w, i) for w in range(8) for i in range(25)}
+
+
+def test_a_run_is_remembered_with_its_state(registry):
+    done = runs.start(registry, "demo", "name: demo\n", [])
+    runs.record(registry, done, "done")
+    running = runs.start(registry, "demo", "name: demo\n", [])
+    assert {run.run: run.state for run in runs.runs(registry)} == {done: "done", running: "running"}
+    assert [run.run for run in runs.runs(registry)] == [running, done], "newest first"
+
+
+def test_a_run_whose_process_is_gone_was_interrupted(registry):
+    run = runs.start(registry, "demo", "", [])
+    event = registry.store.path(f"runs/{run}/events/000001.json")
+    event.write_text(event.read_text().replace('"process": "', '"process": "9'))
+    assert runs.runs(registry)[0].state == "interrupted"
