@@ -6,9 +6,11 @@ its own place; what is published leaves it by a rename.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +28,7 @@ class Observer(Protocol):
 
     def reused(self, step: Step, artifact: Artifact) -> None: ...
     def skipped(self, step: Step) -> None: ...
+    def waiting(self, step: Step, pid: str) -> None: ...
     def started(self, step: Step) -> None: ...
     def logged(self, step: Step, line: dict[str, Any]) -> None: ...
     def finished(self, step: Step, artifact: Artifact) -> None: ...
@@ -45,15 +48,39 @@ def run_step(
     Raises StageFailed when the stage did not end well, BadInput when it refused what it was given.
     """
     step = planned.step
-    if artifact := registry.find(step.key):  # it may have been made since it was planned
+    if artifact := registry.find(step.key):
         observer.reused(step, artifact)
         return artifact, True
-    observer.started(step)
     job = job_of(step, made, registry, execution)
-    result = launcher.launch(job, step.deadline, lambda line: observer.logged(step, line))
-    artifact = publish(step, job, result, made, registry, run)
+    with alone(Path(job.work), lambda pid: observer.waiting(step, pid)):
+        if artifact := registry.find(step.key):  # another run has made it since
+            observer.reused(step, artifact)
+            return artifact, True
+        observer.started(step)
+        result = launcher.launch(job, step.deadline, lambda line: observer.logged(step, line))
+        artifact = publish(step, job, result, made, registry, run)
     observer.finished(step, artifact)
     return artifact, False
+
+
+@contextmanager
+def alone(work: Path, on_wait: Callable[[str], None]) -> Iterator[None]:
+    """Be the only run on this machine that makes this step, from the look into the registry to its publication.
+
+    Where another run is at it, `on_wait` hears that run's pid, once. The kernel frees the lock whatever ends its holder.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "run.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            on_wait(lock.read().strip())
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
 
 
 def job_of(step: Step, made: Mapping[str, Artifact], registry: Registry, execution: Execution) -> Job:

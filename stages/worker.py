@@ -19,6 +19,8 @@ from typing import IO, Any
 from stages.job import BadInput, Job, Result
 
 RESULT, ERROR, LOCK = "result.json", "error.json", "lock"
+PATIENCE = 10.0
+"""Seconds to wait for a directory that another job holds."""
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
 
 
@@ -67,12 +69,18 @@ def _run(job: Job) -> Result:
 
 
 def _take(lock: IO[str], job: Job) -> None:
-    """Hold the directory's lock until this process and all its children are gone."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        raise BadInput(f"{job.name}: process {lock.read().strip() or '?'} is already working in {job.work}; wait for it or stop it") from None
+    """Hold the directory's lock until this process and all its children are gone. A job whose launcher was killed needs a moment to be gone."""
+    ends_at = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > ends_at:
+                lock.seek(0)
+                holder = lock.read().strip() or "?"
+                raise BadInput(f"{job.name}: process {holder} is already working in {job.work}; wait for it or stop it") from None
+            time.sleep(0.1)
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()

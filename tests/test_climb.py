@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages import tokens
-from tests.conftest import TINY, run_cli, stage
+from tests.conftest import ROOT, SWITCHBACK, TINY, environment, run_cli, stage
 
 POLICIES = ("warmup", "rl1", "distill", "rl2")
 
@@ -184,6 +185,18 @@ def test_after_a_failure_the_same_command_goes_on_from_what_is_done(settings, wr
     assert run_cli("run", write(settings), "--registry", tmp_path / "r", "--no-prefect", "--until", "rl1").returncode == 0
     shown = {one["name"]: one["reused"] for one in json_of("show", "--registry", tmp_path / "r")["stages"]}
     assert shown["warmup"] is True and shown["rl1"] is False
+
+
+def test_two_runs_at_once_share_what_both_need(settings, write, tmp_path):
+    """The second waits for the step that the first is making, and reuses it."""
+    settings["evaluate"]["rows"] = 600
+    recipe = write(settings)
+    command = [str(SWITCHBACK), "run", str(recipe), "--registry", str(tmp_path / "r"), "--no-prefect", "--until", "warmup"]
+    both = [subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert [one["stage"] for one in json_of("ls", "--registry", tmp_path / "r")] == ["base.evaluate", "warmup", "warmup.evaluate"]
+    assert any("waits for process" in out for out, _ in said)
 
 
 def test_verify_exits_1_and_names_a_changed_file(settings, write, tmp_path):

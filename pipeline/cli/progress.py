@@ -49,6 +49,10 @@ class Progress:
         """Not selected."""
         self._line(step, "skip, not selected", "dim")
 
+    def waiting(self, step: Step, pid: str) -> None:
+        """Another run is making it."""
+        self._line(step, f"waits for process {pid}, which is making it", "dim")
+
     def started(self, step: Step) -> None:
         """A job begins."""
         self._printed, self._last = time.monotonic(), {}
