@@ -12,7 +12,6 @@ from typing import Any
 
 from prefect import flow, task
 from prefect.events.worker import EventsWorker
-from prefect.logging.configuration import setup_logging
 from prefect.logging.handlers import APILogWorker, PrefectConsoleHandler
 from prefect.states import Completed, State
 
@@ -61,8 +60,6 @@ def _say_what_is_left() -> None:
 
 def _leave_the_terminal() -> None:
     """Prefect's log goes to its server; the terminal is switchback's."""
-    setup_logging()
-    for name in ("prefect", "prefect.flow_runs", "prefect.task_runs"):
-        logger = logging.getLogger(name)
-        for handler in [handler for handler in logger.handlers if isinstance(handler, PrefectConsoleHandler)]:
-            logger.removeHandler(handler)
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if isinstance(handler, PrefectConsoleHandler)]:
+        root.removeHandler(handler)

@@ -38,7 +38,7 @@ def exit_code(arguments: list[str]) -> int:
     except run.Stopped as error:
         return complain(error.message, error.code)
     except (KeyboardInterrupt, typer.Abort):
-        return complain("interrupted; run the same command to go on with what is done", 130)
+        return complain("interrupted", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
         return 0

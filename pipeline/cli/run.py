@@ -68,6 +68,8 @@ def run(
             id = climb.run(loaded, planned, place, progress, use_prefect=not no_prefect)
     except StageFailed as error:
         raise Stopped(str(error), 1) from None
+    except KeyboardInterrupt:
+        raise Stopped("interrupted; run the same command to go on with what is done", 130) from None
     except Terminated:
         raise Stopped("terminated; run the same command to go on with what is done", 143) from None
     _report(place, id)

@@ -1,0 +1,170 @@
+"""Nothing outlives its launcher: jobs, the serving worker, the Prefect server, and what a job starts in a session of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from pipeline.registry import Registry, runs
+from stages.process import descendants, kill_marked, marked
+from tests.conftest import ROOT, SWITCHBACK, environment, stage
+
+TOKEN = "SWITCHBACK_TEST_TOKEN"
+
+
+def wait_for(condition, seconds):
+    ends_at = time.monotonic() + seconds
+    while not condition() and time.monotonic() < ends_at:
+        time.sleep(0.05)
+    return condition()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code", "state"), [(signal.SIGKILL, -9, "interrupted"), (signal.SIGTERM, 143, "stopped"), (signal.SIGINT, 130, "stopped")])
+def test_the_launchers_death_takes_job_worker_and_prefect_server_along(number, code, state, settings, write, tmp_path):
+    """Only the launcher's pid is signalled, in the middle of rl1, with a Prefect server of its own; 3 seconds later nothing of it lives."""
+    stage(settings, "rl1")["steps"] = 100_000
+    mark = f"{TOKEN}={uuid.uuid4().hex}"
+    command = [str(SWITCHBACK), "run", str(write(settings)), "--registry", str(tmp_path / "r")]
+    launcher = subprocess.Popen(
+        command, cwd=ROOT, env=environment(**dict([mark.split("=")])), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )  # fmt: skip
+    try:
+        in_rl1 = lambda: any('"grpo"' in p.read_text() for p in tmp_path.glob("r/work/*/job.json") if (p.parent / "out" / "metrics.jsonl").exists())  # noqa: E731
+        assert wait_for(in_rl1, 90), launcher.communicate()
+        assert wait_for(lambda: len(marked(mark)) >= 3, 5), "the worker, the job and the Prefect server share the launcher's environment"
+        os.kill(launcher.pid, number)
+        killed = time.monotonic()
+        assert wait_for(lambda: not marked(mark), 3.0), f"still alive: {marked(mark)}"
+        assert time.monotonic() - killed < 3.0
+        out, err = launcher.communicate()
+        assert launcher.returncode == code
+        if number != signal.SIGKILL:
+            assert len(err.splitlines()) == 1 and "Traceback" not in err, err
+        assert runs.runs(Registry(tmp_path / "r"))[0].state == state
+    finally:
+        kill_marked(mark)
+
+
+SLEEPY = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from stages.job import Job, Result
+def run(job):
+    subprocess.Popen([sys.executable, '-c', 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)'], start_new_session=True)
+    Path(job.out, 'started.txt').touch()
+    time.sleep(600)
+"""
+
+LAUNCH = """
+import sys, time
+from pathlib import Path
+from pipeline.launch import Launcher, StageFailed
+from stages.job import Execution, Job
+work = Path(sys.argv[1])
+job = Job(kind='sleepy', name='sleepy', config={}, inputs={}, work=str(work), out=str(work / 'out'), problem=None, rows=None, format=None, seed=0,
+          dtype='float32', execution=Execution())
+try:
+    with Launcher() as launcher:
+        launcher.launch(job, deadline=float(sys.argv[2]))
+except StageFailed as error:
+    print(error)
+"""
+
+
+@pytest.fixture
+def sleepy(tmp_path):
+    """A directory whose worker knows one more kind, which starts a grandchild in its own session and sleeps; a launcher of it, by deadline."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nif '-m' in sys.orig_argv and 'stages' in sys.orig_argv:\n"
+        "    import stages, stages.config, stages.serve, sleepy\n"
+        "    stages.serve.PRELOAD = ()\n"
+        "    stages.STAGES['sleepy'] = stages.Stage(stages.config.Config, sleepy.run, 1)\n"
+    )
+    (tmp_path / "sleepy.py").write_text(SLEEPY)
+    (tmp_path / "launch.py").write_text(LAUNCH)
+    mark = f"{TOKEN}={uuid.uuid4().hex}"
+    env = environment(PYTHONPATH=f"{tmp_path}:{ROOT}", **dict([mark.split("=")]))
+
+    def launch(deadline: float) -> subprocess.Popen[str]:
+        command = [sys.executable, str(tmp_path / "launch.py"), str(tmp_path / "work"), str(deadline)]
+        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    yield launch, mark, tmp_path / "work" / "out" / "started.txt"
+    kill_marked(mark)
+
+
+def test_a_deadline_kills_a_grandchild_in_its_own_session_too(sleepy):
+    launch, mark, _ = sleepy
+    launcher = launch(4.0)
+    out, err = launcher.communicate(timeout=30)
+    assert "killed after its deadline of 4 s" in out, err
+    assert not marked(mark)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_launcher_that_dies_takes_a_grandchild_in_its_own_session_along(number, sleepy):
+    launch, mark, started = sleepy
+    launcher = launch(600)
+    assert wait_for(started.exists, 30), launcher.communicate()
+    assert wait_for(lambda: len(marked(mark)) == 4, 5), "launcher, worker, job, grandchild"
+    os.kill(launcher.pid, number)
+    assert wait_for(lambda: not marked(mark), 3.0), f"still alive: {marked(mark)}"
+
+
+def test_a_worker_that_is_killed_takes_its_job_along_and_is_named(sleepy):
+    """As the OOM killer does it."""
+    launch, mark, started = sleepy
+    launcher = launch(600)
+    assert wait_for(started.exists, 30), launcher.communicate()
+    (worker,) = [pid for pid in descendants(launcher.pid) if b"--serve" in Path(f"/proc/{pid}/cmdline").read_bytes() and os.getsid(pid) == pid and pid != launcher.pid and parent(pid) == launcher.pid]
+    os.kill(worker, signal.SIGKILL)
+    out, _ = launcher.communicate(timeout=30)
+    assert "the serving worker is gone (exit -9)" in out
+    assert not marked(mark)
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_a_launcher_killed_while_its_worker_imports_leaves_nothing(tmp_path):
+    mark = f"{TOKEN}={uuid.uuid4().hex}"
+    code = "import time\nfrom pipeline.launch import Launcher\nlauncher = Launcher()\nlauncher.warm_up()\nprint('up', flush=True)\ntime.sleep(600)"
+    launcher = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment(**dict([mark.split("=")])), stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout.readline() == "up\n"
+    time.sleep(1.0)
+    os.kill(launcher.pid, signal.SIGKILL)
+    assert wait_for(lambda: not marked(mark), 3.0)
+    launcher.wait()
+
+
+def test_one_job_runs_from_its_file_alone_and_two_cannot_share_a_directory(climbed, tmp_path):
+    """`python -m stages job.json`, as in a notebook or under a debugger."""
+    import json
+    import shutil
+
+    _, registry = climbed
+    source = next(path for path in (registry / "work").glob("*/job.json") if json.loads(path.read_text())["kind"] == "sft")
+    job = json.loads(source.read_text())
+    work = tmp_path / "work"
+    work.mkdir()
+    job |= {"work": str(work), "out": str(work / "out")}
+    (work / "job.json").write_text(json.dumps(job))
+    command = [sys.executable, "-m", "stages", str(work / "job.json")]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((work / "result.json").read_text())
+    assert result["outputs"] == {"policy": "."} and result["seen"]["processes"] == 1
+    shutil.rmtree(work / "out")
+    wrong_world = subprocess.run(command, cwd=ROOT, env=environment(WORLD_SIZE="2"), capture_output=True, text=True)
+    assert wrong_world.returncode == 2
+    assert "the job is for 1 processes, but the launcher started 2" in json.loads((work / "error.json").read_text())["message"]
+    assert not (work / "result.json").exists()
