@@ -47,7 +47,7 @@ def _conduct(id: str, recipe: Recipe, planned: list[Planned], registry: Registry
             return artifact, reused
 
         if to_run:
-            launcher.warm_up()
+            launcher.warm_up()  # its imports and the server's start go side by side
         if use_prefect and (to_run or api_url()):
             stack.enter_context(own_server(work_root(registry) / "prefect"))
             from pipeline.flow import conduct

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.launch import StageFailed
+from stages.job import BadInput
 from stages.process import die_with_parent
 
 API_URL = "PREFECT_API_URL"
@@ -38,8 +39,13 @@ def api_url() -> str | None:
 
 @contextmanager
 def own_server(home: Path) -> Iterator[None]:
-    """PREFECT_API_URL answers inside this block: the user's, else a server started here and stopped at the end."""
-    if api_url():
+    """PREFECT_API_URL answers inside this block: the user's, else a server started here and stopped at the end.
+
+    Raises BadInput when the user's does not answer, StageFailed when ours does not.
+    """
+    if url := api_url():
+        if not _answers(url):
+            raise BadInput(f"{API_URL}: no Prefect server answers at {url}; start it, unset the variable, or use --no-prefect")
         yield
         return
     home.mkdir(parents=True, exist_ok=True)
@@ -75,12 +81,21 @@ def _wait_until_healthy(server: subprocess.Popen[bytes], url: str, log: Path) ->
     while time.monotonic() < ends_at:
         if server.poll() is not None:
             raise StageFailed(f"the Prefect server ended at once (exit {server.returncode}); see {log}, or use --no-prefect")
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=1):
-                return
-        except (urllib.error.URLError, TimeoutError, ConnectionError):
-            time.sleep(0.1)
+        if _answers(url):
+            return
+        time.sleep(0.1)
     raise StageFailed(f"the Prefect server did not answer within {PATIENCE:g} s; see {log}, or use --no-prefect")
+
+
+def _answers(url: str) -> bool:
+    """Whether an HTTP server is there, whatever it says."""
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=5):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):
+        return False
 
 
 def _free_port() -> int:

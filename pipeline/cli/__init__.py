@@ -13,6 +13,9 @@ import typer
 from pipeline.cli import artifacts, recipes, run, runs
 from stages.job import BadInput
 
+DEBUG = "SWITCHBACK_DEBUG"
+"""Environment variable that lets an unexpected error show its traceback."""
+
 app = typer.Typer(
     help="SFT, reinforcement learning, rejection sampling and reinforcement learning again, as one recipe.",
     no_args_is_help=True,
@@ -42,6 +45,10 @@ def exit_code(arguments: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
         return 0
+    except Exception as error:
+        if os.environ.get(DEBUG):
+            raise
+        return complain(f"{type(error).__name__}: {error} (this should not happen; {DEBUG}=1 shows the traceback)", 1)
     return code if isinstance(code, int) else 0
 
 
