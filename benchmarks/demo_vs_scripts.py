@@ -28,7 +28,13 @@ def main() -> int:
     """Run both, print the ratio."""
     with tempfile.TemporaryDirectory() as directory:
         registry = Path(directory, "registry")
-        switchback = [str(Path(sys.executable).parent / "switchback"), "run", "configs/demo.yaml", "--registry", str(registry)]
+        switchback = [
+            str(Path(sys.executable).parent / "switchback"),
+            "run",
+            "configs/demo.yaml",
+            "--registry",
+            str(registry),
+        ]
         ours = timed("switchback --no-prefect", [*switchback, "--no-prefect"])
         theirs = timed("plain TRL script", [sys.executable, __file__, "plain", f"{directory}/plain"])
         print_scores("switchback", held_out(registry))
@@ -37,14 +43,22 @@ def main() -> int:
         without = timed("harvest alone, without Prefect", [*harvest, "stages.harvest.replicate=1", "--no-prefect"])
         with_it = timed("harvest alone, with Prefect", [*harvest, "stages.harvest.replicate=2"])
     ratio = ours[0] / theirs[0]
-    print(f"Prefect's own: {with_it[0] - without[0]:.1f} s CPU, {with_it[1] - without[1]:.1f} s wall, server start included")
+    print(
+        f"Prefect's own: {with_it[0] - without[0]:.1f} s CPU, {with_it[1] - without[1]:.1f} s wall, server start included"
+    )
     print(f"switchback / plain: {ratio:.3f} CPU, {ours[1] / theirs[1]:.3f} wall (at most {BOUND} CPU wanted)")
     return int(ratio > BOUND)
 
 
 def timed(what: str, command: list[str]) -> tuple[float, float]:
     """(CPU seconds, wall seconds) of a command and of all processes it started and reaped."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": str(ROOT),
+    }
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -56,7 +70,9 @@ def timed(what: str, command: list[str]) -> tuple[float, float]:
 def held_out(registry: Path) -> dict[str, float]:
     """The five scores of the demo's run."""
     switchback = str(Path(sys.executable).parent / "switchback")
-    shown = subprocess.run([switchback, "show", "--registry", str(registry), "--json"], check=True, capture_output=True, text=True).stdout
+    shown = subprocess.run(
+        [switchback, "show", "--registry", str(registry), "--json"], check=True, capture_output=True, text=True
+    ).stdout
     return {one["name"]: one["evaluation"]["mean"] for one in json.loads(shown)["stages"] if one["evaluation"]}
 
 
@@ -89,7 +105,9 @@ def plain(out: Path) -> None:
         return problem.rows("train", start, stop, seed=0)
 
     def rendered(row):
-        return tokenizer.apply_chat_template([{"role": "user", "content": row.prompt}], tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": row.prompt}], tokenize=False, add_generation_prompt=True
+        )
 
     def load(path):
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -129,7 +147,11 @@ def plain(out: Path) -> None:
         for split, count in (("validation", 200), ("held_out", 1000)):
             rows = problem.rows(split, 0, count, seed=0)
             for samples in (1, 8):
-                judged = [problem.judge(row, text(ids)).score for row, group in zip(rows, generate(model, rows, samples), strict=True) for ids in group]
+                judged = [
+                    problem.judge(row, text(ids)).score
+                    for row, group in zip(rows, generate(model, rows, samples), strict=True)
+                    for ids in group
+                ]
             scores[name] = sum(judged) / len(judged)
 
     class WeightedTrainer(SFTTrainer):
@@ -144,12 +166,20 @@ def plain(out: Path) -> None:
 
     def sft(box, path, pairs):
         set_seed(0)
-        data = [{"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion} for prompt, completion in pairs]
+        data = [
+            {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion}
+            for prompt, completion in pairs
+        ]
         settings = SFTConfig(
             output_dir=str(out / box["name"]), per_device_train_batch_size=32, num_train_epochs=box["epochs"], learning_rate=box["learning_rate"],
             lr_scheduler_type="cosine", warmup_steps=0.05, weight_decay=box["weight_decay"], max_length=None, **common,
         )  # fmt: skip
-        return save(WeightedTrainer(model=load(path), args=settings, train_dataset=Dataset.from_list(data), processing_class=tokenizer), box)
+        return save(
+            WeightedTrainer(
+                model=load(path), args=settings, train_dataset=Dataset.from_list(data), processing_class=tokenizer
+            ),
+            box,
+        )
 
     def grpo(box, path):
         set_seed(0)
@@ -157,7 +187,10 @@ def plain(out: Path) -> None:
 
         def component(name):
             def reward(completions, row, **_):
-                return [problem.rewards(rows[i], PREFIX + completion)[name] for i, completion in zip(row, completions, strict=True)]
+                return [
+                    problem.rewards(rows[i], PREFIX + completion)[name]
+                    for i, completion in zip(row, completions, strict=True)
+                ]
 
             reward.__name__ = name
             return reward
@@ -169,7 +202,12 @@ def plain(out: Path) -> None:
         )  # fmt: skip
         data = Dataset.from_list([{"prompt": rendered(row) + PREFIX, "row": i} for i, row in enumerate(rows)])
         functions = [component(name) for name in problem.reward_weights]
-        return save(GRPOTrainer(model=load(path), reward_funcs=functions, args=settings, train_dataset=data, processing_class=tokenizer), box)
+        return save(
+            GRPOTrainer(
+                model=load(path), reward_funcs=functions, args=settings, train_dataset=data, processing_class=tokenizer
+            ),
+            box,
+        )
 
     def save(trainer, box):
         trainer.train()
@@ -182,7 +220,11 @@ def plain(out: Path) -> None:
     evaluate("base", base)
     rng, rows = random.Random("demonstrations-0"), train_rows(stage["warmup"])
     encode = lambda string: tokenizer(string)["input_ids"]  # noqa: E731
-    warmup = sft(stage["warmup"], base, [(encode(rendered(row)), [*encode(problem.demonstration(row, rng)), tokenizer.eos_token_id]) for row in rows])
+    warmup = sft(
+        stage["warmup"],
+        base,
+        [(encode(rendered(row)), [*encode(problem.demonstration(row, rng)), tokenizer.eos_token_id]) for row in rows],
+    )
     rl1 = grpo(stage["rl1"], warmup)
     kept, rows = [], train_rows(stage["rl1"])
     for row, group in zip(rows, generate(load(rl1), rows, 8), strict=True):

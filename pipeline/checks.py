@@ -37,10 +37,14 @@ def refuse_unbuilt(recipe: Recipe) -> None:
     """Raise BadInput for the first field that parses but that this version cannot act on."""
     for name, asked in UNBUILT.items():
         if asked(recipe):
-            raise BadInput(f"{name} comes in a later version of switchback and would have no effect here; remove it to run this recipe")
+            raise BadInput(
+                f"{name} comes in a later version of switchback and would have no effect here; remove it to run this recipe"
+            )
     for stage in recipe.stages:
         if stage.gate:
-            raise BadInput(f"stages.{stage.name}.gate comes in a later version of switchback; remove it to run this recipe")
+            raise BadInput(
+                f"stages.{stage.name}.gate comes in a later version of switchback; remove it to run this recipe"
+            )
         if isinstance(stage, GrpoConfig) and stage.kl.reference != "policy":
             raise BadInput(
                 f"stages.{stage.name}.kl.reference: found {stage.kl.reference!r}, but this version only has 'policy'; remove it to run this recipe"
@@ -51,7 +55,9 @@ UNBUILT: dict[str, Callable[[Recipe], bool]] = {
     "model.lora": lambda recipe: recipe.model.lora is not None,
     "problem.file": lambda recipe: isinstance(recipe.problem, FileProblem),
     "problem.dataset": lambda recipe: isinstance(recipe.problem, DatasetProblem),
-    "problem.form: text": lambda recipe: isinstance(recipe.problem, SchedulingSettings) and recipe.problem.form not in FORMS,
+    "problem.form: text": lambda recipe: (
+        isinstance(recipe.problem, SchedulingSettings) and recipe.problem.form not in FORMS
+    ),
     "launch.processes above 1": lambda recipe: recipe.launch.processes > 1,
     "launch.accelerate": lambda recipe: recipe.launch.accelerate is not None,
     "track.wandb": lambda recipe: recipe.track.wandb is not None,
@@ -68,7 +74,9 @@ def rows_of(recipe: Recipe, stage: SftConfig | GrpoConfig | RejectionConfig) -> 
     policy = next((other for other in recipe.stages if other.name == stage.policy), None)
     if isinstance(policy, GrpoConfig):
         return policy.rows
-    raise BadInput(f"stages.{stage.name}.rows is missing, and its policy {stage.policy} is no grpo stage to take them from; say which rows to sample")
+    raise BadInput(
+        f"stages.{stage.name}.rows is missing, and its policy {stage.policy} is no grpo stage to take them from; say which rows to sample"
+    )
 
 
 def _names(recipe: Recipe) -> None:
@@ -109,7 +117,9 @@ def _rows_fit(name: str, stage: SftConfig | GrpoConfig | RejectionConfig, recipe
     except BadInput as error:
         raise BadInput(f"stages.{name}.{error}") from None
     if rows.split != "train":
-        raise BadInput(f"stages.{name}.rows: found {rows}, but stages work on train rows; {rows.split} rows are for evaluation only")
+        raise BadInput(
+            f"stages.{name}.rows: found {rows}, but stages work on train rows; {rows.split} rows are for evaluation only"
+        )
     count = rows.stop - rows.start
     if isinstance(stage, GrpoConfig) and count < stage.prompts_per_step:
         raise BadInput(
@@ -136,7 +146,9 @@ def _batch_divides(stage: SftConfig | GrpoConfig | RejectionConfig, recipe: Reci
 
 def _files(recipe: Recipe) -> None:
     if recipe.model.path and not Path(recipe.model.path, "config.json").is_file():
-        raise BadInput(f"model.path: {recipe.model.path} holds no config.json; expected a model directory (paths count from {Path.cwd()})")
+        raise BadInput(
+            f"model.path: {recipe.model.path} holds no config.json; expected a model directory (paths count from {Path.cwd()})"
+        )
     try:
         prompts.load(recipe.format.prompt)
     except ValueError as error:

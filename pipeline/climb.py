@@ -29,7 +29,9 @@ def run(recipe: Recipe, planned: list[Planned], registry: Registry, observer: Ob
     return id
 
 
-def _conduct(id: str, recipe: Recipe, planned: list[Planned], registry: Registry, observer: Observer, use_prefect: bool) -> None:
+def _conduct(
+    id: str, recipe: Recipe, planned: list[Planned], registry: Registry, observer: Observer, use_prefect: bool
+) -> None:
     made: dict[str, Artifact] = {}
     to_run = any(one.action == "run" for one in planned)
     with ExitStack() as stack:
@@ -60,4 +62,11 @@ def _conduct(id: str, recipe: Recipe, planned: list[Planned], registry: Registry
 
 def _remembered(one: Planned) -> dict[str, str | None]:
     artifact = one.artifact.id if one.artifact else None
-    return {"step": one.step.name, "kind": one.step.kind, "key": one.step.key, "action": one.action, "artifact": artifact, "why": one.why}
+    return {
+        "step": one.step.name,
+        "kind": one.step.kind,
+        "key": one.step.key,
+        "action": one.action,
+        "artifact": artifact,
+        "why": one.why,
+    }

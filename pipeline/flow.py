@@ -11,9 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
 from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker, PrefectConsoleHandler
-from prefect.states import Completed, State
+from prefect.states import Completed
 
 from pipeline.plan import Planned
 from pipeline.registry import Artifact
@@ -27,7 +29,7 @@ Do = Callable[[Planned], tuple[Artifact, bool] | None]
 def conduct(run: str, planned: list[Planned], do: Do) -> None:
     """Run the plan as a Prefect flow named for the run."""
 
-    @task(name="step", task_run_name="{step}", cache_policy=None, persist_result=False)
+    @task(name="step", task_run_name="{step}", cache_policy=NO_CACHE, persist_result=False)
     def step_task(step: str, inputs: list[dict[str, Any] | None]) -> State[Any]:
         outcome = do(by_name[step])
         if outcome is None:
@@ -38,11 +40,12 @@ def conduct(run: str, planned: list[Planned], do: Do) -> None:
 
     @flow(name="switchback", flow_run_name=run, validate_parameters=False, persist_result=False)
     def climb(steps: list[str]) -> None:
-        results: dict[str, dict[str, Any] | None] = {}
+        results: dict[str, Any] = {}
         for step in steps:
             reads = [ref.step for ref in by_name[step].step.inputs.values() if ref.step]
             inputs = [results[name] for name in reads]
-            results[step] = step_task(step, inputs, return_state=True).result()
+            state = step_task(step, inputs, return_state=True)  # pyright: ignore[reportCallIssue]
+            results[step] = state.result()  # pyright: ignore[reportAttributeAccessIssue]
 
     by_name = {one.step.name: one for one in planned}
     _leave_the_terminal()

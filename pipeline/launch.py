@@ -93,7 +93,7 @@ class _ServingWorker:
         env = {**os.environ, name: value, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
         if threads:
             env["OMP_NUM_THREADS"] = str(threads)
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
         self._process = subprocess.Popen(
             [sys.executable, "-m", "stages", "--serve", str(os.getpid())],
             stdin=subprocess.PIPE,

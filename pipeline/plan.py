@@ -20,7 +20,6 @@ from stages.config import Config, Frozen, StageConfig, identity_values
 from stages.evaluate import EvaluateConfig
 from stages.job import BadInput, Dtype, Format, RowRange, parse_rows
 from stages.problems import PROBLEMS
-from stages.rejection import RejectionConfig
 from stages.sft import SftConfig
 
 SAMPLER = "transformers"
@@ -87,6 +86,9 @@ class Selection(NamedTuple):
     """The last box."""
 
 
+ALL = Selection()
+
+
 class _Base(NamedTuple):
     """The recipe's model as an input."""
 
@@ -95,7 +97,7 @@ class _Base(NamedTuple):
     """What of `model` is identity beside its bytes: dtype, lora."""
 
 
-def plan(recipe: Recipe, registry: Registry, selection: Selection = Selection()) -> list[Planned]:
+def plan(recipe: Recipe, registry: Registry, selection: Selection = ALL) -> list[Planned]:
     """What `run` would do. Raises BadInput for a recipe that does not hold together, or when a selected step needs one that is not there."""
     checks.check(recipe)
     chosen = _chosen(recipe, selection)
@@ -104,7 +106,9 @@ def plan(recipe: Recipe, registry: Registry, selection: Selection = Selection())
     for one in planned:
         missing = [ref.step for ref in one.step.inputs.values() if ref.step and ref.step not in there]
         if one.action == "run" and missing:
-            raise BadInput(f"{one.step.name} reads {missing[0]}, which is neither in {registry.root} nor selected to run; run {missing[0]} first")
+            raise BadInput(
+                f"{one.step.name} reads {missing[0]}, which is neither in {registry.root} nor selected to run; run {missing[0]} first"
+            )
     return planned
 
 
@@ -113,7 +117,8 @@ def freshen(recipe: Recipe, registry: Registry, name: str) -> Recipe:
     _index(recipe, name)
     while True:
         stages = tuple(
-            stage.model_copy(update={"replicate": stage.replicate + 1}) if stage.name == name else stage for stage in recipe.stages
+            stage.model_copy(update={"replicate": stage.replicate + 1}) if stage.name == name else stage
+            for stage in recipe.stages
         )
         recipe = recipe.model_copy(update={"stages": stages})
         step = next(step for step in steps(recipe, registry) if step.name == name)
@@ -215,11 +220,16 @@ def _base(recipe: Recipe, registry: Registry) -> _Base:
         artifact = registry.open(model.artifact)
         if "policy" not in artifact.outputs:
             raise BadInput(f"model.artifact: {artifact.id} is of kind {artifact.kind} and holds no policy")
-        return _Base(InputRef(step=None, output="policy", key=artifact.key, source=str(registry.path(artifact, "policy"))), settings)
+        return _Base(
+            InputRef(step=None, output="policy", key=artifact.key, source=str(registry.path(artifact, "policy"))),
+            settings,
+        )
     if model.hub:
         revision = f"@{model.revision}" if model.revision else ""
         identity: Payload = {"hub": model.hub, "revision": model.revision}
-        return _Base(InputRef(step=None, output="policy", key=key_of(identity), source=f"hf://{model.hub}{revision}"), settings)
+        return _Base(
+            InputRef(step=None, output="policy", key=key_of(identity), source=f"hf://{model.hub}{revision}"), settings
+        )
     path = Path(str(model.path)).absolute()
     return _Base(InputRef(step=None, output="policy", key=digest_model(path), source=str(path)), settings)
 
@@ -242,7 +252,11 @@ def _problem_identity(problem: Config) -> Payload:
     if isinstance(problem, DatasetProblem):
         rewards = [_reward_identity(reward) for reward in problem.rewards]
         path = Path(problem.dataset)
-        return {"dataset": digest_file(path) if path.is_file() else problem.dataset, **identity_values(problem), "rewards": rewards}
+        return {
+            "dataset": digest_file(path) if path.is_file() else problem.dataset,
+            **identity_values(problem),
+            "rewards": rewards,
+        }
     return {"version": PROBLEMS[problem.name].version, **identity_values(problem)}  # type: ignore[attr-defined]
 
 
@@ -298,6 +312,8 @@ def _said(diff: dict[str, tuple[Any, Any]], step: Step) -> Iterator[str]:
     for field, (before, after) in diff.items():
         if field.startswith("inputs."):
             role = field.split(".")[1]
-            yield f"input changed: {role} ({step.inputs[role].source})" if role in step.inputs else f"input gone: {role}"
+            yield (
+                f"input changed: {role} ({step.inputs[role].source})" if role in step.inputs else f"input gone: {role}"
+            )
         else:
             yield f"{field.removeprefix('config.')}: {before!r} -> {after!r}"

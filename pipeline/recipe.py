@@ -86,7 +86,9 @@ def _which_problem(value: Any) -> str | None:
 
 
 Problem = Annotated[
-    Annotated[SchedulingSettings, Tag("name")] | Annotated[FileProblem, Tag("file")] | Annotated[DatasetProblem, Tag("dataset")],
+    Annotated[SchedulingSettings, Tag("name")]
+    | Annotated[FileProblem, Tag("file")]
+    | Annotated[DatasetProblem, Tag("dataset")],
     Discriminator(
         _which_problem,
         custom_error_type="problem",
@@ -230,7 +232,7 @@ def _named(stages: list[Any], name: str) -> Any:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """"; did you mean ...?" for a misspelt name, and else what there is."""
+    """What to add to an error about an unknown name: the one that was meant, else what there is."""
     if close := difflib.get_close_matches(name, known, n=1, cutoff=0.5):
         return f"; did you mean {close[0]}?"
     return f"; there is {', '.join(known) or 'none'}"

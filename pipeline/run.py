@@ -26,12 +26,23 @@ WORK = "SWITCHBACK_WORK"
 class Observer(Protocol):
     """Hears what happens to steps, to show it."""
 
-    def reused(self, step: Step, artifact: Artifact) -> None: ...
-    def skipped(self, step: Step) -> None: ...
-    def waiting(self, step: Step, pid: str) -> None: ...
-    def started(self, step: Step) -> None: ...
-    def logged(self, step: Step, line: dict[str, Any]) -> None: ...
-    def finished(self, step: Step, artifact: Artifact) -> None: ...
+    def reused(self, step: Step, artifact: Artifact) -> None:
+        """It was there."""
+
+    def skipped(self, step: Step) -> None:
+        """It was not selected."""
+
+    def waiting(self, step: Step, pid: str) -> None:
+        """Another run, process `pid`, is making it."""
+
+    def started(self, step: Step) -> None:
+        """Its job begins."""
+
+    def logged(self, step: Step, line: dict[str, Any]) -> None:
+        """Its job has written a line of metrics."""
+
+    def finished(self, step: Step, artifact: Artifact) -> None:
+        """It has been published."""
 
 
 def run_step(
@@ -87,7 +98,8 @@ def job_of(step: Step, made: Mapping[str, Artifact], registry: Registry, executi
     """The step as marching orders, with places filled in."""
     work = work_root(registry) / step.key[:12]
     inputs = {
-        role: str(registry.path(made[ref.step], ref.output)) if ref.step else ref.source for role, ref in step.inputs.items()
+        role: str(registry.path(made[ref.step], ref.output)) if ref.step else ref.source
+        for role, ref in step.inputs.items()
     }
     return Job(
         kind=step.kind,
@@ -105,7 +117,9 @@ def job_of(step: Step, made: Mapping[str, Artifact], registry: Registry, executi
     )
 
 
-def publish(step: Step, job: Job, result: Result, made: Mapping[str, Artifact], registry: Registry, run: str) -> Artifact:
+def publish(
+    step: Step, job: Job, result: Result, made: Mapping[str, Artifact], registry: Registry, run: str
+) -> Artifact:
     """Check what the worker says it made, and hand it to the registry."""
     out = Path(job.out)
     for name, path in result.outputs.items():

@@ -85,7 +85,7 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def _seconds(value: Any) -> Any:
-    """"90", "10m", "1.5h" -> seconds; anything else is left for pydantic to judge."""
+    """Turn 90s, 10m or 1.5h into seconds; anything else is left for pydantic to judge."""
     if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", value.strip())):
         return float(match[1]) * UNITS[match[2]]
     return value

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from stages.job import Evaluation, Job, Result, RowRange, Split
 from stages.problems.base import Row
 
 if TYPE_CHECKING:
+    from stages.metrics import MetricsLog
     from stages.rollouts import Player, Rollout
 
 
@@ -67,11 +68,13 @@ def run(job: Job) -> Result:
     return Result(outputs=outputs, metrics=metrics, format=prefix.seen_format(player.format, player.tokenizer))
 
 
-def _play(player: Player, config: EvaluateConfig, rows: list[Row], log: MetricsLog, done: int, total: int) -> tuple[list[Rollout], list[list[Rollout]]]:
+def _play(
+    player: Player, config: EvaluateConfig, rows: list[Row], log: MetricsLog, done: int, total: int
+) -> tuple[list[Rollout], list[list[Rollout]]]:
     """(the greedy rollout of each row, the sampled ones)."""
     from stages.sampling import Decoding
 
-    def progress(offset: int):
+    def progress(offset: int) -> Callable[[int], None]:
         return lambda n: log.write(done + offset + n, total)
 
     greedy = player.play(rows, Decoding(0.0, config.max_completion_length), progress(0))
@@ -81,7 +84,12 @@ def _play(player: Player, config: EvaluateConfig, rows: list[Row], log: MetricsL
 
 
 def summarise(
-    job: Job, config: Evaluate, split: Split, player: Player, greedy: Sequence[Rollout], sampled: Sequence[Sequence[Rollout]]
+    job: Job,
+    config: Evaluate,
+    split: Split,
+    player: Player,
+    greedy: Sequence[Rollout],
+    sampled: Sequence[Sequence[Rollout]],
 ) -> Evaluation:
     """The numbers of one split."""
     import numpy as np
@@ -112,7 +120,9 @@ def summarise(
     )
 
 
-def _write_rows(path: Path, rows: Sequence[Row], greedy: Sequence[Rollout], sampled: Sequence[Sequence[Rollout]]) -> None:
+def _write_rows(
+    path: Path, rows: Sequence[Row], greedy: Sequence[Rollout], sampled: Sequence[Sequence[Rollout]]
+) -> None:
     """A line a row: its id and prompt, then text, score and outcome of the greedy rollout and of every sample."""
 
     def said(rollout: Rollout) -> dict[str, object]:

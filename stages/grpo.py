@@ -16,7 +16,15 @@ from stages.config import Config, identity, resolved
 from stages.job import Job, Result
 from stages.training import TrainingConfig, accumulation, trl_arguments
 
-LOGGED = ("reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "completions/mean_length", "completions/clipped_ratio")
+LOGGED = (
+    "reward",
+    "reward_std",
+    "frac_reward_zero_std",
+    "kl",
+    "entropy",
+    "completions/mean_length",
+    "completions/clipped_ratio",
+)
 """TRL's metrics whose last value an artifact shows."""
 
 
@@ -65,7 +73,11 @@ class GrpoConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _beta_is_ours(self) -> GrpoConfig:
-        for name, instead in {"beta": "kl.beta", "generation_batch_size": "prompts_per_step", "steps_per_generation": "prompts_per_step"}.items():
+        for name, instead in {
+            "beta": "kl.beta",
+            "generation_batch_size": "prompts_per_step",
+            "steps_per_generation": "prompts_per_step",
+        }.items():
             if name in self.trl:
                 raise ValueError(f"trl.{name}: set the stage's own {instead} instead")
         return self
@@ -109,14 +121,18 @@ def run(job: Job) -> Result:
         model=models.load_policy(path, job.dtype),  # its path is where TRL loads the KL reference from
         reward_funcs=functions,
         args=arguments,
-        train_dataset=Dataset.from_list([{"prompt": prefix.messages(job.format, row), "row": i} for i, row in enumerate(rows)]),
+        train_dataset=Dataset.from_list(
+            [{"prompt": prefix.messages(job.format, row), "row": i} for i, row in enumerate(rows)]
+        ),
         processing_class=tokenizer,
         response_prefix=job.format.response_prefix,
     )
     listen(trainer, MetricsLog(out))
     trainer.train()
     if trainer.state.global_step != config.steps:
-        raise RuntimeError(f"{job.name}: {trainer.state.global_step} optimiser steps were run, {config.steps} were expected")
+        raise RuntimeError(
+            f"{job.name}: {trainer.state.global_step} optimiser steps were run, {config.steps} were expected"
+        )
     models.save_policy(trainer.model, tokenizer, job.format, out)
     metrics = {"steps": config.steps, "rows": len(rows)}
     logged = {name: last(out / FILE, name) for name in LOGGED}

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from stages.config import Config, Frozen, execution
 
@@ -66,11 +66,11 @@ class RowRange(Frozen):
 
 
 def parse_rows(text: str, seed: int) -> RowRange:
-    """"train[0:1000]" -> RowRange. Raises BadInput on anything else, and on an empty range."""
+    """Read a range such as train[0:1000]. Raises BadInput on anything else, and on an empty range."""
     match = re.fullmatch(r"(\w+)\[(\d+):(\d+)\]", text)
     if not match or match[1] not in SPLITS or int(match[2]) >= int(match[3]):
         raise BadInput(f"rows: found {text!r}, expected a range such as train[0:1000] of {', '.join(SPLITS)}")
-    return RowRange(split=match[1], start=int(match[2]), stop=int(match[3]), seed=seed)
+    return RowRange(split=cast(Split, match[1]), start=int(match[2]), stop=int(match[3]), seed=seed)
 
 
 class Job(Frozen):
@@ -110,7 +110,7 @@ class Result(Frozen):
     metrics: dict[str, float]
     format: Format | None = None
     """The job's Format, with the digest of the training template filled in."""
-    seen: dict[str, Any] = {}
+    seen: dict[str, Any] = Field(default_factory=dict)
     """The execution as it really was: processes, threads, device, library versions."""
 
 

@@ -7,6 +7,7 @@ A published policy carries two chat templates: the serving template, which yield
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -37,11 +38,13 @@ def pick_device(execution: Execution) -> torch.device:
     return torch.device("cuda" if use_gpu else "cpu")
 
 
-def load_policy(path: str, dtype: Dtype) -> PreTrainedModel:
-    """A model in the given precision, on the CPU, ready to train."""
-    return AutoModelForCausalLM.from_pretrained(
-        path, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
+def load_policy(path: str, dtype: Dtype, device: torch.device | None = None) -> PreTrainedModel:
+    """A model in the given precision, on the CPU or on `device`."""
+    precision = getattr(torch, dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        path, dtype=precision, use_safetensors=True, trust_remote_code=False
     )
+    return model.to(device) if device else model
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -54,8 +57,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, format: Format, out: Path) -> None:
-    """Write a self-contained policy whose serving template yields the Format's prefix."""
+def save_policy(model: Any, tokenizer: PreTrainedTokenizerBase, format: Format, out: Path) -> None:
+    """Write a self-contained policy, a PreTrainedModel, whose serving template yields the Format's prefix."""
     model.save_pretrained(out)
     training = prefix.training_template(tokenizer)
     tokenizer.chat_template = {

@@ -42,7 +42,9 @@ def serving_template(training: str, response_prefix: str) -> str:
     """The training template, with the prefix at the end of its generation prompt."""
     if not response_prefix:
         return training
-    ending = training.removesuffix("\n")  # jinja2 drops one newline at the end of a template, but not one before a block
+    ending = training.removesuffix(
+        "\n"
+    )  # jinja2 drops one newline at the end of a template, but not one before a block
     return f"{ending}{{%- if add_generation_prompt %}}{{{{ {json.dumps(response_prefix)} }}}}{{% endif %}}"
 
 
@@ -69,22 +71,21 @@ def messages(format: Format, row: Row) -> list[Message]:
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[Message]]) -> list[list[int]]:
     """Ids up to and including the generation prompt, without the prefix."""
+    template = training_template(tokenizer)
     rendered = tokenizer.apply_chat_template(
-        list(conversations),
-        chat_template=training_template(tokenizer),
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
+        list(conversations), chat_template=template, add_generation_prompt=True, tokenize=True, return_dict=True
     )
-    return [list(ids) for ids in rendered["input_ids"]]
+    return [list(ids) for ids in cast(dict[str, list[list[int]]], rendered)["input_ids"]]
 
 
 def prefix_ids(tokenizer: PreTrainedTokenizerBase, response_prefix: str) -> list[int]:
     """The prefix on its own. Raises BadInput when the tokenizer cannot write it down and read it back."""
-    ids = tokenizer(response_prefix, add_special_tokens=False)["input_ids"] if response_prefix else []
+    ids = encode(tokenizer, response_prefix) if response_prefix else []
     if (back := tokenizer.decode(ids) if ids else "") != response_prefix:
-        raise BadInput(f"format.response_prefix: {response_prefix!r} comes back from the tokenizer as {back!r}; choose another")
-    return list(ids)
+        raise BadInput(
+            f"format.response_prefix: {response_prefix!r} comes back from the tokenizer as {back!r}; choose another"
+        )
+    return ids
 
 
 def sampling_prompts(
@@ -97,30 +98,36 @@ def sampling_prompts(
 
 
 def demonstration_ids(tokenizer: PreTrainedTokenizerBase, format: Format, text: str) -> list[int]:
-    """prefix ids + the rest of a completion's text + turn end: the SFT target. Raises BadInput when the text does not start with the prefix."""
+    """Prefix ids + the rest of a completion's text + turn end: the SFT target. Raises BadInput when the text does not start with the prefix."""
     if not text.startswith(format.response_prefix):
         raise BadInput(
             f"format.response_prefix is {format.response_prefix!r}, but a demonstration starts with {text[:40]!r}; make them agree"
         )
-    rest = tokenizer(text.removeprefix(format.response_prefix), add_special_tokens=False)["input_ids"]
+    rest = encode(tokenizer, text.removeprefix(format.response_prefix))
     return [*prefix_ids(tokenizer, format.response_prefix), *rest, turn_end(tokenizer)]
 
 
 def completion_text(tokenizer: PreTrainedTokenizerBase, response_prefix: str, sampled: Sequence[int]) -> str:
     """What rewards and scores judge: the prefix, then what was sampled."""
-    return response_prefix + tokenizer.decode(sampled, skip_special_tokens=True)
+    return response_prefix + cast(str, tokenizer.decode(list(sampled), skip_special_tokens=True))
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text on its own, without special tokens around it."""
+    return list(cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"]))
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that ends the policy's turn. Raises BadInput when the template does not end a turn with the tokenizer's eos token."""
     turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     text = tokenizer.apply_chat_template(turn, chat_template=training_template(tokenizer), tokenize=False)
-    if tokenizer.eos_token not in text.rpartition("!")[2]:
+    ending = cast(str, text).rpartition("!")[2]
+    if str(tokenizer.eos_token) not in ending:
         raise BadInput(
-            f"the chat template ends an assistant turn with {text.rpartition('!')[2]!r}, which does not hold the tokenizer's eos token"
+            f"the chat template ends an assistant turn with {ending!r}, which does not hold the tokenizer's eos token"
             f" {tokenizer.eos_token!r}; set the eos token that ends a turn"
         )
-    return tokenizer.eos_token_id
+    return cast(int, tokenizer.eos_token_id)
 
 
 @lru_cache(maxsize=16)

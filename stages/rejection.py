@@ -69,7 +69,12 @@ def run(job: Job) -> Result:
     groups = player.play(rows, decoding, lambda done: log.write(done, len(rows)))
     chosen = [select(group, config.keep, player.problem) for group in groups]
     kept = [
-        tokens.TokenRow(row.id, group[i].prompt_ids, group[i].completion_ids, {"sample": i, "score": group[i].judgement.score, "seed": job.seed})
+        tokens.TokenRow(
+            row.id,
+            group[i].prompt_ids,
+            group[i].completion_ids,
+            {"sample": i, "score": group[i].judgement.score, "seed": job.seed},
+        )
         for row, group, picks in zip(rows, groups, chosen, strict=True)
         for i in picks
     ]
@@ -108,5 +113,12 @@ def _write_rollouts(
         for row, group, picks in zip(rows, groups, chosen, strict=True):
             for i, rollout in enumerate(group):
                 judgement = rollout.judgement
-                line = {"row": row.id, "sample": i, "score": judgement.score, "outcome": judgement.outcome, "kept": i in picks, "text": rollout.text}
+                line = {
+                    "row": row.id,
+                    "sample": i,
+                    "score": judgement.score,
+                    "outcome": judgement.outcome,
+                    "kept": i in picks,
+                    "text": rollout.text,
+                }
                 file.write(json.dumps(line) + "\n")

@@ -62,8 +62,10 @@ class Player:
 
 def player(job: Job) -> Player:
     """The policy, problem and Format that a job names, ready to play."""
-    assert job.format is not None and job.problem is not None, "the plan gives a step that samples a problem and a Format"
+    assert job.format is not None and job.problem is not None, (
+        "the plan gives a step that samples a problem and a Format"
+    )
     path = models.local_path(job.inputs["policy"])
     tokenizer = models.load_tokenizer(path)
-    model = models.load_policy(path, job.dtype).to(models.pick_device(job.execution))
+    model = models.load_policy(path, job.dtype, models.pick_device(job.execution))
     return Player(model, tokenizer, job.format, problems.load(job.problem), job.seed)

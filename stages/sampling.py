@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -49,7 +50,7 @@ def sample(
     for start in range(0, len(order), per_batch):
         batch = order[start : start + per_batch]
         ids, mask = _left_padded([prompts[i] for i in batch], config.pad_token_id, model.device)
-        generated = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        generated = cast(Any, model).generate(input_ids=ids, attention_mask=mask, generation_config=config)
         sequences = [_until_end(sequence, ends) for sequence in generated[:, ids.size(1) :].tolist()]
         for j, i in enumerate(batch):
             completions[i] = sequences[j * decoding.samples : (j + 1) * decoding.samples]
@@ -61,7 +62,8 @@ def _generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding
 ) -> tuple[GenerationConfig, set[int]]:
     declared = model.generation_config.eos_token_id if model.generation_config else None
-    ends = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
+    declared = declared if isinstance(declared, list) else [declared]
+    ends = {end for end in (cast(int, tokenizer.eos_token_id), *declared) if end is not None}
     how = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
     config = GenerationConfig(
         max_new_tokens=decoding.max_completion_length,
@@ -74,9 +76,7 @@ def _generation_config(
     return config, ends
 
 
-def _left_padded(
-    prompts: list[Sequence[int]], pad: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _left_padded(prompts: list[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, T) ids and attention mask."""
     width = max(map(len, prompts))
     ids = [[pad] * (width - len(p)) + list(p) for p in prompts]

@@ -21,7 +21,13 @@ from typing import Any
 from stages import worker
 from stages.process import adopt_orphans, descendants, die_with_parent, kill_tree, outlive_parent
 
-PRELOAD = ("trl.trainer.sft_trainer", "trl.trainer.grpo_trainer", "stages.trl.sft_loss", "stages.trl.prefill", "stages.rollouts")
+PRELOAD = (
+    "trl.trainer.sft_trainer",
+    "trl.trainer.grpo_trainer",
+    "stages.trl.sft_loss",
+    "stages.trl.prefill",
+    "stages.rollouts",
+)
 STDIN = 0
 
 

@@ -50,7 +50,9 @@ class SftConfig(TrainingConfig):
     @model_validator(mode="after")
     def _something_is_trained(self) -> SftConfig:
         if self.prompt_loss_weight == self.completion_loss_weight == 0:
-            raise ValueError("prompt_loss_weight and completion_loss_weight are both 0, so nothing would be trained; set one above 0")
+            raise ValueError(
+                "prompt_loss_weight and completion_loss_weight are both 0, so nothing would be trained; set one above 0"
+            )
         if self.rows and self.data != DEMONSTRATIONS:
             raise ValueError(f"rows says which demonstrations to use, but data is {self.data}; remove rows")
         return self
@@ -75,10 +77,18 @@ def run(job: Job) -> Result:
     tokenizer = models.load_tokenizer(path)
     data = tokens.read(Path(job.inputs["data"])) if "data" in job.inputs else demonstrations(job, job.format, tokenizer)
     if not data:
-        raise BadInput(f"{job.name}: its data has no rows; if a rejection stage kept none, lower keep.min_score or raise samples")
+        raise BadInput(
+            f"{job.name}: its data has no rows; if a rejection stage kept none, lower keep.min_score or raise samples"
+        )
     micro, steps = accumulation(config.rows_per_step, job)
     arguments = trl_arguments(
-        job, config, device, SFTConfig, per_device_train_batch_size=micro, gradient_accumulation_steps=steps, max_length=None
+        job,
+        config,
+        device,
+        SFTConfig,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=steps,
+        max_length=None,
     )
     trainer = WeightedSFTTrainer(
         model=models.load_policy(path, job.dtype),
@@ -92,7 +102,9 @@ def run(job: Job) -> Result:
     trainer.train()
     expected = math.ceil(config.epochs * math.ceil(len(data) / config.rows_per_step))
     if trainer.state.global_step != expected:
-        raise RuntimeError(f"{job.name}: {trainer.state.global_step} optimiser steps were run, {expected} were expected")
+        raise RuntimeError(
+            f"{job.name}: {trainer.state.global_step} optimiser steps were run, {expected} were expected"
+        )
     models.save_policy(trainer.model, tokenizer, job.format, out)
     metrics = {"steps": expected, "rows": len(data)}
     logged = {name: last(out / "metrics.jsonl", name) for name in ("completion_loss", "prompt_loss", "entropy")}

@@ -59,7 +59,9 @@ def accumulation(batch: int, job: Job) -> tuple[int, int]:
     processes = job.execution.processes
     micro = job.execution.micro_batch or batch // processes
     if not micro or batch % (micro * processes):
-        raise BadInput(f"{job.name}: a batch of {batch} does not divide into {processes} processes x micro_batch {micro}")
+        raise BadInput(
+            f"{job.name}: a batch of {batch} does not divide into {processes} processes x micro_batch {micro}"
+        )
     return micro, batch // (micro * processes)
 
 
@@ -71,7 +73,9 @@ def trl_arguments(job: Job, config: TrainingConfig, device: torch.device, config
     import trl
 
     if unknown := sorted(set(config.trl) - set(config_class.__dataclass_fields__)):
-        raise BadInput(f"stages.{job.name}.trl.{unknown[0]}: {config_class.__name__} of trl {trl.__version__} has no such setting")
+        raise BadInput(
+            f"stages.{job.name}.trl.{unknown[0]}: {config_class.__name__} of trl {trl.__version__} has no such setting"
+        )
     on_cpu = device.type == "cpu"
     settings = {
         "output_dir": f"{job.work}/trainer",

@@ -9,7 +9,6 @@ import fcntl
 import json
 import os
 import shutil
-import sys
 import time
 import traceback
 from importlib.metadata import version
@@ -49,7 +48,9 @@ def _run(job: Job) -> Result:
     from stages import STAGES
 
     if (world := int(os.environ.get("WORLD_SIZE", "1"))) != job.execution.processes:
-        raise BadInput(f"{job.name}: the job is for {job.execution.processes} processes, but the launcher started {world}")
+        raise BadInput(
+            f"{job.name}: the job is for {job.execution.processes} processes, but the launcher started {world}"
+        )
     import torch
     from transformers.utils import logging
 
@@ -61,7 +62,9 @@ def _run(job: Job) -> Result:
     seen = {
         "processes": world,
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() and job.execution.device != "cpu" else "cpu",
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available() and job.execution.device != "cpu"
+        else "cpu",
         "versions": {name: version(name) for name in LIBRARIES},
         "seconds": round(time.monotonic() - start, 3),
     }
@@ -79,7 +82,9 @@ def _take(lock: IO[str], job: Job) -> None:
             if time.monotonic() > ends_at:
                 lock.seek(0)
                 holder = lock.read().strip() or "?"
-                raise BadInput(f"{job.name}: process {holder} is already working in {job.work}; wait for it or stop it") from None
+                raise BadInput(
+                    f"{job.name}: process {holder} is already working in {job.work}; wait for it or stop it"
+                ) from None
             time.sleep(0.1)
     lock.truncate(0)
     lock.write(str(os.getpid()))
@@ -105,5 +110,3 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1))
     partial.replace(path)
-
-

@@ -68,7 +68,9 @@ def write(tmp_path: Path) -> Callable[[Settings], Path]:
     return write
 
 
-def run_cli(*arguments: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def run_cli(
+    *arguments: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """The `switchback` command, as a user runs it."""
     command = [str(SWITCHBACK), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=environment(**(env or {})), capture_output=True, text=True, timeout=300)

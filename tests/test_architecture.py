@@ -47,7 +47,9 @@ def backward_imports(root: Path) -> list[str]:
     found = []
     for i, package in enumerate(ORDER):
         for path in sorted((root / package).rglob("*.py")):
-            found += [f"{path.relative_to(root)} imports {name}" for name in imports(path) if name.split(".")[0] in ORDER[:i]]
+            found += [
+                f"{path.relative_to(root)} imports {name}" for name in imports(path) if name.split(".")[0] in ORDER[:i]
+            ]
     return found
 
 
@@ -77,14 +79,18 @@ def test_pipeline_never_touches_a_tensor():
         assert not {name.split(".")[0] for name in imports(path)} & set(HEAVY), path
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["plan", "configs/demo.yaml"], ["ls"], ["show"], ["check", "configs/demo.yaml"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["plan", "configs/demo.yaml"], ["ls"], ["show"], ["check", "configs/demo.yaml"]]
+)
 def test_commands_that_only_read_import_neither_torch_nor_trl_nor_prefect(arguments, tmp_path):
     code = (
         "import sys\nfrom pipeline.cli import exit_code\nexit_code(sys.argv[1:])\n"
         "print([m for m in ('torch', 'trl', 'prefect', 'transformers', 'numpy') if m in sys.modules], file=sys.stderr)"
     )
     registry = [] if arguments[0] in ("--help", "check") else ["--registry", str(tmp_path / "r")]
-    done = subprocess.run([sys.executable, "-c", code, *arguments, *registry], cwd=ROOT, capture_output=True, text=True, env=environment())
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments, *registry], cwd=ROOT, capture_output=True, text=True, env=environment()
+    )
     assert done.stderr.splitlines()[-1] == "[]"
 
 

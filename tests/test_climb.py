@@ -29,20 +29,46 @@ def test_every_box_made_what_it_says(climbed):
         ("base", "base"), ("warmup", "sft"), ("rl1", "grpo"), ("harvest", "rejection"), ("distill", "sft"), ("rl2", "grpo"),
     ]  # fmt: skip
     for one in shown["stages"]:
-        assert Path(one["path"]).is_dir() and set(one) == {"name", "kind", "artifact", "path", "reused", "seconds", "evaluation"}
+        assert Path(one["path"]).is_dir() and set(one) == {
+            "name",
+            "kind",
+            "artifact",
+            "path",
+            "reused",
+            "seconds",
+            "evaluation",
+        }
         if one["name"] == "harvest":
             assert one["evaluation"] is None
         else:
-            assert set(one["evaluation"]) == {"greedy", "mean", "interval", "solved", "format", "pass_at_k", "rows", "samples"}
-            assert (one["evaluation"]["rows"], one["evaluation"]["samples"], set(one["evaluation"]["pass_at_k"])) == (8, 2, {"1", "2"})
+            assert set(one["evaluation"]) == {
+                "greedy",
+                "mean",
+                "interval",
+                "solved",
+                "format",
+                "pass_at_k",
+                "rows",
+                "samples",
+            }
+            assert (one["evaluation"]["rows"], one["evaluation"]["samples"], set(one["evaluation"]["pass_at_k"])) == (
+                8,
+                2,
+                {"1", "2"},
+            )
 
 
 def test_a_policy_loads_as_users_load_models_and_serves_with_the_prefix(climbed):
     _, registry = climbed
     for one in json_of("show", "--registry", registry)["stages"]:
         if one["name"] in POLICIES:
-            model, tokenizer = AutoModelForCausalLM.from_pretrained(one["path"]), AutoTokenizer.from_pretrained(one["path"])
-            text = tokenizer.apply_chat_template([{"role": "user", "content": "A"}], add_generation_prompt=True, tokenize=False)
+            model, tokenizer = (
+                AutoModelForCausalLM.from_pretrained(one["path"]),
+                AutoTokenizer.from_pretrained(one["path"]),
+            )
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": "A"}], add_generation_prompt=True, tokenize=False
+            )
             assert text == "<|im_start|>user\nA<|im_end|>\n<|im_start|>assistant\n<think>\n"
             assert model.config.vocab_size == len(tokenizer)
 
@@ -52,7 +78,10 @@ def test_greedy_serving_equals_the_evaluation(climbed):
     _, registry = climbed
     shown = {one["name"]: one for one in json_of("show", "--registry", registry)["stages"]}
     listed = {one["stage"]: one for one in json_of("ls", "--registry", registry)}
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(shown["rl2"]["path"]), AutoTokenizer.from_pretrained(shown["rl2"]["path"])
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(shown["rl2"]["path"]),
+        AutoTokenizer.from_pretrained(shown["rl2"]["path"]),
+    )
     for line in Path(listed["rl2.evaluate"]["path"], "held_out.jsonl").read_text().splitlines():
         row = json.loads(line)
         turn = [{"role": "user", "content": row["prompt"]}]
@@ -65,13 +94,18 @@ def test_what_rejection_kept_is_what_it_sampled_prefix_included(climbed):
     _, registry = climbed
     listed = {one["stage"]: one for one in json_of("ls", "--registry", registry)}
     tokenizer = AutoTokenizer.from_pretrained(listed["rl1"]["path"])
-    rollouts = [json.loads(line) for line in Path(listed["harvest"]["path"], "rollouts", "rollouts.jsonl").read_text().splitlines()]
+    rollouts = [
+        json.loads(line)
+        for line in Path(listed["harvest"]["path"], "rollouts", "rollouts.jsonl").read_text().splitlines()
+    ]
     text_of = {(one["row"], one["sample"]): one["text"] for one in rollouts if one["kept"]}
     kept = tokens.read(Path(listed["harvest"]["path"], "data"))
     assert len(kept) == len(text_of) > 0
     for row in kept:
         assert row.completion_ids[:2] == tokenizer("<think>\n")["input_ids"]
-        assert tokenizer.decode(row.completion_ids, skip_special_tokens=True) == text_of[row.row, row.provenance["sample"]]
+        assert (
+            tokenizer.decode(row.completion_ids, skip_special_tokens=True) == text_of[row.row, row.provenance["sample"]]
+        )
         assert tokenizer.decode(row.prompt_ids).endswith("<|im_start|>assistant\n")
 
 
@@ -80,7 +114,18 @@ def test_ls_is_oldest_first_with_absolute_paths_and_kinds(climbed):
     listed = json_of("ls", "--registry", registry)
     assert [set(one) for one in listed] == [{"id", "stage", "kind", "path", "created", "size"}] * 10
     assert [one["created"] for one in listed] == sorted(one["created"] for one in listed)
-    assert [one["kind"] for one in listed] == ["evaluate", "sft", "evaluate", "grpo", "evaluate", "rejection", "sft", "evaluate", "grpo", "evaluate"]
+    assert [one["kind"] for one in listed] == [
+        "evaluate",
+        "sft",
+        "evaluate",
+        "grpo",
+        "evaluate",
+        "rejection",
+        "sft",
+        "evaluate",
+        "grpo",
+        "evaluate",
+    ]
     for one in listed:
         assert Path(one["path"]).is_absolute() and one["size"] > 0
 
@@ -152,7 +197,9 @@ def test_the_registry_comes_from_the_option_the_recipe_the_environment_the_direc
     assert root(plain, SWITCHBACK_REGISTRY="from_env") == str(tmp_path / "from_env")
     settings["registry"] = "from_recipe"
     assert root(write(settings), SWITCHBACK_REGISTRY="from_env") == str(tmp_path / "from_recipe")
-    assert root(write(settings), "--registry", "from_option", SWITCHBACK_REGISTRY="from_env") == str(tmp_path / "from_option")
+    assert root(write(settings), "--registry", "from_option", SWITCHBACK_REGISTRY="from_env") == str(
+        tmp_path / "from_option"
+    )
 
 
 @pytest.mark.parametrize(
@@ -180,9 +227,13 @@ def test_a_harvest_that_kept_nothing_is_said_by_the_stage_that_reads_it(settings
 
 def test_after_a_failure_the_same_command_goes_on_from_what_is_done(settings, write, tmp_path):
     stage(settings, "rl1")["trl"] = {"no_such_setting": 1}
-    assert run_cli("run", write(settings), "--registry", tmp_path / "r", "--no-prefect", "--until", "rl1").returncode == 2
+    assert (
+        run_cli("run", write(settings), "--registry", tmp_path / "r", "--no-prefect", "--until", "rl1").returncode == 2
+    )
     del stage(settings, "rl1")["trl"]
-    assert run_cli("run", write(settings), "--registry", tmp_path / "r", "--no-prefect", "--until", "rl1").returncode == 0
+    assert (
+        run_cli("run", write(settings), "--registry", tmp_path / "r", "--no-prefect", "--until", "rl1").returncode == 0
+    )
     shown = {one["name"]: one["reused"] for one in json_of("show", "--registry", tmp_path / "r")["stages"]}
     assert shown["warmup"] is True and shown["rl1"] is False
 
@@ -191,16 +242,37 @@ def test_two_runs_at_once_share_what_both_need(settings, write, tmp_path):
     """The second waits for the step that the first is making, and reuses it."""
     settings["evaluate"]["rows"] = 600
     recipe = write(settings)
-    command = [str(SWITCHBACK), "run", str(recipe), "--registry", str(tmp_path / "r"), "--no-prefect", "--until", "warmup"]
-    both = [subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    command = [
+        str(SWITCHBACK),
+        "run",
+        str(recipe),
+        "--registry",
+        str(tmp_path / "r"),
+        "--no-prefect",
+        "--until",
+        "warmup",
+    ]
+    both = [
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
     said = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    assert [one["stage"] for one in json_of("ls", "--registry", tmp_path / "r")] == ["base.evaluate", "warmup", "warmup.evaluate"]
+    assert [one["stage"] for one in json_of("ls", "--registry", tmp_path / "r")] == [
+        "base.evaluate",
+        "warmup",
+        "warmup.evaluate",
+    ]
     assert any("waits for process" in out for out, _ in said)
 
 
 def test_verify_exits_1_and_names_a_changed_file(settings, write, tmp_path):
-    assert run_cli("run", write(settings), "--registry", tmp_path / "r", "--no-prefect", "--until", "warmup").returncode == 0
+    assert (
+        run_cli("run", write(settings), "--registry", tmp_path / "r", "--no-prefect", "--until", "warmup").returncode
+        == 0
+    )
     path = next(one["path"] for one in json_of("ls", "--registry", tmp_path / "r") if one["stage"] == "warmup")
     Path(path, "config.json").write_text("{}")
     done = run_cli("verify", "--registry", tmp_path / "r")

@@ -11,8 +11,8 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from stages import models, prefix
-from stages.rewards import reward_functions
 from stages.problems.scheduling import Scheduling
+from stages.rewards import reward_functions
 from stages.trl.prefill import PrefillGRPOTrainer
 from tests.conftest import TINY_BASE
 from tests.models import CHATML, save
@@ -65,7 +65,9 @@ def test_rewards_see_the_prefix_and_the_loss_does_not(policy, tmp_path):
 def test_the_ids_that_are_trained_are_the_ids_that_were_sampled(policy, tmp_path):
     trainer, seen, _ = trained(policy, tmp_path, max_steps=1)
     batch = trainer._buffered_inputs[0]
-    in_loss = [ids[mask.bool()].tolist() for ids, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True)]
+    in_loss = [
+        ids[mask.bool()].tolist() for ids, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True)
+    ]
     assert sorted(in_loss) == sorted(list(ids) for _, ids in seen)
 
 

@@ -133,7 +133,8 @@ def test_fresh_takes_the_next_replicate_that_the_registry_does_not_have(settings
 def test_a_replicate_has_another_seed_and_the_same_rows(settings, registry):
     stage(settings, "rl1")["replicate"] = 1
     first, second = (
-        next(step for step in plan.steps(recipe.Recipe.model_validate(s), registry) if step.name == "rl1") for s in (settings, settings | {"seed": 0})
+        next(step for step in plan.steps(recipe.Recipe.model_validate(s), registry) if step.name == "rl1")
+        for s in (settings, settings | {"seed": 0})
     )
     assert first.seed == second.seed != 0 and first.rows.seed == 0
 
@@ -148,7 +149,7 @@ def test_rejection_takes_the_rows_of_its_policy(settings, registry):
 
 def test_a_policy_of_the_registry_can_be_the_base(settings, registry):
     made(settings, registry, "rl1", "base.evaluate")
-    rl1, evaluation = sorted(registry.artifacts(), key=lambda artifact: artifact.stage, reverse=True)
+    rl1 = next(artifact for artifact in registry.artifacts() if artifact.stage == "rl1")
     settings["model"] = {"artifact": rl1.id, "dtype": "float32"}
     step = plan.steps(recipe.Recipe.model_validate(settings), registry)[1]
     assert step.inputs["policy"].key == rl1.key and step.inputs["policy"].source == str(registry.path(rl1))

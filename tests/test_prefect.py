@@ -31,7 +31,9 @@ def server(tmp_path_factory):
 
 
 def ask(server: str, what: str, **body):
-    request = urllib.request.Request(f"{server}/{what}/filter", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        f"{server}/{what}/filter", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=10) as answer:
         return json.load(answer)
 
@@ -87,11 +89,15 @@ def test_a_schedule_fires(server, tmp_path):
     """With sqlalchemy 2.1 it silently never does; this is why that is pinned."""
     (tmp_path / "scheduled.py").write_text(SCHEDULED)
     env = environment(**SETTINGS, PREFECT_HOME=str(tmp_path), **{API_URL: server})
-    serving = subprocess.Popen([sys.executable, "scheduled.py"], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    serving = subprocess.Popen(
+        [sys.executable, "scheduled.py"], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         ends_at = time.monotonic() + 90
         finished = {"name": {"any_": ["nightly"]}}
-        while not (done := ask(server, "flow_runs", flows=finished, flow_runs={"state": {"type": {"any_": ["COMPLETED"]}}})):
+        while not (
+            done := ask(server, "flow_runs", flows=finished, flow_runs={"state": {"type": {"any_": ["COMPLETED"]}}})
+        ):
             assert time.monotonic() < ends_at, "no scheduled run came to its end within 90 s"
             time.sleep(1)
         assert done[0]["auto_scheduled"]
@@ -110,6 +116,14 @@ def test_a_server_of_its_own_is_on_loopback_and_keeps_its_history(settings, writ
 
 
 def test_an_unreachable_server_is_one_line(settings, write, tmp_path):
-    done = run_cli("run", write(settings), "--registry", tmp_path / "r", "--only", "warmup", env={API_URL: "http://127.0.0.1:9/api"})
+    done = run_cli(
+        "run",
+        write(settings),
+        "--registry",
+        tmp_path / "r",
+        "--only",
+        "warmup",
+        env={API_URL: "http://127.0.0.1:9/api"},
+    )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "no Prefect server answers at http://127.0.0.1:9/api" in done.stderr

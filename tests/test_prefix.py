@@ -14,7 +14,9 @@ ROW = Row("1", "What is 1 + 2?")
 
 
 def format_with(response_prefix: str = "<think>\n", system: str = "", user: str = "{{ prompt }}") -> Format:
-    return Format(prompt="p", prompt_digest="d", system_prompt=system, user_template=user, response_prefix=response_prefix)
+    return Format(
+        prompt="p", prompt_digest="d", system_prompt=system, user_template=user, response_prefix=response_prefix
+    )
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def test_the_problem_sees_the_prefix_and_no_special_token(tokenizer):
     assert prefix.completion_text(tokenizer, "<think>\n", sampled) == "<think>\nOkay."
 
 
-@pytest.mark.parametrize("response_prefix", ["<think>\n", "", "{{ 'a' }}", "\"quoted\" \\ {% x %}\n", "\n\n"])
+@pytest.mark.parametrize("response_prefix", ["<think>\n", "", "{{ 'a' }}", '"quoted" \\ {% x %}\n', "\n\n"])
 @pytest.mark.parametrize("template", [CHATML, CHATML + "\n", CHATML.replace("{% endif %}", "{%- endif %}\n")])
 def test_serving_yields_prompt_and_prefix_and_training_does_not(response_prefix, template, tmp_path, tokenizer):
     tokenizer.chat_template = template
@@ -66,13 +68,18 @@ def test_the_prefix_is_not_doubled_when_a_policy_is_published_again(tmp_path, to
     for generation in range(3):
         models.save_policy(make_model(tokenizer), tokenizer, format_with(), tmp_path / str(generation))
         tokenizer = models.load_tokenizer(str(tmp_path / str(generation)))
-    text = tokenizer.apply_chat_template(prefix.messages(format_with(), ROW), add_generation_prompt=True, tokenize=False)
+    text = tokenizer.apply_chat_template(
+        prefix.messages(format_with(), ROW), add_generation_prompt=True, tokenize=False
+    )
     assert text.count("<think>") == 1
 
 
 def test_system_prompt_and_user_template_dress_the_row(tokenizer):
     dressed = prefix.messages(format_with(system="Be brief.", user="Task {{ id }}: {{ prompt }}"), ROW)
-    assert dressed == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Task 1: What is 1 + 2?"}]
+    assert dressed == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Task 1: What is 1 + 2?"},
+    ]
 
 
 def test_a_user_template_that_asks_for_what_a_row_has_not_is_refused():

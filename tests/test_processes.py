@@ -27,7 +27,10 @@ def wait_for(condition, seconds):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code", "state"), [(signal.SIGKILL, -9, "interrupted"), (signal.SIGTERM, 143, "stopped"), (signal.SIGINT, 130, "stopped")])
+@pytest.mark.parametrize(
+    ("number", "code", "state"),
+    [(signal.SIGKILL, -9, "interrupted"), (signal.SIGTERM, 143, "stopped"), (signal.SIGINT, 130, "stopped")],
+)
 def test_the_launchers_death_takes_job_worker_and_prefect_server_along(number, code, state, settings, write, tmp_path):
     """Only the launcher's pid is signalled, in the middle of rl1, with a Prefect server of its own; 3 seconds later nothing of it lives."""
     stage(settings, "rl1")["steps"] = 100_000
@@ -37,20 +40,27 @@ def test_the_launchers_death_takes_job_worker_and_prefect_server_along(number, c
         command, cwd=ROOT, env=environment(**dict([mark.split("=")])), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )  # fmt: skip
     try:
-        in_rl1 = lambda: any('"grpo"' in p.read_text() for p in tmp_path.glob("r/work/*/job.json") if (p.parent / "out" / "metrics.jsonl").exists())  # noqa: E731
-        assert wait_for(in_rl1, 90), launcher.communicate()
-        assert wait_for(lambda: len(marked(mark)) >= 3, 5), "the worker, the job and the Prefect server share the launcher's environment"
+        assert wait_for(lambda: is_training(tmp_path / "r" / "work", "grpo"), 90), launcher.communicate()
+        assert wait_for(lambda: len(marked(mark)) >= 3, 5), (
+            "the worker, the job and the Prefect server share the launcher's environment"
+        )
         os.kill(launcher.pid, number)
         killed = time.monotonic()
         assert wait_for(lambda: not marked(mark), 3.0), f"still alive: {marked(mark)}"
         assert time.monotonic() - killed < 3.0
-        out, err = launcher.communicate()
+        _, err = launcher.communicate()
         assert launcher.returncode == code
         if number != signal.SIGKILL:
             assert len(err.splitlines()) == 1 and "Traceback" not in err, err
         assert runs.runs(Registry(tmp_path / "r"))[0].state == state
     finally:
         kill_marked(mark)
+
+
+def is_training(work: Path, kind: str) -> bool:
+    """Whether a job of a kind has logged a step."""
+    jobs = [path for path in work.glob("*/job.json") if f'"{kind}"' in path.read_text()]
+    return any((path.parent / "out" / "metrics.jsonl").exists() for path in jobs)
 
 
 SLEEPY = """
@@ -124,7 +134,14 @@ def test_a_worker_that_is_killed_takes_its_job_along_and_is_named(sleepy):
     launch, mark, started = sleepy
     launcher = launch(600)
     assert wait_for(started.exists, 30), launcher.communicate()
-    (worker,) = [pid for pid in descendants(launcher.pid) if b"--serve" in Path(f"/proc/{pid}/cmdline").read_bytes() and os.getsid(pid) == pid and pid != launcher.pid and parent(pid) == launcher.pid]
+    (worker,) = [
+        pid
+        for pid in descendants(launcher.pid)
+        if b"--serve" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        and os.getsid(pid) == pid
+        and pid != launcher.pid
+        and parent(pid) == launcher.pid
+    ]
     os.kill(worker, signal.SIGKILL)
     out, _ = launcher.communicate(timeout=30)
     assert "the serving worker is gone (exit -9)" in out
@@ -138,7 +155,13 @@ def parent(pid: int) -> int:
 def test_a_launcher_killed_while_its_worker_imports_leaves_nothing(tmp_path):
     mark = f"{TOKEN}={uuid.uuid4().hex}"
     code = "import time\nfrom pipeline.launch import Launcher\nlauncher = Launcher()\nlauncher.warm_up()\nprint('up', flush=True)\ntime.sleep(600)"
-    launcher = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment(**dict([mark.split("=")])), stdout=subprocess.PIPE, text=True)
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment(**dict([mark.split("=")])),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert launcher.stdout.readline() == "up\n"
     time.sleep(1.0)
     os.kill(launcher.pid, signal.SIGKILL)
@@ -152,7 +175,9 @@ def test_one_job_runs_from_its_file_alone_and_two_cannot_share_a_directory(climb
     import shutil
 
     _, registry = climbed
-    source = next(path for path in (registry / "work").glob("*/job.json") if json.loads(path.read_text())["kind"] == "sft")
+    source = next(
+        path for path in (registry / "work").glob("*/job.json") if json.loads(path.read_text())["kind"] == "sft"
+    )
     job = json.loads(source.read_text())
     work = tmp_path / "work"
     work.mkdir()
@@ -166,5 +191,8 @@ def test_one_job_runs_from_its_file_alone_and_two_cannot_share_a_directory(climb
     shutil.rmtree(work / "out")
     wrong_world = subprocess.run(command, cwd=ROOT, env=environment(WORLD_SIZE="2"), capture_output=True, text=True)
     assert wrong_world.returncode == 2
-    assert "the job is for 1 processes, but the launcher started 2" in json.loads((work / "error.json").read_text())["message"]
+    assert (
+        "the job is for 1 processes, but the launcher started 2"
+        in json.loads((work / "error.json").read_text())["message"]
+    )
     assert not (work / "result.json").exists()

@@ -108,7 +108,9 @@ def test_a_bad_override_is_one_line(override, said, settings, write):
     assert said in one_line(run_cli("plan", write(settings), "--set", override))
 
 
-@pytest.mark.parametrize("arguments", [["nosuch"], ["plan"], ["run", "--nosuch"], ["plan", "configs/demo.yaml", "--only", "nosuch"]])
+@pytest.mark.parametrize(
+    "arguments", [["nosuch"], ["plan"], ["run", "--nosuch"], ["plan", "configs/demo.yaml", "--only", "nosuch"]]
+)
 def test_bad_arguments_are_one_line(arguments, tmp_path):
     one_line(run_cli(*arguments, env={"SWITCHBACK_REGISTRY": str(tmp_path)}))
 
@@ -128,15 +130,18 @@ def test_what_comes_later_parses_and_plans_and_run_refuses_it_in_one_line(path, 
     set_(settings, path, value)
     file = write(settings)
     assert run_cli("plan", file, "--registry", tmp_path / "r").returncode == 0
-    assert "later version" in one_line(run_cli("run", file, "--registry", tmp_path / "r")) or "only has 'policy'" in one_line(
+    assert "later version" in one_line(
         run_cli("run", file, "--registry", tmp_path / "r")
-    )
+    ) or "only has 'policy'" in one_line(run_cli("run", file, "--registry", tmp_path / "r"))
     assert not (tmp_path / "r").exists()
 
 
 def test_a_problem_file_and_a_dataset_parse_plan_and_are_refused(settings, write, tmp_path):
     (tmp_path / "mine.py").write_text("rows = []\n")
-    for problem in ({"file": str(tmp_path / "mine.py")}, {"dataset": "org/data", "rewards": ["accuracy"], "answer": "answer"}):
+    for problem in (
+        {"file": str(tmp_path / "mine.py")},
+        {"dataset": "org/data", "rewards": ["accuracy"], "answer": "answer"},
+    ):
         settings["problem"] = problem
         file = write(settings)
         assert run_cli("plan", file, "--registry", tmp_path / "r").returncode == 0
@@ -147,7 +152,9 @@ def test_a_problem_file_and_a_dataset_parse_plan_and_are_refused(settings, write
 def test_every_shipped_recipe_parses_and_plans_offline(config: Path, tmp_path):
     done = run_cli("plan", config, "--registry", tmp_path / "r", "--json")
     assert done.returncode == 0, done.stderr
-    assert {"base.evaluate", "warmup", "rl1", "harvest", "distill", "rl2", "rl2.evaluate"} <= {step["step"] for step in json.loads(done.stdout)}
+    assert {"base.evaluate", "warmup", "rl1", "harvest", "distill", "rl2", "rl2.evaluate"} <= {
+        step["step"] for step in json.loads(done.stdout)
+    }
 
 
 def test_the_recipe_of_the_design_parses(tmp_path):
@@ -177,8 +184,14 @@ track: {wandb: offline}
 
 
 def test_numbers_are_read_as_people_write_them(settings, write):
-    loaded = recipe.load(write(settings), ["stages.rl1.learning_rate=5e-4", "deadline=1.5h", "stages.warmup.trl={adam_beta2: 1e-1}"])
-    assert (loaded.stages[1].learning_rate, loaded.deadline, loaded.stages[0].trl) == (5e-4, 5400.0, {"adam_beta2": 0.1})
+    loaded = recipe.load(
+        write(settings), ["stages.rl1.learning_rate=5e-4", "deadline=1.5h", "stages.warmup.trl={adam_beta2: 1e-1}"]
+    )
+    assert (loaded.stages[1].learning_rate, loaded.deadline, loaded.stages[0].trl) == (
+        5e-4,
+        5400.0,
+        {"adam_beta2": 0.1},
+    )
 
 
 def test_a_dumped_recipe_reads_back_equal(settings, write, tmp_path):

@@ -92,7 +92,11 @@ def test_verify_names_every_file_that_changed_went_or_came(registry, tmp_path):
     (directory / "extra.txt").write_text("")
     said = verify(registry, artifact)
     assert len(said) == 3 and all(artifact.id in line for line in said)
-    assert "model.safetensors: its bytes" in said[1] and "rows.jsonl: is gone" in said[0] and "extra.txt: was not published" in said[2]
+    assert (
+        "model.safetensors: its bytes" in said[1]
+        and "rows.jsonl: is gone" in said[0]
+        and "extra.txt: was not published" in said[2]
+    )
 
 
 def test_lineage_goes_down_to_the_base_and_says_what_is_gone(registry, tmp_path):
@@ -139,7 +143,9 @@ def test_an_append_only_log_loses_nothing_to_eight_writers(tmp_path):
         process.join()
     store = LocalStore(tmp_path)
     assert store.names("log") == [f"{n:06d}.json" for n in range(1, 201)]
-    assert {(entry["writer"], entry["i"]) for entry in store.entries("log")} == {(w, i) for w in range(8) for i in range(25)}
+    assert {(entry["writer"], entry["i"]) for entry in store.entries("log")} == {
+        (w, i) for w in range(8) for i in range(25)
+    }
 
 
 def test_a_run_is_remembered_with_its_state(registry):

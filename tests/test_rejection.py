@@ -18,7 +18,10 @@ PROBLEM = Scheduling("compact")
 def rollouts(*scores: float, ids: list[int] | None = None) -> list[Rollout]:
     """One rollout a score, with ids of its own unless they are given."""
     numbers = ids or list(range(len(scores)))
-    return [Rollout([1], [number], str(number), Judgement(score, "valid", score == 1, True)) for score, number in zip(scores, numbers, strict=True)]
+    return [
+        Rollout([1], [number], str(number), Judgement(score, "valid", score == 1, True))
+        for score, number in zip(scores, numbers, strict=True)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -48,7 +51,9 @@ def test_no_other_choice_of_distinct_rollouts_has_a_higher_total_score():
         keep = Keep(min_score=0.3, per_prompt=rng.randint(1, 3))
         kept = select(group, keep, PROBLEM)
         good = [i for i, rollout in enumerate(group) if rollout.judgement.score >= 0.3]
-        choices = (c for n in range(keep.per_prompt + 1) for c in combinations(good, n) if len({ids[i] for i in c}) == len(c))
+        choices = (
+            c for n in range(keep.per_prompt + 1) for c in combinations(good, n) if len({ids[i] for i in c}) == len(c)
+        )
         best = max(sum(group[i].judgement.score for i in choice) for choice in choices)
         assert sum(group[i].judgement.score for i in kept) == pytest.approx(best)
         assert len({ids[i] for i in kept}) == len(kept) <= keep.per_prompt

@@ -85,7 +85,10 @@ def test_a_valid_schedule_scores_its_weighted_time_over_the_optimum():
         (answered(A, B), 0.1),
         (answered(B, A), 0.1 + 0.2),
         (answered(B, hour("E", 15, 16)), 0.1),
-        (answered(*sorted([A, B, C, D], key=lambda e: e.start)), 0.1 + 0.2),  # take everything: in order, and worth nothing
+        (
+            answered(*sorted([A, B, C, D], key=lambda e: e.start)),
+            0.1 + 0.2,
+        ),  # take everything: in order, and worth nothing
         ("nonsense", 0.0),
     ],
 )

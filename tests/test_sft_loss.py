@@ -27,7 +27,13 @@ def trainer(tmp_path, weights=None, data=DATA, **settings):
     arguments = SFTConfig(output_dir=str(tmp_path), **settings)
     ours = {} if weights is None else {"prompt_loss_weight": weights[0], "completion_loss_weight": weights[1]}
     kind = SFTTrainer if weights is None else WeightedSFTTrainer
-    return kind(model=make_model(TOKENIZER), args=arguments, train_dataset=Dataset.from_list(data), processing_class=TOKENIZER, **ours)
+    return kind(
+        model=make_model(TOKENIZER),
+        args=arguments,
+        train_dataset=Dataset.from_list(data),
+        processing_class=TOKENIZER,
+        **ours,
+    )
 
 
 def trained(made):
@@ -51,7 +57,9 @@ def test_weights_1_1_are_bit_equal_to_full_sequence_training(tmp_path):
 @pytest.mark.parametrize(("micro", "accumulation"), [(4, 2), (2, 4), (1, 8)])
 def test_the_gradient_does_not_depend_on_the_micro_batch(micro, accumulation, tmp_path):
     whole = trained(trainer(tmp_path, (0.1, 1.0)))
-    pieces = trained(trainer(tmp_path, (0.1, 1.0), per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation))
+    pieces = trained(
+        trainer(tmp_path, (0.1, 1.0), per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation)
+    )
     assert difference(whole, pieces) < 1e-6
     assert difference(whole, trained(trainer(tmp_path, (0.0, 1.0)))) > 1e-3  # the comparison can tell weights apart
 
@@ -71,7 +79,11 @@ def test_the_loss_of_five_tokens_is_the_one_computed_by_hand(tmp_path):
     """Prompt tokens 1, 2; completion tokens 3, 4, 5. The first token has nothing before it and is not predicted."""
     made = trainer(tmp_path, (0.25, 1.0))
     ids = torch.tensor([[10, 11, 12, 13, 14]])
-    batch = {"input_ids": ids, "labels": torch.tensor([[-100, -100, 12, 13, 14]]), "attention_mask": torch.ones_like(ids)}
+    batch = {
+        "input_ids": ids,
+        "labels": torch.tensor([[-100, -100, 12, 13, 14]]),
+        "attention_mask": torch.ones_like(ids),
+    }
     log_probs = torch.log_softmax(made.model(input_ids=ids).logits[0], -1)
     nll = [-log_probs[i, ids[0, i + 1]].item() for i in range(4)]
     by_hand = (0.25 * nll[0] + nll[1] + nll[2] + nll[3]) / 3.25

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.tree import Tree
 
-from pipeline.cli.common import JsonOption, RegistryOption, open_registry, print_json, size
-from pipeline.cli.tables import console, show, table
+from pipeline.cli.common import JsonOption, RegistryOption, open_registry, print_json
+from pipeline.cli.tables import artifacts_table, console, show
+from pipeline.registry import Artifact, Registry
 from pipeline.registry.lineage import Ancestor
 from pipeline.registry.lineage import lineage as lineage_of
 from pipeline.registry.verify import verify as problems_of
@@ -29,12 +30,9 @@ def ls(registry: RegistryOption = None, json: JsonOption = False) -> None:
     place = open_registry(registry)
     found = place.artifacts()
     if json:
-        fields = [(a.id, a.stage, a.kind, str(place.path(a)), a.created, a.size) for a in found]
-        return print_json([dict(zip(("id", "stage", "kind", "path", "created", "size"), values, strict=True)) for values in fields])
-    made = table("id", "kind", "created", "size", "path", right=("size",))
-    for a in found:
-        made.add_row(a.id, a.kind, a.created[:19].replace("T", " "), size(a.size), str(place.path(a)))
-    show(made)
+        print_json([_listed(place, artifact) for artifact in found])
+    else:
+        show(artifacts_table(place, found))
 
 
 def lineage(id: Id, registry: RegistryOption = None, json: JsonOption = False) -> None:
@@ -42,8 +40,9 @@ def lineage(id: Id, registry: RegistryOption = None, json: JsonOption = False) -
     place = open_registry(registry)
     found = lineage_of(place, place.open(id))
     if json:
-        return print_json(found.model_dump(mode="json"))
-    console().print(_tree(found))
+        print_json(found.model_dump(mode="json"))
+    else:
+        console().print(_tree(found))
 
 
 def verify(ids: Ids = None, registry: RegistryOption = None, json: JsonOption = False) -> None:
@@ -58,6 +57,12 @@ def verify(ids: Ids = None, registry: RegistryOption = None, json: JsonOption = 
         print("\n".join(lines or [f"{len(artifacts)} artifacts are whole"]))
     if lines:
         raise typer.Exit(1)
+
+
+def _listed(registry: Registry, artifact: Artifact) -> dict[str, Any]:
+    path = str(registry.path(artifact))
+    what = {"id": artifact.id, "stage": artifact.stage, "kind": artifact.kind}
+    return {**what, "path": path, "created": artifact.created, "size": artifact.size}
 
 
 def _tree(ancestor: Ancestor, into: Tree | None = None) -> Tree:

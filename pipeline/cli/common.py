@@ -17,11 +17,18 @@ REGISTRY = "SWITCHBACK_REGISTRY"
 RecipeArgument = Annotated[Path, typer.Argument(help="Recipe file.", show_default=False)]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="PATH=VALUE", help="Override a field, such as stages.rl1.kl.beta=0.01. May be given again.", show_default=False),
+    typer.Option(
+        "--set",
+        metavar="PATH=VALUE",
+        help="Override a field, such as stages.rl1.kl.beta=0.01. May be given again.",
+        show_default=False,
+    ),
 ]
 RegistryOption = Annotated[
     str | None,
-    typer.Option("--registry", help=f"Registry directory. Default: the recipe's, {REGISTRY}, ./registry.", show_default=False),
+    typer.Option(
+        "--registry", help=f"Registry directory. Default: the recipe's, {REGISTRY}, ./registry.", show_default=False
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -35,13 +42,3 @@ def open_registry(option: str | None, recipe: Recipe | None = None) -> Registry:
 def print_json(content: Any) -> None:
     """Indented, for people and programs."""
     print(json.dumps(content, indent=2))
-
-
-def size(count: int) -> str:
-    """Bytes for people: 1.2 MB."""
-    amount = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if amount < 1000:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1000
-    return f"{amount:.1f} TB"

@@ -1,6 +1,6 @@
 """What a running climb looks like: a live line a stage on a terminal, a plain line now and then when piped.
 
-    rl1        30/50 | 12.1 s | eta 8 s | reward 0.614 | kl 0.3121 | entropy 0.112
+rl1        30/50 | 12.1 s | eta 8 s | reward 0.614 | kl 0.3121 | entropy 0.112
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ class Progress:
 
     def __init__(self, steps: int) -> None:
         self._console = console()
-        self._live = Live(console=self._console, auto_refresh=False, transient=True) if self._console.is_terminal else None
+        self._live = (
+            Live(console=self._console, auto_refresh=False, transient=True) if self._console.is_terminal else None
+        )
         self._width = 18
         self._printed = 0.0
         self._last: dict[str, Any] = {}

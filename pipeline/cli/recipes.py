@@ -13,10 +13,17 @@ from pipeline.cli.tables import plan_table, show
 from pipeline.recipe import Recipe, load
 from stages.job import BadInput
 
-Only = Annotated[str | None, typer.Option("--only", metavar="STAGE", help="Only this stage and its evaluation.", show_default=False)]
-From = Annotated[str | None, typer.Option("--from", metavar="STAGE", help="This stage and all after it.", show_default=False)]
+Only = Annotated[
+    str | None, typer.Option("--only", metavar="STAGE", help="Only this stage and its evaluation.", show_default=False)
+]
+From = Annotated[
+    str | None, typer.Option("--from", metavar="STAGE", help="This stage and all after it.", show_default=False)
+]
 Until = Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Up to this stage.", show_default=False)]
-Fresh = Annotated[str | None, typer.Option("--fresh", metavar="STAGE", help="Make this stage again, as a new replicate.", show_default=False)]
+Fresh = Annotated[
+    str | None,
+    typer.Option("--fresh", metavar="STAGE", help="Make this stage again, as a new replicate.", show_default=False),
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -55,8 +62,13 @@ def plan(
         loaded = planning.freshen(loaded, place, fresh)
     planned = planning.plan(loaded, place, planning.Selection(only, start, until))
     if json:
-        fields = [(one.step.name, one.step.kind, one.step.key, one.action, one.artifact.id if one.artifact else None, one.why) for one in planned]
-        print_json([dict(zip(("step", "kind", "key", "action", "artifact", "why"), values, strict=True)) for values in fields])
+        fields = [
+            (one.step.name, one.step.kind, one.step.key, one.action, one.artifact.id if one.artifact else None, one.why)
+            for one in planned
+        ]
+        print_json(
+            [dict(zip(("step", "kind", "key", "action", "artifact", "why"), values, strict=True)) for values in fields]
+        )
     else:
         show(plan_table(planned))
 

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
 from pipeline.plan import Planned
+from pipeline.registry import Artifact, Registry
+from pipeline.registry.runs import Run
 from pipeline.summary import RunSummary, StageSummary
 
 ACTION_STYLE = {"reuse": "green", "run": "yellow", "skip": "dim"}
@@ -30,7 +33,9 @@ def table(*columns: str, right: Sequence[str] = ()) -> Table:
     """An empty table; the columns in `right` hold numbers."""
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold", no_wrap=column in right)
+        made.add_column(
+            column, justify="right" if column in right else "left", overflow="fold", no_wrap=column in right
+        )
     return made
 
 
@@ -39,6 +44,37 @@ def plan_table(planned: Sequence[Planned]) -> Table:
     made = table("step", "kind", "", "why")
     for one in planned:
         made.add_row(one.step.name, one.step.kind, f"[{ACTION_STYLE[one.action]}]{one.action}[/]", escape(one.why))
+    return made
+
+
+def artifacts_table(registry: Registry, artifacts: Sequence[Artifact]) -> Table:
+    """Artifacts, a line each."""
+    made = table("id", "kind", "created", "size", "path", right=("size",))
+    for one in artifacts:
+        path = str(registry.path(one))
+        made.add_row(one.id, one.kind, _moment(one.created), decimal(one.size), path)
+    return made
+
+
+def artifact_table(registry: Registry, artifact: Artifact) -> Table:
+    """One artifact, a line a fact."""
+    made = table("artifact", artifact.id)
+    made.add_row("kind", artifact.kind)
+    made.add_row("path", str(registry.path(artifact)))
+    made.add_row("created", _moment(artifact.created))
+    made.add_row("size", f"{decimal(artifact.size)} in {len(artifact.files)} files")
+    for role, source in artifact.inputs.items():
+        made.add_row(role, source.id or source.name)
+    for name, value in artifact.metrics.items():
+        made.add_row(name, f"{value:.4g}")
+    return made
+
+
+def runs_table(runs: Sequence[Run]) -> Table:
+    """Runs, a line each."""
+    made = table("run", "recipe", "state", "started")
+    for one in runs:
+        made.add_row(one.run, one.recipe, one.state, _moment(one.started))
     return made
 
 
@@ -58,6 +94,10 @@ def _scores(stage: StageSummary) -> list[str]:
     low, high = e.interval
     shares = (e.solved, e.format, e.pass_at_k["1"])
     return [_x100(e.greedy), _x100(e.mean), f"{_x100(low)} - {_x100(high)}", *map(_x100, shares)]
+
+
+def _moment(timestamp: str) -> str:
+    return timestamp[:19].replace("T", " ")
 
 
 def _x100(share: float) -> str:

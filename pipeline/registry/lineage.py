@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from stages.config import Frozen
 from pipeline.registry.artifact import Artifact, Source
 from pipeline.registry.registry import Registry
+from stages.config import Frozen
 
 
 class Ancestor(Frozen):
@@ -25,7 +25,9 @@ class Ancestor(Frozen):
 def lineage(registry: Registry, artifact: Artifact, role: str = "") -> Ancestor:
     """The tree of an artifact."""
     inputs = tuple(_ancestor(registry, source, role) for role, source in artifact.inputs.items())
-    return Ancestor(role=role, id=artifact.id, name=artifact.stage, kind=artifact.kind, key=artifact.key, whole=True, inputs=inputs)
+    return Ancestor(
+        role=role, id=artifact.id, name=artifact.stage, kind=artifact.kind, key=artifact.key, whole=True, inputs=inputs
+    )
 
 
 def _ancestor(registry: Registry, source: Source, role: str) -> Ancestor:

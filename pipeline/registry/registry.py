@@ -37,7 +37,9 @@ class Registry:
         another format."""
         self.store = LocalStore(root)
         if (found := self.store.get("format.json")) not in (None, FORMAT):
-            raise BadInput(f"registry: {root} has format {found}, this version of switchback reads {FORMAT}; use the version that wrote it")
+            raise BadInput(
+                f"registry: {root} has format {found}, this version of switchback reads {FORMAT}; use the version that wrote it"
+            )
 
     @property
     def root(self) -> Path:
@@ -69,7 +71,9 @@ class Registry:
     def artifacts(self) -> list[Artifact]:
         """All whole artifacts, oldest first."""
         found = (self.get(id) for id in self.store.names("artifacts"))
-        return sorted((artifact for artifact in found if artifact), key=lambda artifact: (artifact.created, artifact.id))
+        return sorted(
+            (artifact for artifact in found if artifact), key=lambda artifact: (artifact.created, artifact.id)
+        )
 
     def publish(self, directory: Path, artifact: Artifact) -> Artifact:
         """Take a finished directory in, as this artifact with an id, date and files of its own; `directory` is gone afterwards.
@@ -97,7 +101,9 @@ def list_files(directory: Path) -> tuple[File, ...]:
     for path in sorted(directory.rglob("*")):
         relative = path.relative_to(directory).as_posix()
         if path.is_symlink() or (path.is_file() and path.suffix not in SAFE_SUFFIXES):
-            raise UnsafeFile(f"{relative} must not be published; artifacts hold {', '.join(SAFE_SUFFIXES)} and no links")
+            raise UnsafeFile(
+                f"{relative} must not be published; artifacts hold {', '.join(SAFE_SUFFIXES)} and no links"
+            )
         if path.is_file() and relative != MANIFEST:
             path.chmod(0o644)
             files.append(File(path=relative, size=path.stat().st_size, sha256=digest_file(path)))

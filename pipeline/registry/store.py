@@ -22,7 +22,9 @@ class LocalStore:
         self.root = root.absolute()
         for parent in (self.root, *self.root.parents):
             if parent.exists() and not parent.is_dir():
-                raise BadInput(f"registry: {parent} is a file, so {self.root} cannot be a directory; choose another path")
+                raise BadInput(
+                    f"registry: {parent} is a file, so {self.root} cannot be a directory; choose another path"
+                )
 
     def path(self, name: str) -> Path:
         """Where a name lies. Raises ValueError for one that would leave the root."""

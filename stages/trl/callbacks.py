@@ -31,7 +31,9 @@ class MetricsCallback(TrainerCallback):
             return
         self.log.write(state.global_step, state.max_steps, values)
         if not math.isfinite(values["loss"]):
-            raise FloatingPointError(f"the loss is {values['loss']} at step {state.global_step}; lower the learning rate")
+            raise FloatingPointError(
+                f"the loss is {values['loss']} at step {state.global_step}; lower the learning rate"
+            )
 
 
 def listen(trainer: Trainer, log: MetricsLog) -> None:

@@ -28,7 +28,9 @@ class PrefillGRPOTrainer(GRPOTrainer):
         """Prompt ids + prefix ids, each distinct prompt rendered once."""
         size = self.num_generations if self.model.training else self.num_generations_eval
         groups = prefix.prompt_ids(self._tokenizer, prompts[::size]) if _in_groups(prompts, size) else None
-        ids = [groups[i // size] for i in range(len(prompts))] if groups else prefix.prompt_ids(self._tokenizer, prompts)
+        ids = (
+            [groups[i // size] for i in range(len(prompts))] if groups else prefix.prompt_ids(self._tokenizer, prompts)
+        )
         return [[*prompt, *self._prefix_ids] for prompt in ids], None, {}
 
     def _generate(self, prompts: list[list[prefix.Message]]) -> tuple[Any, ...]:

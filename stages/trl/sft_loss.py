@@ -18,7 +18,9 @@ from stages.weighting import token_weights
 class WeightedSFTTrainer(SFTTrainer):
     """SFTTrainer whose loss is the weighted mean over prompt and completion tokens."""
 
-    loss_is_scaled_for_ga = True  # we divide by the whole step's weights; Trainer must not divide by the accumulation again
+    loss_is_scaled_for_ga = (
+        True  # we divide by the whole step's weights; Trainer must not divide by the accumulation again
+    )
 
     def __init__(self, *args: Any, prompt_loss_weight: float, completion_loss_weight: float, **kwargs: Any) -> None:
         self.prompt_loss_weight, self.completion_loss_weight = prompt_loss_weight, completion_loss_weight
