@@ -197,7 +197,7 @@ def plain(out: Path) -> None:
 
         settings = GRPOConfig(
             output_dir=str(out / box["name"]), per_device_train_batch_size=128, steps_per_generation=1, num_generations=8, max_steps=box["steps"],
-            learning_rate=box["learning_rate"], lr_scheduler_type="constant_with_warmup", warmup_steps=5, beta=0.001, epsilon_high=0.28,
+            learning_rate=box["learning_rate"], lr_scheduler_type=box["lr_scheduler"], warmup_steps=5, beta=0.001, epsilon_high=0.28,
             max_completion_length=LENGTH, reward_weights=list(problem.reward_weights.values()), **common,
         )  # fmt: skip
         data = Dataset.from_list([{"prompt": rendered(row) + PREFIX, "row": i} for i, row in enumerate(rows)])
