@@ -27,9 +27,10 @@ clean:
 	$(PYTHON) -m venv .venv
 
 .venv/user: .venv/bin/python pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
-	touch $@
+	@echo "installing switchback and what it needs into .venv (a few minutes the first time)"
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
 
 .venv/dev: .venv/user
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -62,14 +62,18 @@ class Launcher:
         self.warm_up()
         assert self._worker is not None
         path, log = job.save(), _next_log(Path(job.work))
-        lines = _new_lines(Path(job.out, METRICS))
+        metrics = Path(job.out, METRICS)
+        metrics.unlink(missing_ok=True)  # what an earlier attempt logged
+        lines = _new_lines(metrics)
         try:
             self._worker.start(path, log)
             ends_at = time.monotonic() + (deadline or float("inf"))
-            while (status := self._worker.status(TICK)) is None:
+            status = None
+            while status is None:
+                status = self._worker.status(TICK)
                 for line in next(lines):
                     on_metrics(line)
-                if time.monotonic() > ends_at:
+                if status is None and time.monotonic() > ends_at:
                     raise StageFailed(f"{job.name}: killed after its deadline of {deadline:g} s; its log is {log}")
         except BaseException:
             self.close()
@@ -153,17 +157,16 @@ def _next_log(work: Path) -> Path:
 
 
 def _new_lines(path: Path) -> Iterator[list[dict[str, Any]]]:
-    """Each `next` gives the whole lines that were written since; what an earlier attempt left is passed over."""
-    before = path.stat().st_ino if path.exists() else None
+    """Each `next` gives the whole lines that were written since the last one."""
     read = 0
     while True:
-        if not path.exists() or path.stat().st_ino == before:
-            yield []
-            continue
-        with path.open("rb") as file:
-            file.seek(read)
-            whole, newline, _ = file.read().rpartition(b"\n")
-        read += len(whole) + len(newline)
+        whole = b""
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(read)
+                whole = file.read()
+            whole = whole[: whole.rfind(b"\n") + 1]
+        read += len(whole)
         yield [json.loads(line) for line in whole.splitlines()]
 
 

@@ -33,16 +33,20 @@ TINY: Settings = {
     "evaluate": {"rows": 8, "samples": 2, "max_completion_length": 36},
     "validation": {"rows": 4},
     "stages": [
-        {"name": "warmup", "kind": "sft", "policy": "base", "rows": "train[0:64]", "epochs": 1.0, "learning_rate": 1.5e-3, "prompt_loss_weight": 0.1},
-        {"name": "rl1", "kind": "grpo", "policy": "warmup", "rows": "train[64:80]", "steps": 2, "prompts_per_step": 2, "group_size": 4,
+        {"name": "warmup", "kind": "sft", "policy": "base", "rows": "train[0:512]", "epochs": 1.0, "learning_rate": 1.5e-3, "prompt_loss_weight": 0.1},
+        {"name": "rl1", "kind": "grpo", "policy": "warmup", "rows": "train[512:528]", "steps": 2, "prompts_per_step": 2, "group_size": 4,
          "max_completion_length": 36, "learning_rate": 5e-4},
         {"name": "harvest", "kind": "rejection", "policy": "rl1", "samples": 2, "max_completion_length": 36, "keep": {"min_score": 0.0}},
         {"name": "distill", "kind": "sft", "policy": "warmup", "data": "harvest", "epochs": 1.0, "learning_rate": 1.5e-3},
-        {"name": "rl2", "kind": "grpo", "policy": "distill", "rows": "train[80:96]", "steps": 2, "prompts_per_step": 2, "group_size": 4,
+        {"name": "rl2", "kind": "grpo", "policy": "distill", "rows": "train[528:544]", "steps": 2, "prompts_per_step": 2, "group_size": 4,
          "max_completion_length": 36, "learning_rate": 5e-4},
     ],
     "launch": {"threads": 1},
 }  # fmt: skip
+
+
+LEARNED: Settings = {**TINY, "stages": [{**TINY["stages"][0], "epochs": 6.0}, *TINY["stages"][1:]]}
+"""The same with enough warm-up that some completions earn a reward, so that RL has something to do."""
 
 
 @pytest.fixture
@@ -87,7 +91,7 @@ def climbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(recipe, registry) of the tiny climb, run once for all tests that only look at it."""
     directory = tmp_path_factory.mktemp("climbed")
     recipe = directory / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(TINY, sort_keys=False))
+    recipe.write_text(yaml.safe_dump(LEARNED, sort_keys=False))
     done = run_cli("run", recipe, "--registry", directory / "registry", "--no-prefect")
     assert done.returncode == 0, done.stderr
     return recipe, directory / "registry"

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipeline import climb, plan, recipe
+from pipeline.cli.progress import Progress
+from pipeline.registry import Registry
 from stages import tokens
-from tests.conftest import ROOT, SWITCHBACK, TINY, environment, run_cli, stage
+from tests.conftest import LEARNED, ROOT, SWITCHBACK, environment, run_cli, stage
 
 POLICIES = ("warmup", "rl1", "distill", "rl2")
 
@@ -176,7 +179,7 @@ def test_only_and_fresh_make_one_stage_again(climbed):
 def test_the_same_recipe_in_another_registry_makes_the_same_weights(climbed, write, tmp_path):
     """Bit-identity for equal execution: the model's files have equal digests."""
     _, registry = climbed
-    settings = {**TINY, "stages": TINY["stages"][:2]}
+    settings = {**LEARNED, "stages": LEARNED["stages"][:2]}
     assert run_cli("run", write(settings), "--registry", tmp_path / "r", "--no-prefect").returncode == 0
     for name in ("warmup", "rl1"):
         digests = []
@@ -266,6 +269,38 @@ def test_two_runs_at_once_share_what_both_need(settings, write, tmp_path):
         "warmup.evaluate",
     ]
     assert any("waits for process" in out for out, _ in said)
+
+
+def test_every_step_tells_how_far_it_is(settings, write, tmp_path):
+    """The shortest job too: its last line of metrics reaches the terminal."""
+    heard: list[tuple[str, int, int]] = []
+
+    class Ear(Progress):
+        def logged(self, step, line):
+            heard.append((step.name, line["step"], line["total"]))
+
+    loaded = recipe.load(write(settings))
+    place = Registry(tmp_path / "r")
+    with Ear() as ear:
+        climb.run(loaded, plan.plan(loaded, place), place, ear, use_prefect=False)
+    last = {name: (step, total) for name, step, total in heard}
+    assert last["warmup"] == (16, 16) and last["rl1"] == last["rl2"] == (2, 2)
+    assert last["harvest"] == (16, 16) and last["base.evaluate"] == (24, 24)
+
+
+def test_the_micro_batch_is_execution_and_changes_nothing_but_rounding(climbed, write, tmp_path):
+    _, registry = climbed
+    settings = {**LEARNED, "launch": {"threads": 1, "micro_batch": 4}}
+    assert (
+        run_cli("run", write(settings), "--registry", tmp_path / "r", "--no-prefect", "--until", "rl1").returncode == 0
+    )
+    for name, metric in (("warmup", "completion_loss"), ("rl1", "entropy")):
+        values = []
+        for place in (registry, tmp_path / "r"):
+            found = next(one for one in json_of("ls", "--registry", place) if one["stage"] == name)
+            shown = json_of("show", found["id"], "--registry", place)
+            values.append((shown["key"], shown["metrics"][metric]))
+        assert values[0][0] == values[1][0] and values[0][1] == pytest.approx(values[1][1], rel=0.01)
 
 
 def test_verify_exits_1_and_names_a_changed_file(settings, write, tmp_path):

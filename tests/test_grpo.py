@@ -88,6 +88,18 @@ def test_the_first_kl_of_a_stage_is_zero(policy, tmp_path):
     assert kls[0] == pytest.approx(0.0, abs=1e-7) and kls[1] > 1e-6
 
 
+def test_the_gradient_does_not_depend_on_the_micro_batch(policy, tmp_path):
+    """One step of plain SGD on the same completions, whole and in quarters."""
+    sgd = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0}
+    _, _, start = trained(policy, tmp_path, **sgd | {"learning_rate": 1e-12})
+    _, _, whole = trained(policy, tmp_path, **sgd)
+    quarters = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "steps_per_generation": 4}
+    _, _, pieces = trained(policy, tmp_path, **sgd, **quarters)
+    moved = max((whole[name] - start[name]).abs().max().item() for name in whole)
+    assert moved > 1e-3
+    assert max((whole[name] - pieces[name]).abs().max().item() for name in whole) < 1e-4 * moved
+
+
 def test_an_empty_prefix_is_plain_trl(policy, tmp_path):
     _, _, ours = trained(policy, tmp_path, response_prefix="")
     _, _, plain = trained(policy, tmp_path, kind=GRPOTrainer)

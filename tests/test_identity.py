@@ -105,7 +105,7 @@ def test_a_key_moves_exactly_when_an_identity_field_does(group, way, name, tmp_p
     else:
         here[name] = other
     if (group, name) == ("stage", "policy") and here.get("kind") == "rejection":
-        here["rows"] = "train[64:80]"
+        here["rows"] = "train[512:528]"
     part = part_of(type(config_at(recipe.Recipe.model_validate(EVERYTHING), way)), name)
     assert part in ("identity", "resolved", "execution"), f"{group}.{name} is not marked"
     moved = keys(settings, tmp_path) != keys(EVERYTHING, tmp_path)

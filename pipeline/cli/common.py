@@ -11,6 +11,7 @@ import typer
 
 from pipeline.recipe import Recipe
 from pipeline.registry import Registry
+from stages.job import BadInput
 
 REGISTRY = "SWITCHBACK_REGISTRY"
 
@@ -36,6 +37,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def open_registry(option: str | None, recipe: Recipe | None = None) -> Registry:
     """--registry, the recipe's, the environment's, ./registry: the first that is given. Relative paths count from the working directory."""
     root = option or (recipe.registry if recipe else None) or os.environ.get(REGISTRY) or "registry"
+    if "://" in root:
+        raise BadInput(
+            f"registry: {root} is a URL; object stores come in a later version of switchback, so give a directory"
+        )
     return Registry(Path(root))
 
 

@@ -25,7 +25,7 @@ SHOWN = {"loss": "loss", "completion_loss": "completion loss", "reward": "reward
 class Progress:
     """An Observer (`pipeline.run`) that prints; owns the terminal's live line while it lasts."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self) -> None:
         self._console = console()
         self._live = (
             Live(console=self._console, auto_refresh=False, transient=True) if self._console.is_terminal else None

@@ -64,7 +64,7 @@ def run(
     planned = planning.plan(loaded, place, planning.Selection(only, start, until))
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        with Progress(len(planned)) as progress:
+        with Progress() as progress:
             id = climb.run(loaded, planned, place, progress, use_prefect=not no_prefect)
     except StageFailed as error:
         raise Stopped(str(error), 1) from None

@@ -27,9 +27,9 @@ class LocalStore:
                 )
 
     def path(self, name: str) -> Path:
-        """Where a name lies. Raises ValueError for one that would leave the root."""
+        """Where a name lies. Raises BadInput for one that would leave the root."""
         if not (path := (self.root / name).absolute()).is_relative_to(self.root) or ".." in Path(name).parts:
-            raise ValueError(f"{name!r} leaves the registry")
+            raise BadInput(f"{name!r} leaves the registry {self.root}; give the id of a run or an artifact")
         return path
 
     def put_new(self, name: str, content: Any) -> bool:
