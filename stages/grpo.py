@@ -10,8 +10,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import model_validator
-
 from stages.config import Config, identity, resolved
 from stages.job import Job, Result
 from stages.training import TrainingConfig, accumulation, trl_arguments
@@ -49,6 +47,14 @@ class GrpoConfig(TrainingConfig):
         "epsilon_high": "epsilon_high",
     }
 
+    REFUSED: ClassVar[dict[str, str]] = {
+        "beta": "set the stage's own kl.beta instead",
+        "generation_batch_size": "set the stage's own prompts_per_step instead",
+        "steps_per_generation": "set the stage's own prompts_per_step instead",
+        "num_train_epochs": "set the stage's own steps instead",
+        "reward_weights": "the problem's rewards have their weights; remove it",
+    }
+
     kind: Literal["grpo"] = resolved("grpo")
     rows: str = resolved()
     """The rows to train on, such as train[0:1000]."""
@@ -71,17 +77,6 @@ class GrpoConfig(TrainingConfig):
     epsilon_high: float = identity(0.28, gt=0)
     """The ratio is clipped above 1 + epsilon_high (clip-higher, arXiv 2503.14476 section 3.1)."""
 
-    @model_validator(mode="after")
-    def _beta_is_ours(self) -> GrpoConfig:
-        for name, instead in {
-            "beta": "kl.beta",
-            "generation_batch_size": "prompts_per_step",
-            "steps_per_generation": "prompts_per_step",
-        }.items():
-            if name in self.trl:
-                raise ValueError(f"trl.{name}: set the stage's own {instead} instead")
-        return self
-
 
 def run(job: Job) -> Result:
     """Train on the problem's rewards and write the policy to `job.out`. Raises RuntimeError when TRL ran another number of steps."""
@@ -92,6 +87,7 @@ def run(job: Job) -> Result:
     from stages import models, prefix, problems
     from stages.metrics import FILE, MetricsLog, last
     from stages.rewards import reward_functions
+    from stages.sampling import own_settings
     from stages.trl.callbacks import listen
     from stages.trl.prefill import PrefillGRPOTrainer
 
@@ -104,6 +100,7 @@ def run(job: Job) -> Result:
     problem = problems.load(job.problem)
     rows = problems.rows(problem, job.rows)
     micro, steps = accumulation(config.prompts_per_step * config.group_size, job)
+    functions, weights = reward_functions(problem, rows)
     arguments = trl_arguments(
         job,
         config,
@@ -114,11 +111,11 @@ def run(job: Job) -> Result:
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=steps,
         steps_per_generation=steps,
+        reward_weights=weights,
     )
-    functions, weights = reward_functions(problem, rows)
-    arguments.reward_weights = weights
+    model = models.load_policy(path, job.dtype)  # its path is where TRL loads the KL reference from
     trainer = PrefillGRPOTrainer(
-        model=models.load_policy(path, job.dtype),  # its path is where TRL loads the KL reference from
+        model=model,
         reward_funcs=functions,
         args=arguments,
         train_dataset=Dataset.from_list(
@@ -128,7 +125,8 @@ def run(job: Job) -> Result:
         response_prefix=job.format.response_prefix,
     )
     listen(trainer, MetricsLog(out))
-    trainer.train()
+    with own_settings(model):
+        trainer.train()
     if trainer.state.global_step != config.steps:
         raise RuntimeError(
             f"{job.name}: {trainer.state.global_step} optimiser steps were run, {config.steps} were expected"

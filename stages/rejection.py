@@ -100,7 +100,7 @@ def select(group: Sequence[Rollout], keep: Keep, problem: Problem) -> list[int]:
     if not low <= passed <= high:
         return []
     distinct = {tuple(rollout.completion_ids): i for i, rollout in reversed(list(enumerate(group)))}
-    good = [i for i in distinct.values() if group[i].judgement.score >= keep.min_score]
+    good = [i for i in distinct.values() if group[i].finished and group[i].judgement.score >= keep.min_score]
     best_first = sorted(good, key=lambda i: (-group[i].judgement.score, i))
     return sorted(best_first[: keep.per_prompt])
 

@@ -27,6 +27,8 @@ class Rollout:
     """Prefix, what was sampled, turn end where it came."""
     text: str
     judgement: Judgement
+    finished: bool
+    """It came to its turn end before it was cut."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Player:
 
     def _rollout(self, row: Row, prompt: list[int], start: list[int], ids: list[int]) -> Rollout:
         text = prefix.completion_text(self.tokenizer, self.format.response_prefix, ids)
-        return Rollout(prompt, [*start, *ids], text, self.problem.judge(row, text))
+        finished = ids[-1] in sampling.turn_ends(self.model, self.tokenizer)
+        return Rollout(prompt, [*start, *ids], text, self.problem.judge(row, text), finished)
 
 
 def player(job: Job) -> Player:

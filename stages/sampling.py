@@ -5,7 +5,8 @@ Prompts are sorted by length and padded on the left; the model's own generation 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -44,6 +45,34 @@ def sample(
     torch.manual_seed(seed)
     model.eval()
     config, ends = _generation_config(model, tokenizer, decoding)
+    with own_settings(model, config):
+        return _generate(model, prompts, decoding, config, ends, on_progress)
+
+
+@contextmanager
+def own_settings(model: PreTrainedModel, config: GenerationConfig | None = None) -> Iterator[None]:
+    """Inside, the model's generation settings are `config`, or those that say where a turn ends and nothing else.
+
+    transformers fills every field that a caller leaves unset from the model's own settings, and many models carry a repetition penalty or a min_p: what is
+    sampled would not be the policy that is trained.
+    """
+    theirs = model.generation_config
+    ends = {name: getattr(theirs, name, None) for name in ("eos_token_id", "pad_token_id", "bos_token_id")}
+    model.generation_config = config or GenerationConfig(**ends)
+    try:
+        yield
+    finally:
+        model.generation_config = theirs
+
+
+def _generate(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    config: GenerationConfig,
+    ends: set[int],
+    on_progress: Callable[[int], None],
+) -> list[list[list[int]]]:
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     per_batch = max(1, SEQUENCES // decoding.samples)
     completions: list[list[list[int]]] = [[] for _ in prompts]
@@ -61,9 +90,7 @@ def sample(
 def _generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding
 ) -> tuple[GenerationConfig, set[int]]:
-    declared = model.generation_config.eos_token_id if model.generation_config else None
-    declared = declared if isinstance(declared, list) else [declared]
-    ends = {end for end in (cast(int, tokenizer.eos_token_id), *declared) if end is not None}
+    ends = turn_ends(model, tokenizer)
     how = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
     config = GenerationConfig(
         max_new_tokens=decoding.max_completion_length,
@@ -74,6 +101,13 @@ def _generation_config(
         **(how if decoding.temperature > 0 else {"do_sample": False}),
     )
     return config, ends
+
+
+def turn_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids that end a completion: the tokenizer's eos and all that the model declares."""
+    declared = model.generation_config.eos_token_id if model.generation_config else None
+    declared = declared if isinstance(declared, list) else [declared]
+    return {end for end in (cast(int, tokenizer.eos_token_id), *declared) if end is not None}
 
 
 def _left_padded(prompts: list[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

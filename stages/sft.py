@@ -30,6 +30,17 @@ class SftConfig(TrainingConfig):
 
     TRANSLATED: ClassVar[dict[str, str]] = {**TrainingConfig.TRANSLATED, "epochs": "num_train_epochs"}
 
+    REFUSED: ClassVar[dict[str, str]] = {
+        "max_length": "rows are never cut; remove it",
+        "completion_only_loss": "set prompt_loss_weight to 0 instead",
+        "assistant_only_loss": "set prompt_loss_weight to 0 instead",
+        "packing": "it comes in a later version of switchback; remove it",
+        "dataloader_drop_last": "every row is trained; remove it",
+        "loss_type": "the weighted loss is nll; remove it",
+        "label_smoothing_factor": "the weighted loss has no label smoothing; remove it",
+        "dataset_kwargs": "switchback prepares the rows; remove it",
+    }
+
     kind: Literal["sft"] = resolved("sft")
     data: str = resolved(DEMONSTRATIONS)
     """What to imitate: `demonstrations` of the problem, or the name of an earlier rejection stage."""

@@ -22,7 +22,7 @@ class TokenRow:
     completion_ids: list[int]
     """Response prefix, what was sampled or demonstrated, turn end."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """Where it comes from: sample number, score, pass rate of its group."""
+    """Where it comes from: sample number, score, seed."""
 
 
 def write(path: Path, rows: Iterable[TokenRow]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import model_validator
@@ -30,6 +31,9 @@ class TrainingConfig(StageConfig):
     }
     """Our field -> TRL's."""
 
+    REFUSED: ClassVar[dict[str, str]] = {}
+    """Further names of TRL that cannot be passed, and what to do instead."""
+
     learning_rate: float = identity(gt=0)
     """Peak learning rate of AdamW."""
     lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = identity("cosine")
@@ -45,13 +49,22 @@ class TrainingConfig(StageConfig):
 
     @model_validator(mode="after")
     def _trl_names_are_free(self) -> TrainingConfig:
-        ours = {trl_name: field for field, trl_name in self.TRANSLATED.items()}
-        for name in self.trl:
-            if name in ours:
-                raise ValueError(f"trl.{name}: set the stage's own {ours[name]} instead")
-            if name in OURS:
-                raise ValueError(f"trl.{name}: switchback sets it; remove it")
+        ours = {trl_name: f"set the stage's own {field} instead" for field, trl_name in self.TRANSLATED.items()}
+        refused = {**dict.fromkeys(OURS, "switchback sets it; remove it"), **ours, **self.REFUSED}
+        for name, value in self.trl.items():
+            if name in refused:
+                raise ValueError(f"trl.{name}: {refused[name]}")
+            if not _is_json(value):
+                raise ValueError(f"trl.{name}: found {value!r}, expected a number, a string, true, false, null, or lists and mappings of them")
         return self
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def accumulation(batch: int, job: Job) -> tuple[int, int]:
@@ -95,4 +108,7 @@ def trl_arguments(job: Job, config: TrainingConfig, device: torch.device, config
         **more,
         **config.trl,
     }
-    return config_class(**settings)
+    try:
+        return config_class(**settings)
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"stages.{job.name}: {config_class.__name__} of trl {trl.__version__} refuses its settings: {error}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -19,7 +20,7 @@ def rollouts(*scores: float, ids: list[int] | None = None) -> list[Rollout]:
     """One rollout a score, with ids of its own unless they are given."""
     numbers = ids or list(range(len(scores)))
     return [
-        Rollout([1], [number], str(number), Judgement(score, "valid", score == 1, True))
+        Rollout([1], [number], str(number), Judgement(score, "valid", score == 1, True), finished=True)
         for score, number in zip(scores, numbers, strict=True)
     ]
 
@@ -39,6 +40,12 @@ def rollouts(*scores: float, ids: list[int] | None = None) -> list[Rollout]:
 )
 def test_by_score_once_each_best_first_up_to_the_cap_within_the_band(keep, scores, ids, kept):
     assert select(rollouts(*scores, ids=ids), keep, PROBLEM) == kept
+
+
+def test_a_completion_that_was_cut_is_never_kept():
+    """It would teach not to stop."""
+    whole, cut = rollouts(1.0, 1.0)
+    assert select([replace(cut, finished=False), whole], Keep(), PROBLEM) == [1]
 
 
 def test_no_other_choice_of_distinct_rollouts_has_a_higher_total_score():

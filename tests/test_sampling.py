@@ -36,9 +36,21 @@ def test_the_same_seed_gives_the_same_samples_and_another_gives_others():
     assert [len(group) for group in first] == [3] * len(PROMPTS)
 
 
+SETTINGS = [{"top_k": 5, "top_p": 0.3}, {"min_p": 0.9}, {"repetition_penalty": 5.0}, {"num_beams": 3}]
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_the_models_own_generation_settings_play_no_part(setting):
+    plain = [sample(MODEL, TOKENIZER, PROMPTS, decoding, seed=0) for decoding in (Decoding(0.0, 10), Decoding(1.0, 10, 2))]
+    opinionated = make_model(TOKENIZER, seed=3).eval()
+    for name, value in setting.items():
+        setattr(opinionated.generation_config, name, value)
+    assert plain == [sample(opinionated, TOKENIZER, PROMPTS, decoding, seed=0) for decoding in (Decoding(0.0, 10), Decoding(1.0, 10, 2))]
+    assert getattr(opinionated.generation_config, next(iter(setting))) == next(iter(setting.values())), "and they are left as they were"
+
+
 def test_samples_follow_the_models_distribution():
-    """The first token of 20,000 samples against the softmax; the model's own top-k and top-p play no part."""
-    MODEL.generation_config.top_k, MODEL.generation_config.top_p = 5, 0.3
+    """The first token of 20,000 samples against the softmax."""
     prompt = PROMPTS[0]
     sampled = sample(MODEL, TOKENIZER, [prompt] * 400, Decoding(1.0, 1, samples=50), seed=0)
     counts = torch.bincount(torch.tensor([ids[0] for group in sampled for ids in group]), minlength=len(TOKENIZER))
