@@ -15,16 +15,19 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from stages.job import BadInput, Job, Result
 from stages.metrics import FILE as METRICS
 from stages.process import adopt_orphans, kill_marked, kill_tree
-from stages.worker import ERROR, RESULT
+from stages.worker import BUSY, ERROR, RESULT
 
 TICK = 0.2
 """Seconds between two looks at a job."""
+IMPORT_PATIENCE, FORK_PATIENCE = 600.0, 60.0
+"""Seconds the worker may take to import torch and trl, and to fork a job."""
 MARK = "SWITCHBACK_LAUNCHER"
 """Environment variable that every process of a launcher carries."""
 
@@ -63,7 +66,8 @@ class Launcher:
         assert self._worker is not None
         path, log = job.save(), _next_log(Path(job.work))
         metrics = Path(job.out, METRICS)
-        metrics.unlink(missing_ok=True)  # what an earlier attempt logged
+        for stale in (metrics, Path(job.work, RESULT), Path(job.work, ERROR)):
+            stale.unlink(missing_ok=True)  # an earlier attempt's
         lines = _new_lines(metrics)
         try:
             self._worker.start(path, log)
@@ -99,7 +103,14 @@ class _ServingWorker:
             env["OMP_NUM_THREADS"] = str(threads)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "stages", "--serve", str(os.getpid())],
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "stages",
+                "--serve",  # -P: no module of the working directory is ours
+                str(os.getpid()),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -112,12 +123,15 @@ class _ServingWorker:
     def start(self, job: Path, log: Path) -> None:
         """Order a job; returns once it has been forked."""
         if not self._ready:
-            self._answer()
+            self._wanted_answer(IMPORT_PATIENCE)
             self._ready = True
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"job": str(job), "log": str(log)}).encode() + b"\n")
-        self._process.stdin.flush()
-        self._answer()
+        try:
+            self._process.stdin.write(json.dumps({"job": str(job), "log": str(log)}).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._gone() from None
+        self._wanted_answer(FORK_PATIENCE)
 
     def status(self, seconds: float) -> int | None:
         """The job's exit status (negative: the signal that killed it); None when it is still running after `seconds`."""
@@ -128,8 +142,11 @@ class _ServingWorker:
         """Kill the job, all it started, and the worker."""
         kill_tree(self._process.pid)
         self._process.kill()
-        self._process.communicate()
         kill_marked(self._mark)
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            with suppress(BrokenPipeError):
+                stream.close()  # type: ignore[union-attr]
 
     def _answer(self, seconds: float | None = None) -> dict[str, Any] | None:
         """The next line the worker says; None when it says none in time. Raises StageFailed when it is gone."""
@@ -138,10 +155,17 @@ class _ServingWorker:
             if not select.select([self._process.stdout], [], [], seconds)[0]:
                 return None
             if not (read := os.read(self._process.stdout.fileno(), 4096)):
-                raise StageFailed(f"the serving worker is gone (exit {self._process.wait()}): {self._last_error()}")
+                raise self._gone()
             self._buffer += read
         line, _, self._buffer = self._buffer.partition(b"\n")
         return json.loads(line)
+
+    def _wanted_answer(self, seconds: float) -> None:
+        if self._answer(seconds) is None:
+            raise StageFailed(f"the serving worker did not answer within {seconds:g} s")
+
+    def _gone(self) -> StageFailed:
+        return StageFailed(f"the serving worker is gone (exit {self._process.wait()}): {self._last_error()}")
 
     def _last_error(self) -> str:
         self._errors.seek(0)
@@ -180,5 +204,7 @@ def _result(job: Job, status: int, log: Path) -> Result:
         if error["bad_input"]:
             raise BadInput(error["message"])
         raise StageFailed(f"{job.name}: {error['message']} (log: {log})")
+    if status == BUSY:
+        raise StageFailed(f"{job.name}: another job still works in {work}; wait for it or stop it")
     how = f"killed by signal {-status}" if status < 0 else f"exited with {status}"
     raise StageFailed(f"{job.name}: {how} without a word; its log is {log}")

@@ -6,7 +6,8 @@ runs. Only JSON and the digests of files are read: no tokenizer, no problem, no 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,6 +25,8 @@ from stages.sft import SftConfig
 
 SAMPLER = "transformers"
 """What generates; part of the key, because another one gives other completions."""
+TRAINED = ("sft", "grpo")
+"""Kinds that make a policy; what they train (lora) is part of their key."""
 EVALUATION_SEED = 0
 """Every policy of every seed is evaluated on the same rows with the same seed."""
 REPLICATE_STRIDE = 10_007
@@ -63,7 +66,7 @@ class Step(Frozen):
     @property
     def makes_policy(self) -> bool:
         """Whether an evaluate step follows."""
-        return self.kind in ("sft", "grpo")
+        return self.kind in TRAINED
 
 
 class Planned(Frozen):
@@ -101,7 +104,10 @@ def plan(recipe: Recipe, registry: Registry, selection: Selection = ALL) -> list
     """What `run` would do. Raises BadInput for a recipe that does not hold together, or when a selected step needs one that is not there."""
     checks.check(recipe)
     chosen = _chosen(recipe, selection)
-    planned = [_decide(step, registry, step.name.partition(".")[0] in chosen) for step in steps(recipe, registry)]
+    artifacts = cache(registry.artifacts)  # read once, and only when something has to be explained
+    planned = [
+        _decide(step, registry, artifacts, step.name.partition(".")[0] in chosen) for step in steps(recipe, registry)
+    ]
     there = {one.step.name for one in planned if one.action != "skip"}
     for one in planned:
         missing = [ref.step for ref in one.step.inputs.values() if ref.step and ref.step not in there]
@@ -112,23 +118,32 @@ def plan(recipe: Recipe, registry: Registry, selection: Selection = ALL) -> list
     return planned
 
 
-def freshen(recipe: Recipe, registry: Registry, name: str) -> Recipe:
-    """The recipe with the stage's replicate raised to the first that the registry does not have. Raises BadInput for an unknown name."""
+def freshen(recipe: Recipe, registry: Registry, name: str, selection: Selection = ALL) -> Recipe:
+    """The recipe with the stage's replicate raised to the first that the registry does not have. Raises BadInput for a stage that is unknown
+    or not selected."""
+    checks.check(recipe)
     _index(recipe, name)
+    if name not in _chosen(recipe, selection):
+        raise BadInput(f"--fresh {name}: {name} is not selected to run; select it too")
+    base = _base(recipe, registry)
     while True:
         stages = tuple(
             stage.model_copy(update={"replicate": stage.replicate + 1}) if stage.name == name else stage
             for stage in recipe.stages
         )
         recipe = recipe.model_copy(update={"stages": stages})
-        step = next(step for step in steps(recipe, registry) if step.name == name)
+        step = next(step for step in _steps(recipe, base) if step.name == name)
         if registry.find(step.key) is None:
             return recipe
 
 
 def steps(recipe: Recipe, registry: Registry) -> list[Step]:
     """The recipe's steps in order, evaluations included."""
-    base, format = _base(recipe, registry), _format(recipe)
+    return _steps(recipe, _base(recipe, registry))
+
+
+def _steps(recipe: Recipe, base: _Base) -> list[Step]:
+    format = _format(recipe)
     made: dict[str, Step] = {}
     ordered = [_evaluation(recipe, base, format, base.ref, checks.BASE)]
     for stage in recipe.stages:
@@ -203,7 +218,7 @@ def _payload(
         "version": STAGES[kind].version,
         "config": identity_values(config),
         "inputs": {role: {"key": ref.key, "output": ref.output} for role, ref in inputs.items()},
-        "model": base.settings,
+        "model": base.settings if kind in TRAINED else {"dtype": base.settings["dtype"]},
         "problem": _problem_identity(problem) if problem else None,
         "rows": rows.model_dump() if rows else None,
         "format": {name: getattr(format, name) for name in ("system_prompt", "user_template", "response_prefix")},
@@ -272,6 +287,8 @@ def _output(step: Step, output: str) -> InputRef:
 def _chosen(recipe: Recipe, selection: Selection) -> set[str]:
     """Names of the boxes that may run; `base` stands for its evaluation."""
     names = [checks.BASE, *(stage.name for stage in recipe.stages)]
+    if selection.only and (selection.start or selection.until):
+        raise BadInput("--only names one stage; --from and --until name a range; give one or the other")
     if selection.only:
         return {names[_index(recipe, selection.only)]}
     first = _index(recipe, selection.start) if selection.start else 0
@@ -288,12 +305,12 @@ def _index(recipe: Recipe, name: str) -> int:
     return names.index(name)
 
 
-def _decide(step: Step, registry: Registry, may_run: bool) -> Planned:
+def _decide(step: Step, registry: Registry, artifacts: Callable[[], list[Artifact]], may_run: bool) -> Planned:
     if artifact := registry.find(step.key):
         return Planned(step=step, action="reuse", artifact=artifact, why=artifact.id)
     if not may_run:
         return Planned(step=step, action="skip", artifact=None, why="not selected")
-    return Planned(step=step, action="run", artifact=None, why=reason(step, registry.artifacts()))
+    return Planned(step=step, action="run", artifact=None, why=reason(step, artifacts()))
 
 
 def reason(step: Step, artifacts: Sequence[Artifact]) -> str:

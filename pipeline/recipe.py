@@ -128,7 +128,7 @@ class Recipe(Config):
 
     name: str = execution(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")
     """What runs of it are called."""
-    seed: int = identity(0, ge=0)
+    seed: int = identity(0, ge=0, lt=2**31)
     """Names the stream of training rows, and seeds demonstrations, order and sampling. Evaluations do not depend on it."""
     registry: str | None = execution(None)
     """Directory of the registry. Off: SWITCHBACK_REGISTRY, else ./registry."""
@@ -156,7 +156,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and put `a.b=value` overrides over it. Raises BadInput, one line, on anything that is wrong with it."""
     if not path.is_file():
         raise BadInput(f"{path}: there is no such recipe file")
-    data = _yaml(path.read_text(), str(path))
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: cannot be read as text: {error}") from None
+    data = _yaml(text, str(path))
     if not isinstance(data, dict):
         raise BadInput(f"{path}: found {type(data).__name__}, expected a mapping that starts with name: and model:")
     for override in overrides:
@@ -178,6 +182,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
             seen.add(key.value)

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from pydantic import ValidationError
+
 from pipeline.launch import Launcher, StageFailed
 from pipeline.plan import Planned, Step
 from pipeline.registry import Artifact, Registry, Source, UnsafeFile
@@ -64,12 +66,15 @@ def run_step(
         return artifact, True
     job = job_of(step, made, registry, execution)
     with alone(Path(job.work), lambda pid: observer.waiting(step, pid)):
-        if artifact := registry.find(step.key):  # another run has made it since
+        if artifact := registry.find(step.key) or registry.recover(step.key):  # another run has made it since
             observer.reused(step, artifact)
             return artifact, True
         observer.started(step)
         result = launcher.launch(job, step.deadline, lambda line: observer.logged(step, line))
         artifact = publish(step, job, result, made, registry, run)
+    if artifact.provenance["run"] != run:  # a maker on another machine was first
+        observer.reused(step, artifact)
+        return artifact, True
     observer.finished(step, artifact)
     return artifact, False
 
@@ -129,7 +134,15 @@ def publish(
         role: Source(id=made[ref.step].id if ref.step else None, output=ref.output, key=ref.key, name=ref.source)
         for role, ref in step.inputs.items()
     }
-    artifact = Artifact(
+    try:
+        return registry.publish(out, _draft(step, job, result, sources, run))
+    except (UnsafeFile, ValidationError) as error:
+        raise StageFailed(f"{step.name}: {' '.join(str(error).split())}") from None
+
+
+def _draft(step: Step, job: Job, result: Result, sources: dict[str, Source], run: str) -> Artifact:
+    """The artifact, but for what the registry gives it: id, date, files."""
+    return Artifact(
         id="",
         key=step.key,
         kind=step.kind,
@@ -144,10 +157,6 @@ def publish(
         metrics=result.metrics,
         provenance={"run": run, "host": socket.gethostname(), **result.seen},
     )
-    try:
-        return registry.publish(out, artifact)
-    except UnsafeFile as error:
-        raise StageFailed(f"{step.name}: {error}") from None
 
 
 def work_root(registry: Registry) -> Path:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import ValidationError
+
 from pipeline.checks import BASE
 from pipeline.registry import Artifact, Registry, runs
 from stages.config import Frozen
-from stages.job import Evaluation, Split, read_evaluation
+from stages.job import BadInput, Evaluation, Split, read_evaluation
 
 
 class StageSummary(Frozen):
@@ -40,10 +42,10 @@ EVALUATION_FIELDS = ("greedy", "mean", "interval", "solved", "format", "pass_at_
 def summarise(registry: Registry, run: str, split: Split = "held_out") -> RunSummary:
     """Raises BadInput when there is no such run."""
     done = {event["step"]: event for event in runs.events(registry, run) if event["event"] == "step"}
-    steps = runs.planned(registry, run)["steps"]
+    planned = runs.planned(registry, run)
+    steps, recipe = planned["steps"], planned["recipe"]
     boxes = [(BASE, "base"), *((step["step"], step["kind"]) for step in steps if step["kind"] != "evaluate")]
-    recipe = runs.planned(registry, run)["recipe"]
-    state = next(one.state for one in runs.runs(registry) if one.run == run)
+    state = runs.state(registry, run)
     stages = tuple(_stage(registry, name, kind, done, split) for name, kind in boxes)
     return RunSummary(run=run, recipe=recipe, state=state, stages=stages)
 
@@ -77,4 +79,8 @@ def _stage(registry: Registry, name: str, kind: str, done: dict[str, dict[str, A
 
 
 def _read(registry: Registry, evaluation: Artifact, split: Split) -> Evaluation:
-    return read_evaluation(registry.path(evaluation, split))
+    path = registry.path(evaluation, split)
+    try:
+        return read_evaluation(path)
+    except (OSError, ValidationError):
+        raise BadInput(f"{path} is no longer what was published; run switchback verify {evaluation.id}") from None

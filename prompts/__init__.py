@@ -17,8 +17,10 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
+from jinja2 import Environment, TemplateSyntaxError
 
 HERE = Path(__file__).parent
 SHAPE = re.compile(r"---\n(?P<front>.*?)\n---\n+# system\n(?P<system>.*?)\n?# user\n(?P<user>.*)", re.S)
@@ -49,14 +51,31 @@ def load(name: str) -> Prompt:
         raise ValueError(f"no prompt named {name!r}; there are {', '.join(names())}, or give the path of an .md file")
     if not path.is_file():
         raise ValueError(f"the prompt file {name} is not there")
-    return parse(path.stem, path.read_text())
+    try:
+        return parse(path.stem, path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the prompt file {name} cannot be read as text: {error}") from None
 
 
 def parse(name: str, text: str) -> Prompt:
     """A prompt from the text of its file. Raises ValueError when a part is missing."""
     if not (match := SHAPE.fullmatch(text)):
         raise ValueError(f"the prompt {name} needs front matter between --- lines, then '# system', then '# user'")
-    front = yaml.safe_load(match["front"]) or {}
+    front = _front_matter(name, match["front"])
+    try:
+        Environment().parse(match["user"])  # noqa: S701 - a prompt is no HTML
+    except TemplateSyntaxError as error:
+        raise ValueError(f"the user template of the prompt {name}: {error}") from None
     system, user = match["system"].strip(), match["user"].strip("\n")
     digest = hashlib.sha256(f"{system}\0{user}".encode()).hexdigest()
     return Prompt(name, str(front.get("purpose", "")), system, user, digest)
+
+
+def _front_matter(name: str, text: str) -> dict[str, Any]:
+    try:
+        front = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"the front matter of the prompt {name}: {' '.join(str(error).split())}") from None
+    if not isinstance(front, dict):
+        raise ValueError(f"the front matter of the prompt {name} is {front!r}, expected a mapping such as purpose: ...")
+    return front

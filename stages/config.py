@@ -104,7 +104,7 @@ class StageConfig(Config):
     """What the box is called; other boxes refer to it, and its artifacts start with it. Renaming it re-runs nothing."""
     policy: str = resolved()
     """The policy to start from: `base`, or the name of an earlier stage that makes one."""
-    replicate: int = resolved(0, ge=0)
+    replicate: int = resolved(0, ge=0, lt=100_000)
     """Makes the same thing again with another seed; `--fresh` raises it."""
     deadline: Seconds | None = execution(None, gt=0)
     """Seconds (or "90m", "2h") after which the stage is killed and fails. Off: none, or the recipe's."""

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from functools import lru_cache
 from typing import cast
 
-from jinja2 import StrictUndefined, Template, UndefinedError
+from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
@@ -44,8 +44,9 @@ def serving_template(training: str, response_prefix: str) -> str:
         return training
     ending = training.removesuffix(
         "\n"
-    )  # jinja2 drops one newline at the end of a template, but not one before a block
-    return f"{ending}{{%- if add_generation_prompt %}}{{{{ {json.dumps(response_prefix)} }}}}{{% endif %}}"
+    )  # jinja2 drops one newline at the end of a template, but not one before more text
+    literal = json.dumps(response_prefix, ensure_ascii=False)
+    return f"{ending}{{{{ {literal} if add_generation_prompt else '' }}}}"  # an expression: a block would trim blanks around it
 
 
 def seen_format(format: Format, tokenizer: PreTrainedTokenizerBase) -> Format:
@@ -60,10 +61,10 @@ def format_digest(format: Format) -> str:
 
 
 def messages(format: Format, row: Row) -> list[Message]:
-    """The conversation up to the policy's turn. Raises BadInput when the user template asks for a field that the row has not."""
+    """The conversation up to the policy's turn. Raises BadInput when the user template does not work on the row."""
     try:
         user = _compiled(format.user_template).render(asdict(row))
-    except UndefinedError as error:
+    except TemplateError as error:
         raise BadInput(f"prompt {format.prompt}: {error}; a row has {', '.join(asdict(row))}") from None
     system = [{"role": "system", "content": format.system_prompt}] if format.system_prompt else []
     return [*system, {"role": "user", "content": user}]

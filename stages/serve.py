@@ -44,7 +44,7 @@ def serve(launcher: int) -> None:
     outlive_parent()  # to kill what is below it
     print(json.dumps({"ready": os.getpid()}), file=answers)
     while line := _read_line():
-        pid = _fork(json.loads(line))
+        pid = _fork(json.loads(line), answers.fileno())
         print(json.dumps({"pid": pid}), file=answers)
         if not _wait(pid):
             break
@@ -64,7 +64,7 @@ def _read_line() -> bytes:
     return line
 
 
-def _fork(order: dict[str, Any]) -> int:
+def _fork(order: dict[str, Any], answers: int) -> int:
     """Start the job; returns its pid. In the child this never returns."""
     server = os.getpid()
     if pid := os.fork():
@@ -73,6 +73,7 @@ def _fork(order: dict[str, Any]) -> int:
     try:
         os.setsid()
         die_with_parent(server)
+        os.close(answers)  # or the launcher would wait for its end as long as anything of the job lives
         log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)

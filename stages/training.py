@@ -55,7 +55,9 @@ class TrainingConfig(StageConfig):
             if name in refused:
                 raise ValueError(f"trl.{name}: {refused[name]}")
             if not _is_json(value):
-                raise ValueError(f"trl.{name}: found {value!r}, expected a number, a string, true, false, null, or lists and mappings of them")
+                raise ValueError(
+                    f"trl.{name}: found {value!r}, expected a number, a string, true, false, null, or lists and mappings of them"
+                )
         return self
 
 
@@ -111,4 +113,6 @@ def trl_arguments(job: Job, config: TrainingConfig, device: torch.device, config
     try:
         return config_class(**settings)
     except (TypeError, ValueError) as error:
-        raise BadInput(f"stages.{job.name}: {config_class.__name__} of trl {trl.__version__} refuses its settings: {error}") from None
+        raise BadInput(
+            f"stages.{job.name}: {config_class.__name__} of trl {trl.__version__} refuses its settings: {error}"
+        ) from None

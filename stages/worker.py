@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 import time
 import traceback
 from importlib.metadata import version
@@ -18,6 +19,8 @@ from typing import IO, Any
 from stages.job import BadInput, Job, Result
 
 RESULT, ERROR, LOCK = "result.json", "error.json", "lock"
+BUSY = 75
+"""Exit code of a job that found another one in its directory; it touches nothing there."""
 PATIENCE = 10.0
 """Seconds to wait for a directory that another job holds."""
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
@@ -28,8 +31,13 @@ def main(path: str) -> int:
     job = Job.model_validate_json(Path(path).read_text())
     work = Path(job.work)
     with (work / LOCK).open("a+") as lock:
+        if not _take(lock):
+            print(
+                f"{job.name}: process {_holder(lock)} is already working in {work}; wait for it or stop it",
+                file=sys.stderr,
+            )
+            return BUSY
         try:
-            _take(lock, job)
             _empty(job)
             result = _run(job)
         except Exception as error:
@@ -71,8 +79,9 @@ def _run(job: Job) -> Result:
     return result.model_copy(update={"seen": seen})
 
 
-def _take(lock: IO[str], job: Job) -> None:
-    """Hold the directory's lock until this process and all its children are gone. A job whose launcher was killed needs a moment to be gone."""
+def _take(lock: IO[str]) -> bool:
+    """Hold the directory's lock until this process and all its children are gone; False when another job holds it for good. A job whose launcher
+    was killed needs a moment to be gone."""
     ends_at = time.monotonic() + PATIENCE
     while True:
         try:
@@ -80,16 +89,18 @@ def _take(lock: IO[str], job: Job) -> None:
             break
         except BlockingIOError:
             if time.monotonic() > ends_at:
-                lock.seek(0)
-                holder = lock.read().strip() or "?"
-                raise BadInput(
-                    f"{job.name}: process {holder} is already working in {job.work}; wait for it or stop it"
-                ) from None
+                return False
             time.sleep(0.1)
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()
     os.set_inheritable(lock.fileno(), True)
+    return True
+
+
+def _holder(lock: IO[str]) -> str:
+    lock.seek(0)
+    return lock.read().strip() or "?"
 
 
 def _empty(job: Job) -> None:

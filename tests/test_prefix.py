@@ -50,8 +50,10 @@ def test_the_problem_sees_the_prefix_and_no_special_token(tokenizer):
     assert prefix.completion_text(tokenizer, "<think>\n", sampled) == "<think>\nOkay."
 
 
-@pytest.mark.parametrize("response_prefix", ["<think>\n", "", "{{ 'a' }}", '"quoted" \\ {% x %}\n', "\n\n"])
-@pytest.mark.parametrize("template", [CHATML, CHATML + "\n", CHATML.replace("{% endif %}", "{%- endif %}\n")])
+@pytest.mark.parametrize("response_prefix", ["<think>\n", "", "{{ 'a' }}", '"quoted" \\ {% x %}\n', "\n\n", "🤔 "])
+@pytest.mark.parametrize(
+    "template", [CHATML, CHATML + "\n", CHATML.replace("{% endif %}", "{%- endif %}\n"), CHATML + "\n  ", CHATML + " "]
+)
 def test_serving_yields_prompt_and_prefix_and_training_does_not(response_prefix, template, tmp_path, tokenizer):
     tokenizer.chat_template = template
     turn = prefix.messages(format_with(response_prefix), ROW)
@@ -88,7 +90,7 @@ def test_a_user_template_that_asks_for_what_a_row_has_not_is_refused():
 
 
 def test_a_user_template_cannot_reach_the_machine():
-    with pytest.raises(Exception, match="unsafe"):
+    with pytest.raises(BadInput, match="unsafe"):
         prefix.messages(format_with(user="{{ prompt.__class__.__mro__ }}"), ROW)
 
 

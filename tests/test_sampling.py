@@ -41,12 +41,19 @@ SETTINGS = [{"top_k": 5, "top_p": 0.3}, {"min_p": 0.9}, {"repetition_penalty": 5
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_the_models_own_generation_settings_play_no_part(setting):
-    plain = [sample(MODEL, TOKENIZER, PROMPTS, decoding, seed=0) for decoding in (Decoding(0.0, 10), Decoding(1.0, 10, 2))]
+    plain = [
+        sample(MODEL, TOKENIZER, PROMPTS, decoding, seed=0) for decoding in (Decoding(0.0, 10), Decoding(1.0, 10, 2))
+    ]
     opinionated = make_model(TOKENIZER, seed=3).eval()
     for name, value in setting.items():
         setattr(opinionated.generation_config, name, value)
-    assert plain == [sample(opinionated, TOKENIZER, PROMPTS, decoding, seed=0) for decoding in (Decoding(0.0, 10), Decoding(1.0, 10, 2))]
-    assert getattr(opinionated.generation_config, next(iter(setting))) == next(iter(setting.values())), "and they are left as they were"
+    assert plain == [
+        sample(opinionated, TOKENIZER, PROMPTS, decoding, seed=0)
+        for decoding in (Decoding(0.0, 10), Decoding(1.0, 10, 2))
+    ]
+    assert getattr(opinionated.generation_config, next(iter(setting))) == next(iter(setting.values())), (
+        "and they are left as they were"
+    )
 
 
 def test_samples_follow_the_models_distribution():

@@ -11,6 +11,7 @@ import sys
 import typer
 
 from pipeline.cli import artifacts, recipes, run, runs
+from pipeline.cli.common import Terminated
 from stages.job import BadInput
 
 DEBUG = "SWITCHBACK_DEBUG"
@@ -18,7 +19,6 @@ DEBUG = "SWITCHBACK_DEBUG"
 
 app = typer.Typer(
     help="SFT, reinforcement learning, rejection sampling and reinforcement learning again, as one recipe.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -32,14 +32,16 @@ def main() -> None:
     sys.exit(exit_code(sys.argv[1:]))
 
 
-def exit_code(arguments: list[str]) -> int:
+def exit_code(arguments: list[str]) -> int:  # noqa: PLR0911 - one for each way to end
     """Run a command line; whatever goes wrong becomes one line and a code."""
     try:
-        code = app(arguments, prog_name="switchback", standalone_mode=False)
+        code = app(arguments or ["--help"], prog_name="switchback", standalone_mode=False)
     except (BadInput, typer.TyperException) as error:
         return complain(str(error), 2)
     except run.Stopped as error:
         return complain(error.message, error.code)
+    except Terminated:
+        return complain("terminated; run the same command to go on with what is done", 143)
     except (KeyboardInterrupt, typer.Abort):
         return complain("interrupted", 130)
     except BrokenPipeError:

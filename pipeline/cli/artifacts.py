@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.tree import Tree
 
 from pipeline.cli.common import JsonOption, RegistryOption, open_registry, print_json
@@ -46,10 +47,13 @@ def lineage(id: Id, registry: RegistryOption = None, json: JsonOption = False) -
 
 
 def verify(ids: Ids = None, registry: RegistryOption = None, json: JsonOption = False) -> None:
-    """Hash every file of artifacts again; exit 1 when anything is not what was published."""
+    """Hash every file of artifacts again; exit 1 when anything is not what was published, and let such steps be made again."""
     place = open_registry(registry)
     artifacts = [place.open(id) for id in ids] if ids else place.artifacts()
     wrong = {artifact.id: problems_of(place, artifact) for artifact in artifacts}
+    for artifact in artifacts:
+        if wrong[artifact.id]:
+            place.void(artifact, "failed verification")
     lines = [line for found in wrong.values() for line in found]
     if json:
         print_json([{"id": id, "ok": not found, "problems": found} for id, found in wrong.items()])
@@ -67,7 +71,7 @@ def _listed(registry: Registry, artifact: Artifact) -> dict[str, Any]:
 
 def _tree(ancestor: Ancestor, into: Tree | None = None) -> Tree:
     label = f"{f'{ancestor.role}: ' if ancestor.role else ''}{ancestor.id or ancestor.name} ({ancestor.kind}, key {ancestor.key[:12]})"
-    node = into.add(label) if into else Tree(label)
+    node = into.add(escape(label)) if into else Tree(escape(label))
     for inner in ancestor.inputs:
         _tree(inner, node)
     return node

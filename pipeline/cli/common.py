@@ -15,6 +15,11 @@ from stages.job import BadInput
 
 REGISTRY = "SWITCHBACK_REGISTRY"
 
+
+class Terminated(BaseException):
+    """SIGTERM, as an exception, so that everything on the way out is cleaned up."""
+
+
 RecipeArgument = Annotated[Path, typer.Argument(help="Recipe file.", show_default=False)]
 SetOption = Annotated[
     list[str] | None,

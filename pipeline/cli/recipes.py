@@ -57,10 +57,10 @@ def plan(
     """Show for each step whether it is reused or run, and why."""
     loaded = load(recipe, overrides or ())
     place = open_registry(registry, loaded)
+    selection = planning.Selection(only, start, until)
     if fresh:
-        checks.check(loaded)
-        loaded = planning.freshen(loaded, place, fresh)
-    planned = planning.plan(loaded, place, planning.Selection(only, start, until))
+        loaded = planning.freshen(loaded, place, fresh, selection)
+    planned = planning.plan(loaded, place, selection)
     if json:
         fields = [
             (one.step.name, one.step.kind, one.step.key, one.action, one.artifact.id if one.artifact else None, one.why)

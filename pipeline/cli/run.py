@@ -10,7 +10,7 @@ import typer
 
 from pipeline import checks, climb
 from pipeline import plan as planning
-from pipeline.cli.common import RecipeArgument, RegistryOption, SetOption, open_registry
+from pipeline.cli.common import RecipeArgument, RegistryOption, SetOption, Terminated, open_registry
 from pipeline.cli.progress import Progress
 from pipeline.cli.recipes import Fresh, From, Only, Until
 from pipeline.cli.tables import run_table, show
@@ -18,7 +18,6 @@ from pipeline.launch import StageFailed
 from pipeline.recipe import load
 from pipeline.registry import Registry
 from pipeline.summary import summarise
-from stages.job import BadInput
 
 NoPrefect = Annotated[bool, typer.Option("--no-prefect", help="Run the same steps without a Prefect server.")]
 
@@ -29,10 +28,6 @@ class Stopped(Exception):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.message, self.code = message, code
-
-
-class Terminated(BaseException):
-    """SIGTERM, as an exception, so that everything on the way out is cleaned up."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -55,13 +50,12 @@ def run(
     checks.check(loaded)
     checks.refuse_unbuilt(loaded)
     place = open_registry(registry, loaded)
-    if only and (start or until):
-        raise BadInput("--only names one stage; --from and --until name a range; give one or the other")
+    selection = planning.Selection(only, start, until)
     if fresh:
-        loaded = planning.freshen(loaded, place, fresh)
+        loaded = planning.freshen(loaded, place, fresh, selection)
         replicate = next(stage.replicate for stage in loaded.stages if stage.name == fresh)
         print(f"{fresh}: replicate {replicate}; later runs use it with --set stages.{fresh}.replicate={replicate}")
-    planned = planning.plan(loaded, place, planning.Selection(only, start, until))
+    planned = planning.plan(loaded, place, selection)
     signal.signal(signal.SIGTERM, _terminate)
     try:
         with Progress() as progress:
@@ -69,9 +63,9 @@ def run(
     except StageFailed as error:
         raise Stopped(str(error), 1) from None
     except KeyboardInterrupt:
-        raise Stopped("interrupted; run the same command to go on with what is done", 130) from None
-    except Terminated:
-        raise Stopped("terminated; run the same command to go on with what is done", 143) from None
+        raise Stopped(
+            "interrupted; run the same command to go on with what is done", 130
+        ) from None  # typer says nothing of it
     _report(place, id)
 
 

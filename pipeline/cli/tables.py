@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 
 from rich import box
@@ -18,10 +20,19 @@ from pipeline.summary import RunSummary, StageSummary
 ACTION_STYLE = {"reuse": "green", "run": "yellow", "skip": "dim"}
 
 
-def console(stderr: bool = False) -> Console:
+class _Console(Console):
+    """A console that falls silent when nobody reads any more; a training is not stopped by that."""
+
+    def on_broken_pipe(self) -> None:
+        """In the place of rich's, which exits."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def console() -> Console:
     """As wide as the terminal; when piped, as wide as it takes."""
-    made = Console(stderr=stderr, highlight=False)
-    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=200)
+    made = _Console(highlight=False)
+    return made if made.is_terminal else _Console(highlight=False, width=200)
 
 
 def show(table: Table) -> None:
@@ -52,7 +63,7 @@ def artifacts_table(registry: Registry, artifacts: Sequence[Artifact]) -> Table:
     made = table("id", "kind", "created", "size", "path", right=("size",))
     for one in artifacts:
         path = str(registry.path(one))
-        made.add_row(one.id, one.kind, _moment(one.created), decimal(one.size), path)
+        made.add_row(one.id, one.kind, _moment(one.created), decimal(one.size), escape(path))
     return made
 
 
@@ -60,11 +71,11 @@ def artifact_table(registry: Registry, artifact: Artifact) -> Table:
     """One artifact, a line a fact."""
     made = table("artifact", artifact.id)
     made.add_row("kind", artifact.kind)
-    made.add_row("path", str(registry.path(artifact)))
+    made.add_row("path", escape(str(registry.path(artifact))))
     made.add_row("created", _moment(artifact.created))
     made.add_row("size", f"{decimal(artifact.size)} in {len(artifact.files)} files")
     for role, source in artifact.inputs.items():
-        made.add_row(role, source.id or source.name)
+        made.add_row(role, source.id or escape(source.name))
     for name, value in artifact.metrics.items():
         made.add_row(name, f"{value:.4g}")
     return made
@@ -83,7 +94,9 @@ def run_table(summary: RunSummary) -> Table:
     numbers = ("greedy", "mean", "95 %", "solved", "format", "pass@1", "seconds")
     made = table("stage", "kind", *numbers, "artifact", right=numbers)
     for stage in summary.stages:
-        made.add_row(stage.name, stage.kind, *_scores(stage), _seconds(stage), stage.artifact or stage.path or "-")
+        made.add_row(
+            stage.name, stage.kind, *_scores(stage), _seconds(stage), stage.artifact or escape(stage.path or "-")
+        )
     return made
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
+from pathlib import PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
 
 from stages.config import Frozen
 from stages.job import Format
@@ -12,10 +15,20 @@ MANIFEST = "artifact.json"
 """Written last: its existence means the artifact is whole."""
 
 
+def _inside(path: str) -> str:
+    """A path that stays below where it starts."""
+    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+        raise ValueError(f"{path!r} leaves the artifact")
+    return path
+
+
+InsidePath = Annotated[str, AfterValidator(_inside)]
+
+
 class File(Frozen):
     """One file of an artifact."""
 
-    path: str
+    path: InsidePath
     """Relative to the artifact."""
     size: int
     """Bytes."""
@@ -43,7 +56,7 @@ class Artifact(Frozen):
     stage: str
     created: str
     """UTC, ISO 8601."""
-    outputs: dict[str, str]
+    outputs: dict[str, InsidePath]
     """Name -> path relative to the artifact; a policy is "."."""
     files: tuple[File, ...]
     inputs: dict[str, Source]

@@ -10,14 +10,13 @@ One writer ever; nothing is changed after. The registry is the only memory: what
 
 from __future__ import annotations
 
-import os
 import shutil
 import uuid
 from pathlib import Path
 
 from pipeline.identity import digest_file
 from pipeline.registry.artifact import MANIFEST, Artifact, File, now
-from pipeline.registry.store import LocalStore, sync, write_through
+from pipeline.registry.store import LocalStore, sync, sync_tree, write_through
 from stages.job import BadInput
 
 FORMAT = {"format": 1, "hash": "sha256"}
@@ -84,14 +83,33 @@ class Registry:
         self.store.put_new("format.json", FORMAT)
         id = f"{artifact.stage}-{uuid.uuid4().hex[:8]}"
         whole = artifact.model_copy(update={"id": id, "created": now(), "files": list_files(directory)})
+        sync_tree(directory)  # before there is a manifest that says so
         write_through(directory / MANIFEST, whole.model_dump_json(indent=1))
         sync(directory)
         path = self.store.adopt(directory, f"artifacts/{id}")
+        winner = self._record(whole)
+        if winner.id != id:
+            (path / MANIFEST).unlink()  # first, so that what is left of it is never taken for whole
+            shutil.rmtree(path)
+        return winner
+
+    def recover(self, key: str) -> Artifact | None:
+        """Record a whole artifact whose maker was killed before it could write the key's first entry; None when there is none."""
+        if self.store.last(f"keys/{key}"):
+            return None
+        found = next((artifact for artifact in self.artifacts() if artifact.key == key), None)
+        return self._record(found) if found else None
+
+    def void(self, artifact: Artifact, reason: str) -> None:
+        """Say that a key's artifact must not be used any more, so that the step can be made again."""
+        if self.find(artifact.key) == artifact:
+            self.store.append(f"keys/{artifact.key}", {"void": artifact.id, "reason": reason})
+
+    def _record(self, artifact: Artifact) -> Artifact:
+        """Enter an artifact as the maker of its key; returns the one that was first."""
         log = f"keys/{artifact.key}"
         while (winner := self.find(artifact.key)) is None:
-            self.store.put_new(f"{log}/{self.store.last(log) + 1:06d}.json", {"artifact": id})
-        if winner.id != id:
-            shutil.rmtree(path)
+            self.store.put_new(f"{log}/{self.store.last(log) + 1:06d}.json", {"artifact": artifact.id})
         return winner
 
 
@@ -107,10 +125,4 @@ def list_files(directory: Path) -> tuple[File, ...]:
         if path.is_file() and relative != MANIFEST:
             path.chmod(0o644)
             files.append(File(path=relative, size=path.stat().st_size, sha256=digest_file(path)))
-            _flush(path)
     return tuple(files)
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -35,7 +35,12 @@ def start(registry: Registry, recipe_name: str, recipe_yaml: str, plan: list[dic
     """Remember a new run; returns its id."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     run = f"{recipe_name}-{stamp}-{secrets.token_hex(2)}"
-    registry.store.put_new("format.json", FORMAT)
+    try:
+        registry.store.put_new("format.json", FORMAT)
+    except OSError as error:
+        raise BadInput(
+            f"registry: {registry.root} cannot be written: {error.strerror}; choose another directory"
+        ) from None
     registry.store.put_new(f"runs/{run}/plan.json", {"recipe": recipe_name, "steps": plan})
     registry.store.path(f"runs/{run}/recipe.yaml").write_text(recipe_yaml)
     pid = os.getpid()
@@ -65,6 +70,11 @@ def runs(registry: Registry) -> list[Run]:
     """All runs, newest first."""
     found = [_run(registry, run) for run in registry.store.names("runs") if registry.store.names(f"runs/{run}/events")]
     return sorted(found, key=lambda run: run.started, reverse=True)
+
+
+def state(registry: Registry, run: str) -> str:
+    """How a run stands; see Run.state. Raises BadInput when there is no such run."""
+    return _state(events(registry, run))
 
 
 def _run(registry: Registry, run: str) -> Run:

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import uuid
 from pathlib import Path
 from typing import Any
@@ -75,12 +77,21 @@ class LocalStore:
         return max((int(name.removesuffix(".json")) for name in self.names(log)), default=0)
 
     def adopt(self, directory: Path, name: str) -> Path:
-        """Move a finished directory in, under a name that must not exist."""
+        """Move a finished directory in, under a name that must not exist; from another file system it is copied beside its place first."""
         path = self.path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             raise FileExistsError(path)
-        directory.rename(path)
+        try:
+            directory.rename(path)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            partial = path.with_name(f".{path.name}")
+            shutil.copytree(directory, partial)
+            sync_tree(partial)
+            partial.rename(path)
+            shutil.rmtree(directory)
         sync(path.parent)
         return path
 
@@ -93,10 +104,16 @@ def write_through(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def sync(directory: Path) -> None:
-    """Wait until the disk has a directory's entries."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until the disk has a file's bytes or a directory's entries."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_tree(directory: Path) -> None:
+    """Wait until the disk has all files and entries below a directory."""
+    for path in [directory, *directory.rglob("*")]:
+        sync(path)
