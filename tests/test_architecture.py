@@ -22,21 +22,14 @@ ONLY_IN = {
 HEAVY = ("torch", "transformers", "trl", "datasets", "numpy")
 
 
-def imports(path: Path, top_level: bool = False) -> set[str]:
-    tree = ast.parse(path.read_text())
-    nodes = _run_on_import(tree) if top_level else list(ast.walk(tree))
+def imports(path: Path) -> set[str]:
     found: set[str] = set()
-    for node in nodes:
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
     return found
-
-
-def _run_on_import(tree: ast.Module) -> list[ast.stmt]:
-    """Top-level statements, those under `if TYPE_CHECKING` left out."""
-    return [node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))]
 
 
 def modules(package: str) -> list[Path]:
@@ -80,18 +73,22 @@ def test_pipeline_never_touches_a_tensor():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["plan", "configs/demo.yaml"], ["ls"], ["show"], ["check", "configs/demo.yaml"]]
+    "command",
+    ["--help", "check RECIPE", "schema", "plan RECIPE", "plan configs/demo.yaml", "ls", "show", "runs", "verify"],
 )
-def test_commands_that_only_read_import_neither_torch_nor_trl_nor_prefect(arguments, tmp_path):
+def test_commands_that_only_read_import_neither_torch_nor_trl_nor_prefect(command, climbed):
+    """On a registry with a whole climb in it, so that there is something to read."""
+    recipe, registry = climbed
     code = (
-        "import sys\nfrom pipeline.cli import exit_code\nexit_code(sys.argv[1:])\n"
-        "print([m for m in ('torch', 'trl', 'prefect', 'transformers', 'numpy') if m in sys.modules], file=sys.stderr)"
+        "import sys\nfrom pipeline.cli import exit_code\ncode = exit_code(sys.argv[1:])\n"
+        "heavy = ('torch', 'trl', 'prefect', 'transformers', 'numpy')\n"
+        "print(code, [m for m in heavy if m in sys.modules], file=sys.stderr)"
     )
-    registry = [] if arguments[0] in ("--help", "check") else ["--registry", str(tmp_path / "r")]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments, *registry], cwd=ROOT, capture_output=True, text=True, env=environment()
-    )
-    assert done.stderr.splitlines()[-1] == "[]"
+    arguments = command.replace("RECIPE", str(recipe)).split()
+    env = environment(SWITCHBACK_REGISTRY=str(registry))
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.stderr.splitlines()[-1] == "0 []", done.stderr
+    assert done.stdout
 
 
 def test_the_tiny_base_is_under_a_megabyte():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -210,7 +211,7 @@ def test_the_registry_comes_from_the_option_the_recipe_the_environment_the_direc
     [
         ({"deadline": 0.05}, 1, "killed after its deadline of 0.05 s"),
         ({"trl": {"no_such_setting": 1}}, 2, "no such setting"),
-        ({"trl": {"loss_type": "dft"}}, 1, "loss_type nll"),
+        ({"trl": {"optim": "none"}}, 2, "refuses its settings"),
     ],
 )
 def test_a_stage_that_fails_is_one_line_and_publishes_nothing(change, code, said, settings, write, tmp_path):
@@ -239,6 +240,30 @@ def test_after_a_failure_the_same_command_goes_on_from_what_is_done(settings, wr
     )
     shown = {one["name"]: one["reused"] for one in json_of("show", "--registry", tmp_path / "r")["stages"]}
     assert shown["warmup"] is True and shown["rl1"] is False
+
+
+def test_a_reader_that_goes_away_does_not_stop_the_run(settings, write, tmp_path):
+    command = f"{SWITCHBACK} run {write(settings)} --registry {tmp_path / 'r'} --no-prefect --until warmup | head -n 1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert len(done.stdout.splitlines()) == 1 and done.stderr == ""
+    assert json_of("runs", "--registry", tmp_path / "r")[0]["state"] == "done"
+
+
+def test_work_in_progress_can_lie_on_another_disk(settings, write, tmp_path):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        env = {"SWITCHBACK_WORK": elsewhere}
+        done = run_cli(
+            "run", write(settings), "--registry", tmp_path / "r", "--no-prefect", "--only", "warmup", env=env
+        )
+        assert done.returncode == 0, done.stderr
+        assert list(Path(elsewhere).glob("*/job.json")) and not (tmp_path / "r" / "work").exists()
+
+
+def test_a_module_of_the_working_directory_is_not_taken_for_ours(settings, write, tmp_path):
+    (tmp_path / "stages.py").write_text("raise SystemExit('not ours')")
+    (tmp_path / "random.py").write_text("raise SystemExit('not ours')")
+    done = run_cli("run", write(settings), "--registry", "r", "--no-prefect", "--only", "warmup", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_two_runs_at_once_share_what_both_need(settings, write, tmp_path):
@@ -312,3 +337,5 @@ def test_verify_exits_1_and_names_a_changed_file(settings, write, tmp_path):
     Path(path, "config.json").write_text("{}")
     done = run_cli("verify", "--registry", tmp_path / "r")
     assert done.returncode == 1 and "config.json" in done.stdout and "Traceback" not in done.stderr
+    planned = json_of("plan", write(settings), "--registry", tmp_path / "r", "--until", "warmup")
+    assert {one["step"]: one["action"] for one in planned}["warmup"] == "run", "what failed verification is made again"

@@ -20,16 +20,16 @@ from tests.conftest import TINY, run_cli
 
 VERSIONS = {"sft": 1, "grpo": 1, "rejection": 1, "evaluate": 1}
 KEYS = {
-    "base.evaluate": "fdcc9b141420",
+    "base.evaluate": "f134344f0986",
     "warmup": "0a67055f46a5",
-    "warmup.evaluate": "21a05d5abf40",
+    "warmup.evaluate": "4aa50f286814",
     "rl1": "e56b27972ba6",
-    "rl1.evaluate": "fe242201c5f4",
-    "harvest": "52a0c168fc7b",
-    "distill": "e8552718fc0f",
-    "distill.evaluate": "29a32fd1b334",
-    "rl2": "81df10468e89",
-    "rl2.evaluate": "85e3393e2fbc",
+    "rl1.evaluate": "2d0178f6c5d2",
+    "harvest": "9ef597e1b019",
+    "distill": "ebadfa48855b",
+    "distill.evaluate": "de97538ff370",
+    "rl2": "2d86f97ce695",
+    "rl2.evaluate": "004a7230ccd6",
 }
 ROWS = {
     "train": ["a1ecee30ad0816a8", "cad011498c5cc972"],

@@ -61,55 +61,70 @@ def config_at(loaded: Any, way: tuple[Any, ...]) -> Config:
 
 
 def fields() -> list[tuple[str, tuple[Any, ...], str]]:
-    """(group, way, field) of every field of every Config in the recipe."""
+    """(group, way, field) of every field of every Config in the recipe, but for the few that cannot be changed on their own."""
     loaded = recipe.Recipe.model_validate(EVERYTHING)
     found = []
     for group, ways in GROUPS.items():
         for way in ways:
             config = config_at(loaded, way)
-            inner = [
-                n
-                for n in type(config).model_fields
-                if isinstance(getattr(config, n), (Config, tuple)) and n not in ("pass_rate", "targets")
-            ]
-            found += [
-                (group, way, name)
-                for name in type(config).model_fields
-                if name not in inner and OTHER[f"{group}.{name}"] is not None
-            ]
+            for name in type(config).model_fields:
+                value = getattr(config, name)
+                is_group = isinstance(value, Config) or name == "stages"
+                if not is_group and OTHER[f"{group}.{name}"] is not None and (way, name) not in FIXED:
+                    found.append((group, way, name))
     return found
 
 
+FIXED = {(("stages", 0), "policy"), (("stages", 0), "data"), (("stages", 3), "rows")}
+"""The warm-up has no earlier stage to read, and distill's rows are its data's."""
+
+
 @pytest.mark.parametrize(
-    ("group", "way", "name"),
-    fields(),
-    ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else value,
+    ("group", "way", "name"), fields(), ids=lambda v: ".".join(map(str, v)) if isinstance(v, tuple) else v
 )
 def test_a_key_moves_exactly_when_an_identity_field_does(group, way, name, tmp_path):
-    """Every field of every Config is changed, one at a time."""
-    other = OTHER[f"{group}.{name}"]
+    """Every field of every Config is changed, one at a time; a stage's field moves that stage's own key."""
     settings = copy.deepcopy(EVERYTHING)
     here: Any = settings
     for step in way:
         here = here.setdefault(step, {}) if isinstance(here, dict) else here[step]
     if (group, name) == ("stage", "name"):
-        rename(settings, here["name"], other)
-    elif (group, name) == ("stage", "data"):
-        if here.get("data") != "harvest":
-            return
-        here["data"] = other
-    elif ((group, name) == ("stage", "rows") and here.get("data") == "harvest") or (
-        (group, name) == ("stage", "policy") and here["policy"] == "base"
-    ):
-        return
+        rename(settings, here["name"], OTHER["stage.name"])
     else:
-        here[name] = other
+        here[name] = OTHER[f"{group}.{name}"]
     if (group, name) == ("stage", "policy") and here.get("kind") == "rejection":
-        here["rows"] = "train[512:528]"
+        here["rows"] = "train[512:528]"  # of its policy, which is no grpo stage any more
     part = part_of(type(config_at(recipe.Recipe.model_validate(EVERYTHING), way)), name)
     assert part in ("identity", "resolved", "execution"), f"{group}.{name} is not marked"
-    moved = keys(settings, tmp_path) != keys(EVERYTHING, tmp_path)
-    assert moved == (part != "execution"), f"{group}.{name} is {part}"
+    moved = [a != b for a, b in zip(keys(EVERYTHING, tmp_path), keys(settings, tmp_path), strict=True)]
+    assert any(moved) == (part != "execution"), f"{group}.{name} is {part}"
+    if way[:1] == ("stages",) and part != "execution":
+        assert moved[POSITION[way[1]]], f"{group}.{name} does not move its own stage's key"
+
+
+POSITION = {0: 1, 1: 3, 2: 5, 3: 6, 4: 8}
+"""Where each stage's own step is among all, evaluations included."""
+
+
+@pytest.mark.parametrize(
+    ("problem", "field", "other"),
+    [
+        ({"dataset": "org/data", "rewards": ["a"], "answer": "x"}, "dataset", "org/other"),
+        ({"dataset": "org/data", "rewards": ["a"], "answer": "x"}, "rewards", ["a", "b"]),
+        ({"dataset": "org/data", "rewards": ["a"], "answer": "x"}, "answer", "y"),
+    ],
+)
+def test_a_field_of_another_kind_of_problem_moves_the_keys_of_what_uses_it(problem, field, other, settings, tmp_path):
+    before = keys(settings | {"problem": problem}, tmp_path)
+    after = keys(settings | {"problem": problem | {field: other}}, tmp_path)
+    assert not set(before) & set(after)
+
+
+def test_lora_is_a_matter_of_training_and_not_of_evaluating_the_base(tmp_path):
+    without = copy.deepcopy(EVERYTHING)
+    del without["model"]["lora"]
+    moved = [a != b for a, b in zip(keys(EVERYTHING, tmp_path), keys(without, tmp_path), strict=True)]
+    assert moved == [False] + [True] * 9
 
 
 def rename(settings, old, new):

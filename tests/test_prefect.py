@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.prefect_server import API_URL, SETTINGS, own_server
-from tests.conftest import ROOT, environment, run_cli
+from stages.process import descendants
+from tests.conftest import environment, run_cli
 
 pytestmark = pytest.mark.slow
 
@@ -69,9 +70,9 @@ def test_a_flow_has_a_task_a_step_and_says_what_was_reused(server, settings, wri
 
 
 def test_a_failed_stage_is_a_failed_task_and_still_one_line(server, settings, write, tmp_path):
-    settings["stages"][0]["trl"] = {"loss_type": "dft"}
+    settings["stages"][0]["trl"] = {"average_tokens_across_devices": "no", "optim": "none"}
     done = run_cli("run", write(settings), "--registry", tmp_path / "r", "--only", "warmup", env={API_URL: server})
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "loss_type nll" in done.stderr
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "refuses its settings" in done.stderr
     (flow,) = ask(server, "flow_runs", flow_runs={"name": {"any_": [run_of(tmp_path / "r")]}})
     assert flow["state_type"] == "FAILED"
 
@@ -106,13 +107,35 @@ def test_a_schedule_fires(server, tmp_path):
         serving.wait()
 
 
-def test_a_server_of_its_own_is_on_loopback_and_keeps_its_history(settings, write, tmp_path):
-    recipe = write(settings)
-    done = run_cli("run", recipe, "--registry", tmp_path / "r", "--until", "warmup")
+def listening(pid: int) -> set[str]:
+    """The addresses (hex) at which a process listens."""
+    inodes = {str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()}
+    lines = [
+        line.split()
+        for name in ("tcp", "tcp6")
+        for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]
+    ]
+    return {fields[1].partition(":")[0] for fields in lines if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes}
+
+
+def test_its_own_server_listens_on_loopback_alone_and_is_gone_afterwards(tmp_path, monkeypatch):
+    """Also where the environment names a proxy for everything."""
+    monkeypatch.delenv(API_URL, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy", "PREFECT_HOME", *SETTINGS):
+        monkeypatch.setenv(name, "")
+    before = descendants(os.getpid())
+    with own_server(tmp_path):
+        (pid,) = descendants(os.getpid()) - before
+        assert listening(pid) == {"0100007F"}
+    assert pid not in descendants(os.getpid()) and API_URL not in os.environ
+
+
+def test_a_server_of_its_own_keeps_its_history(settings, write, tmp_path):
+    done = run_cli("run", write(settings), "--registry", tmp_path / "r", "--until", "warmup")
     assert done.returncode == 0, done.stderr
-    home = tmp_path / "r" / "work" / "prefect"
-    assert (home / "prefect.db").stat().st_size > 0
-    assert "127.0.0.1" in (ROOT / "pipeline" / "prefect_server.py").read_text()
+    assert (tmp_path / "r" / "work" / "prefect" / "prefect.db").stat().st_size > 0
 
 
 def test_an_unreachable_server_is_one_line(settings, write, tmp_path):

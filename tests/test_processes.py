@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -69,6 +70,8 @@ from pathlib import Path
 from stages.job import Job, Result
 def run(job):
     subprocess.Popen([sys.executable, '-c', 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)'], start_new_session=True)
+    if os.fork() == 0:
+        time.sleep(600)
     Path(job.out, 'started.txt').touch()
     time.sleep(600)
 """
@@ -124,7 +127,9 @@ def test_a_launcher_that_dies_takes_a_grandchild_in_its_own_session_along(number
     launch, mark, started = sleepy
     launcher = launch(600)
     assert wait_for(started.exists, 30), launcher.communicate()
-    assert wait_for(lambda: len(marked(mark)) == 4, 5), "launcher, worker, job, grandchild"
+    assert wait_for(lambda: len(marked(mark)) == 5, 5), (
+        "launcher, worker, job, its child, and one in a session of its own"
+    )
     os.kill(launcher.pid, number)
     assert wait_for(lambda: not marked(mark), 3.0), f"still alive: {marked(mark)}"
 
@@ -169,7 +174,7 @@ def test_a_launcher_killed_while_its_worker_imports_leaves_nothing(tmp_path):
     launcher.wait()
 
 
-def test_one_job_runs_from_its_file_alone_and_two_cannot_share_a_directory(climbed, tmp_path):
+def test_one_job_runs_from_its_file_alone_in_a_directory_of_its_own(climbed, tmp_path):
     """`python -m stages job.json`, as in a notebook or under a debugger."""
     import json
     import shutil
@@ -196,3 +201,9 @@ def test_one_job_runs_from_its_file_alone_and_two_cannot_share_a_directory(climb
         in json.loads((work / "error.json").read_text())["message"]
     )
     assert not (work / "result.json").exists()
+    before = sorted(path.name for path in work.iterdir())
+    with (work / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        busy = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert busy.returncode == 75 and "already working in" in busy.stderr
+    assert sorted(path.name for path in work.iterdir()) == before, "it touches nothing of the other's"

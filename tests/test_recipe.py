@@ -47,6 +47,10 @@ BAD = {
     "unknown problem": ({"problem": {"nmae": "scheduling"}}, "expected one of {name: scheduling}"),
     "a TRL name that is ours": ({"stages.rl1.trl": {"learning_rate": 1.0}}, "set the stage's own learning_rate"),
     "rows without demonstrations": ({"stages.distill.rows": "train[0:5]"}, "remove rows"),
+    "a setting that would be overruled": ({"stages.rl1.trl": {"reward_weights": [1.0]}}, "trl.reward_weights"),
+    "packing": ({"stages.warmup.trl": {"packing": True}}, "trl.packing"),
+    "a setting that is no JSON": ({"stages.rl1.trl": {"x": float("nan")}}, "trl.x: found nan"),
+    "a seed that numpy refuses": ({"seed": 2**32}, "seed: found 4294967296"),
     "a pass-rate band": ({"stages.harvest.keep": {"pass_rate": [0.9, 0.1]}}, "expected two shares"),
 }  # fmt: skip
 
@@ -87,6 +91,46 @@ def test_broken_yaml_gives_line_and_column(tmp_path):
 def test_a_key_given_twice_is_an_error(tmp_path):
     (tmp_path / "bad.yaml").write_text("name: x\nname: y\n")
     assert "line 2, column 1: the key 'name' is given twice" in one_line(run_cli("run", tmp_path / "bad.yaml"))
+
+
+def test_what_is_no_text_or_no_mapping_of_words_is_one_line(tmp_path):
+    (tmp_path / "bad.yaml").write_bytes(b"name: \xff\xfe")
+    assert "cannot be read as text" in one_line(run_cli("plan", tmp_path / "bad.yaml"))
+    (tmp_path / "bad.yaml").write_text("? [1, 2]\n: 3\n")
+    assert "a key must be a word" in one_line(run_cli("plan", tmp_path / "bad.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("no front matter", "needs front matter"),
+        ("---\n- a\n---\n# system\n# user\nx", "expected a mapping"),
+        ("---\na: [\n---\n# system\n# user\nx", "front matter"),
+        ("---\na: b\n---\n# system\n# user\n{{ prompt", "user template"),
+    ],
+)
+def test_a_prompt_file_of_another_shape_is_one_line(text, said, settings, write, tmp_path):
+    (tmp_path / "p.md").write_text(text)
+    settings["format"]["prompt"] = str(tmp_path / "p.md")
+    assert said in one_line(run_cli("plan", write(settings)))
+
+
+def test_a_registry_that_cannot_be_written_is_one_line(settings, write):
+    assert "cannot be written" in one_line(run_cli("run", write(settings), "--registry", "/proc/nowhere/r"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--only", "rl1", "--from", "rl1"], ["--only", "rl1", "--fresh", "rl2"], ["--until", "rl1", "--fresh", "rl2"]],
+)
+def test_choices_that_contradict_each_other_are_one_line(arguments, settings, write, tmp_path):
+    for command in ("plan", "run"):
+        one_line(run_cli(command, write(settings), "--registry", tmp_path / "r", *arguments))
+
+
+def test_the_bare_command_shows_help():
+    done = run_cli()
+    assert done.returncode == 0 and "Commands:" in done.stdout
 
 
 def test_a_registry_under_a_file_is_one_line(tmp_path, settings, write):

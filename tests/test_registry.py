@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from pipeline.identity import key_of
 from pipeline.registry import Artifact, Registry, Source, UnsafeFile, runs
 from pipeline.registry.lineage import lineage
 from pipeline.registry.store import LocalStore
@@ -22,10 +24,10 @@ def finished(directory: Path, content: str = "weights") -> Path:
     return directory
 
 
-def draft(key: str = "k" * 64, stage: str = "warmup", inputs: dict[str, Source] | None = None) -> Artifact:
+def draft(name: str = "k", stage: str = "warmup", inputs: dict[str, Source] | None = None) -> Artifact:
     return Artifact(
-        id="", key=key, kind="sft", stage=stage, created="", outputs={"policy": ".", "data": "data"}, files=(), inputs=inputs or {}, format=None,
-        config={}, identity={}, metrics={}, provenance={},
+        id="", key=key_of({"name": name}), kind="sft", stage=stage, created="", outputs={"policy": ".", "data": "data"}, files=(), inputs=inputs or {},
+        format=None, config={}, identity={"name": name}, metrics={}, provenance={},
     )  # fmt: skip
 
 
@@ -38,7 +40,7 @@ def test_what_is_published_is_found_by_key_and_by_id_and_leaves_where_it_was(reg
     out = finished(tmp_path / "out")
     artifact = registry.publish(out, draft())
     assert not out.exists()
-    assert registry.find("k" * 64) == registry.open(artifact.id) == artifact
+    assert registry.find(artifact.key) == registry.open(artifact.id) == artifact
     assert (registry.path(artifact, "data") / "rows.jsonl").read_text() == "{}\n"
     assert {file.path for file in artifact.files} == {"model.safetensors", "data/rows.jsonl"}
     assert artifact.id.startswith("warmup-") and len(artifact.id) == len("warmup-") + 8
@@ -83,6 +85,35 @@ def test_a_link_is_never_published(registry, tmp_path):
         registry.publish(out, draft())
 
 
+def test_a_directory_from_another_file_system_is_copied_and_leaves_nothing_behind(registry):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        out = finished(Path(elsewhere, "out"))
+        assert out.stat().st_dev != registry.root.parent.stat().st_dev, "the test needs two file systems"
+        artifact = registry.publish(out, draft())
+        assert not out.exists()
+    assert verify(registry, artifact) == []
+    assert [path.name for path in (registry.root / "artifacts").iterdir()] == [artifact.id]
+
+
+def test_an_artifact_whose_maker_was_killed_before_it_was_recorded_is_recovered(registry, tmp_path):
+    artifact = registry.publish(finished(tmp_path / "out"), draft())
+    (registry.root / "keys" / artifact.key / "000001.json").unlink()
+    assert registry.find(artifact.key) is None
+    assert registry.recover(artifact.key) == artifact == registry.find(artifact.key)
+
+
+def test_a_void_artifact_is_not_recovered(registry, tmp_path):
+    artifact = registry.publish(finished(tmp_path / "out"), draft())
+    registry.void(artifact, "a test")
+    assert registry.recover(artifact.key) is None is registry.find(artifact.key)
+
+
+@pytest.mark.parametrize("path", ["../x", "/etc", "a/../../x"])
+def test_an_output_that_leaves_the_artifact_is_refused(path):
+    with pytest.raises(ValueError, match="leaves the artifact"):
+        Artifact.model_validate({**draft().model_dump(), "outputs": {"policy": path}})
+
+
 def test_verify_names_every_file_that_changed_went_or_came(registry, tmp_path):
     artifact = registry.publish(finished(tmp_path / "out"), draft())
     assert verify(registry, artifact) == []
@@ -101,9 +132,9 @@ def test_verify_names_every_file_that_changed_went_or_came(registry, tmp_path):
 
 def test_lineage_goes_down_to_the_base_and_says_what_is_gone(registry, tmp_path):
     base = Source(id=None, output="policy", key="base-key", name="/models/tiny")
-    first = registry.publish(finished(tmp_path / "a"), draft("1" * 64, "warmup", {"policy": base}))
+    first = registry.publish(finished(tmp_path / "a"), draft("1", "warmup", {"policy": base}))
     source = Source(id=first.id, output="policy", key=first.key, name="warmup")
-    second = registry.publish(finished(tmp_path / "b"), draft("2" * 64, "rl1", {"policy": source}))
+    second = registry.publish(finished(tmp_path / "b"), draft("2", "rl1", {"policy": source}))
     tree = lineage(registry, second)
     assert tree.inputs[0].id == first.id and tree.inputs[0].inputs[0].name == "/models/tiny"
     (registry.path(first) / "artifact.json").unlink()
