@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import Any
 
 from pipeline import recipe as recipes
 from pipeline.launch import Launcher
@@ -18,7 +19,7 @@ from pipeline.run import Observer, run_step, work_root
 
 def run(recipe: Recipe, planned: list[Planned], registry: Registry, observer: Observer, use_prefect: bool) -> str:
     """Run the plan; returns the run's id. Raises StageFailed or BadInput; the run's last event says how it ended, whatever it was."""
-    id = runs.start(registry, recipe.name, recipes.dump(recipe), [_remembered(one) for one in planned])
+    id = runs.start(registry, recipe.name, recipes.dump(recipe), _remembered(planned))
     try:
         _conduct(id, recipe, planned, registry, observer, use_prefect)
     except BaseException as error:
@@ -60,13 +61,17 @@ def _conduct(
                 do(one)
 
 
-def _remembered(one: Planned) -> dict[str, str | None]:
-    artifact = one.artifact.id if one.artifact else None
-    return {
-        "step": one.step.name,
-        "kind": one.step.kind,
-        "key": one.step.key,
-        "action": one.action,
-        "artifact": artifact,
-        "why": one.why,
-    }
+def _remembered(planned: list[Planned]) -> dict[str, Any]:
+    """The plan as the run's plan.json keeps it: where the base model was, and what was to be done about each step."""
+    steps = [
+        {
+            "step": one.step.name,
+            "kind": one.step.kind,
+            "key": one.step.key,
+            "action": one.action,
+            "artifact": one.artifact.id if one.artifact else None,
+            "why": one.why,
+        }
+        for one in planned
+    ]
+    return {"base": planned[0].step.inputs["policy"].source, "steps": steps}

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.checks import BASE
-from pipeline.registry import Artifact, Registry, runs
+from pipeline.registry import Registry, runs
 from stages.config import Frozen
 from stages.job import BadInput, Evaluation, Split, read_evaluation
 
@@ -40,14 +40,21 @@ EVALUATION_FIELDS = ("greedy", "mean", "interval", "solved", "format", "pass_at_
 
 
 def summarise(registry: Registry, run: str, split: Split = "held_out") -> RunSummary:
-    """Raises BadInput when there is no such run."""
+    """Raises BadInput when there is no such run, or when a file of an evaluation is not what was published."""
     done = {event["step"]: event for event in runs.events(registry, run) if event["event"] == "step"}
     planned = runs.planned(registry, run)
-    steps, recipe = planned["steps"], planned["recipe"]
-    boxes = [(BASE, "base"), *((step["step"], step["kind"]) for step in steps if step["kind"] != "evaluate")]
-    state = runs.state(registry, run)
-    stages = tuple(_stage(registry, name, kind, done, split) for name, kind in boxes)
-    return RunSummary(run=run, recipe=recipe, state=state, stages=stages)
+    boxes = [(step["step"], step["kind"]) for step in planned["steps"] if step["kind"] != "evaluate"]
+    base = StageSummary(
+        name=BASE,
+        kind=BASE,
+        artifact=None,
+        path=planned["base"],
+        reused=True,
+        seconds=0.0,
+        evaluation=_evaluation(registry, BASE, done, split),
+    )
+    stages = (base, *(_stage(registry, name, kind, done, split) for name, kind in boxes))
+    return RunSummary(run=run, recipe=planned["recipe"], state=runs.state(registry, run), stages=stages)
 
 
 def as_json(summary: RunSummary) -> dict[str, Any]:
@@ -60,27 +67,27 @@ def as_json(summary: RunSummary) -> dict[str, Any]:
 
 
 def _stage(registry: Registry, name: str, kind: str, done: dict[str, dict[str, Any]], split: Split) -> StageSummary:
-    event, evaluated = done.get(name), done.get(f"{name}.evaluate")
+    event = done.get(name)
     artifact = registry.get(event["artifact"]) if event else None
-    evaluation = registry.get(evaluated["artifact"]) if evaluated else None
-    if artifact:
-        path = str(registry.path(artifact))
-    else:
-        path = evaluation.inputs["policy"].name if evaluation and name == BASE else None
     return StageSummary(
         name=name,
         kind=kind,
         artifact=artifact.id if artifact else None,
-        path=path,
-        reused=event["reused"] if event else (True if name == BASE else None),
-        seconds=event["seconds"] if event else (0.0 if name == BASE else None),
-        evaluation=_read(registry, evaluation, split) if evaluation else None,
+        path=str(registry.path(artifact)) if artifact else None,
+        reused=event["reused"] if event else None,
+        seconds=event["seconds"] if event else None,
+        evaluation=_evaluation(registry, name, done, split),
     )
 
 
-def _read(registry: Registry, evaluation: Artifact, split: Split) -> Evaluation:
-    path = registry.path(evaluation, split)
+def _evaluation(registry: Registry, of: str, done: dict[str, dict[str, Any]], split: Split) -> Evaluation | None:
+    """What the evaluate step of a policy found; None where there is none, or none any more."""
+    event = done.get(f"{of}.evaluate")
+    artifact = registry.get(event["artifact"]) if event else None
+    if artifact is None:
+        return None
+    path = registry.path(artifact, split)
     try:
         return read_evaluation(path)
     except (OSError, ValidationError):
-        raise BadInput(f"{path} is no longer what was published; run switchback verify {evaluation.id}") from None
+        raise BadInput(f"{path} is no longer what was published; run switchback verify {artifact.id}") from None

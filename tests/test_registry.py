@@ -180,15 +180,15 @@ def test_an_append_only_log_loses_nothing_to_eight_writers(tmp_path):
 
 
 def test_a_run_is_remembered_with_its_state(registry):
-    done = runs.start(registry, "demo", "name: demo\n", [])
+    done = runs.start(registry, "demo", "name: demo\n", {"steps": []})
     runs.record(registry, done, "done")
-    running = runs.start(registry, "demo", "name: demo\n", [])
+    running = runs.start(registry, "demo", "name: demo\n", {"steps": []})
     assert {run.run: run.state for run in runs.runs(registry)} == {done: "done", running: "running"}
     assert [run.run for run in runs.runs(registry)] == [running, done], "newest first"
 
 
 def test_a_run_whose_process_is_gone_was_interrupted(registry):
-    run = runs.start(registry, "demo", "", [])
+    run = runs.start(registry, "demo", "", {"steps": []})
     event = registry.store.path(f"runs/{run}/events/000001.json")
     event.write_text(event.read_text().replace('"process": "', '"process": "9'))
     assert runs.runs(registry)[0].state == "interrupted"

@@ -31,7 +31,7 @@ class Run(Frozen):
     started: str
 
 
-def start(registry: Registry, recipe_name: str, recipe_yaml: str, plan: list[dict[str, Any]]) -> str:
+def start(registry: Registry, recipe_name: str, recipe_yaml: str, plan: dict[str, Any]) -> str:
     """Remember a new run; returns its id."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     run = f"{recipe_name}-{stamp}-{secrets.token_hex(2)}"
@@ -41,7 +41,7 @@ def start(registry: Registry, recipe_name: str, recipe_yaml: str, plan: list[dic
         raise BadInput(
             f"registry: {registry.root} cannot be written: {error.strerror}; choose another directory"
         ) from None
-    registry.store.put_new(f"runs/{run}/plan.json", {"recipe": recipe_name, "steps": plan})
+    registry.store.put_new(f"runs/{run}/plan.json", {"recipe": recipe_name, **plan})
     registry.store.path(f"runs/{run}/recipe.yaml").write_text(recipe_yaml)
     pid = os.getpid()
     record(registry, run, "started", pid=pid, process=started_at(pid), host=socket.gethostname())
