@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import prompts
-from pipeline.recipe import DatasetProblem, FileProblem, Recipe, nearest
+from pipeline.recipe import Box, DatasetProblem, FileProblem, Recipe, nearest
 from stages.config import RESERVED_NAMES
 from stages.grpo import GrpoConfig
 from stages.job import BadInput, parse_rows
@@ -65,7 +65,7 @@ UNBUILT: dict[str, Callable[[Recipe], bool]] = {
 """What parses and plans, and whether a recipe asks for it."""
 
 
-def rows_of(recipe: Recipe, stage: SftConfig | GrpoConfig | RejectionConfig) -> str | None:
+def rows_of(recipe: Recipe, stage: Box) -> str | None:
     """The rows a stage works on: its own, else what follows from its data or policy; None for an sft stage whose rows another stage made."""
     if stage.rows:
         return stage.rows
@@ -111,7 +111,7 @@ def _known(recipe: Recipe, i: int, role: str, name: str, known: list[str]) -> No
     raise BadInput(f"{where}: there is nothing called {name}{nearest(name, known)}")
 
 
-def _rows_fit(name: str, stage: SftConfig | GrpoConfig | RejectionConfig, recipe: Recipe) -> None:
+def _rows_fit(name: str, stage: Box, recipe: Recipe) -> None:
     try:
         rows = parse_rows(stage.rows or "", recipe.seed)
     except BadInput as error:
@@ -128,7 +128,7 @@ def _rows_fit(name: str, stage: SftConfig | GrpoConfig | RejectionConfig, recipe
         )
 
 
-def _batch_divides(stage: SftConfig | GrpoConfig | RejectionConfig, recipe: Recipe) -> None:
+def _batch_divides(stage: Box, recipe: Recipe) -> None:
     """A step's batch is made of whole micro-batches; the arithmetic is in the message."""
     processes, micro = recipe.launch.processes, recipe.launch.micro_batch
     if isinstance(stage, SftConfig):

@@ -24,6 +24,8 @@ from stages.metrics import FILE as METRICS
 from stages.process import adopt_orphans, kill_marked, kill_tree
 from stages.worker import BUSY, ERROR, RESULT
 
+WORKER = [sys.executable, "-P", "-m", "stages"]
+"""The worker's command; -P, because no module of the working directory is ours."""
 TICK = 0.2
 """Seconds between two looks at a job."""
 IMPORT_PATIENCE, FORK_PATIENCE = 600.0, 60.0
@@ -103,14 +105,7 @@ class _ServingWorker:
             env["OMP_NUM_THREADS"] = str(threads)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
         self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                "stages",
-                "--serve",  # -P: no module of the working directory is ours
-                str(os.getpid()),
-            ],
+            [*WORKER, "--serve", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -85,6 +85,7 @@ def _which_problem(value: Any) -> str | None:
     return next((name for name in ("name", "file", "dataset") if name in given), None)
 
 
+ProblemSettings = SchedulingSettings | FileProblem | DatasetProblem
 Problem = Annotated[
     Annotated[SchedulingSettings, Tag("name")]
     | Annotated[FileProblem, Tag("file")]
@@ -120,7 +121,8 @@ class Track(Config):
     """Off: no W&B."""
 
 
-StageSettings = Annotated[SftConfig | GrpoConfig | RejectionConfig, Field(discriminator="kind")]
+Box = SftConfig | GrpoConfig | RejectionConfig
+StageSettings = Annotated[Box, Field(discriminator="kind")]
 
 
 class Recipe(Config):

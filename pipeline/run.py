@@ -17,8 +17,9 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from pipeline.launch import Launcher, StageFailed
-from pipeline.plan import Planned, Step
+from pipeline.plan import Planned
 from pipeline.registry import Artifact, Registry, Source, UnsafeFile
+from pipeline.steps import Step
 from stages.job import Execution, Job, Result
 
 WORK = "SWITCHBACK_WORK"

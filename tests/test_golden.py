@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import plan, recipe
+from pipeline import recipe
 from pipeline.registry import Registry
+from pipeline.steps import steps as steps_of
 from stages import STAGES
 from stages.problems import PROBLEMS
 from stages.problems.scheduling import Scheduling
@@ -43,7 +44,7 @@ their own."""
 
 def test_keys_are_those_of_this_version(tmp_path):
     settings = {**TINY, "model": {"hub": "org/name", "revision": "abc", "dtype": "float32"}}
-    steps = plan.steps(recipe.Recipe.model_validate(settings), Registry(tmp_path / "r"))
+    steps = steps_of(recipe.Recipe.model_validate(settings), Registry(tmp_path / "r"))
     assert {step.name: step.key[:12] for step in steps} == KEYS
 
 

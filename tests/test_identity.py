@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from pipeline import plan, recipe
+from pipeline import recipe
 from pipeline.identity import canonical, changes, key_of
 from pipeline.registry import Registry
+from pipeline.steps import steps as steps_of
 from stages import STAGES
 from stages.config import Config, part_of
 from tests.conftest import TINY, stage
@@ -51,7 +52,7 @@ GROUPS = {
 
 def keys(settings: dict[str, Any], tmp_path: Path) -> list[str]:
     """The keys of all steps, in order."""
-    return [step.key for step in plan.steps(recipe.Recipe.model_validate(settings), Registry(tmp_path / "r"))]
+    return [step.key for step in steps_of(recipe.Recipe.model_validate(settings), Registry(tmp_path / "r"))]
 
 
 def config_at(loaded: Any, way: tuple[Any, ...]) -> Config:

@@ -6,6 +6,7 @@ import pytest
 
 from pipeline import plan, recipe
 from pipeline.registry import Artifact, Registry
+from pipeline.steps import steps as steps_of
 from stages.job import BadInput
 from tests.conftest import stage
 
@@ -17,7 +18,7 @@ def registry(tmp_path):
 
 def made(settings, registry, *names):
     """Publish stand-ins for the steps named, or for all of them: a plan looks at keys and manifests alone."""
-    for step in plan.steps(recipe.Recipe.model_validate(settings), registry):
+    for step in steps_of(recipe.Recipe.model_validate(settings), registry):
         if names and step.name not in names:
             continue
         out = registry.root / "work" / "out"
@@ -65,7 +66,6 @@ def test_a_changed_field_is_named_with_both_values_and_what_follows_says_input_c
 
 def test_the_nearest_earlier_artifact_is_the_one_compared_with(settings, registry):
     for steps, rate in ((2, 1e-5), (3, 2e-5)):
-        stage(settings, "rl2") | {}
         stage(settings, "rl2").update(steps=steps, learning_rate=rate)
         made(settings, registry, "rl2")
     stage(settings, "rl2").update(steps=2, learning_rate=3e-5)
@@ -133,14 +133,14 @@ def test_fresh_takes_the_next_replicate_that_the_registry_does_not_have(settings
 def test_a_replicate_has_another_seed_and_the_same_rows(settings, registry):
     stage(settings, "rl1")["replicate"] = 1
     first, second = (
-        next(step for step in plan.steps(recipe.Recipe.model_validate(s), registry) if step.name == "rl1")
+        next(step for step in steps_of(recipe.Recipe.model_validate(s), registry) if step.name == "rl1")
         for s in (settings, settings | {"seed": 0})
     )
     assert first.seed == second.seed != 0 and first.rows.seed == 0
 
 
 def test_rejection_takes_the_rows_of_its_policy(settings, registry):
-    steps = {step.name: step for step in plan.steps(recipe.Recipe.model_validate(settings), registry)}
+    steps = {step.name: step for step in steps_of(recipe.Recipe.model_validate(settings), registry)}
     assert steps["harvest"].rows == steps["rl1"].rows
     stage(settings, "harvest")["policy"] = "warmup"
     with pytest.raises(BadInput, match="say which rows to sample"):
@@ -151,7 +151,7 @@ def test_a_policy_of_the_registry_can_be_the_base(settings, registry):
     made(settings, registry, "rl1", "base.evaluate")
     rl1 = next(artifact for artifact in registry.artifacts() if artifact.stage == "rl1")
     settings["model"] = {"artifact": rl1.id, "dtype": "float32"}
-    step = plan.steps(recipe.Recipe.model_validate(settings), registry)[1]
+    step = steps_of(recipe.Recipe.model_validate(settings), registry)[1]
     assert step.inputs["policy"].key == rl1.key and step.inputs["policy"].source == str(registry.path(rl1))
     settings["model"]["artifact"] = "none-1"
     with pytest.raises(BadInput, match="there is no artifact none-1"):

@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.text import Text
 
 from pipeline.cli.tables import console
-from pipeline.plan import Step
 from pipeline.registry import Artifact
+from pipeline.steps import Step
 
 EVERY = 10.0
 """Seconds between two plain lines of one step."""

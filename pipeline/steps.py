@@ -1,0 +1,217 @@
+"""The steps of a recipe, with their keys: everything that is to be computed, before anybody looks at what has been.
+
+An evaluate step is put after the base and after every policy. Keys chain through the keys of inputs. Only JSON and the digests of files are read: no
+tokenizer, no problem, no user code.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import prompts
+from pipeline import checks
+from pipeline.identity import Payload, digest_file, digest_model, key_of
+from pipeline.recipe import Box, DatasetProblem, FileProblem, ProblemSettings, Recipe
+from pipeline.registry import Registry
+from stages import STAGES
+from stages.config import Config, Frozen, identity_values
+from stages.evaluate import EvaluateConfig
+from stages.job import BadInput, Dtype, Format, RowRange, parse_rows
+from stages.problems import PROBLEMS
+from stages.sft import SftConfig
+
+SAMPLER = "transformers"
+"""What generates; part of the key, because another one gives other completions."""
+TRAINED = ("sft", "grpo")
+"""Kinds that make a policy; what they train (lora) is part of their key."""
+EVALUATION_SEED = 0
+"""Every policy of every seed is evaluated on the same rows with the same seed."""
+REPLICATE_STRIDE = 10_007
+"""How far apart the seeds of two replicates are."""
+
+
+class InputRef(Frozen):
+    """What a step reads: an output of an earlier step, or the base model."""
+
+    step: str | None
+    """Name of the step; None for a base model that is no step."""
+    output: str
+    key: str
+    """The step's key, or what identifies the base model."""
+    source: str
+    """Where a base model is from; the step's name otherwise."""
+
+
+class Step(Frozen):
+    """One box: everything a job needs but the places, and its key."""
+
+    name: str
+    kind: str
+    config: dict[str, Any]
+    inputs: dict[str, InputRef]
+    problem: dict[str, Any] | None
+    rows: RowRange | None
+    format: Format
+    seed: int
+    dtype: Dtype
+    deadline: float | None
+    """Seconds; None for none."""
+    identity: dict[str, Any]
+    """What the key is the digest of."""
+    key: str
+
+    @property
+    def makes_policy(self) -> bool:
+        """Whether an evaluate step follows."""
+        return self.kind in TRAINED
+
+
+class Base(NamedTuple):
+    """The recipe's model as an input."""
+
+    ref: InputRef
+    settings: dict[str, Any]
+    """What of `model` is identity beside its bytes: dtype, lora."""
+
+
+def steps(recipe: Recipe, registry: Registry, base: Base | None = None) -> list[Step]:
+    """The recipe's steps in order, evaluations included. `base` spares digesting the base model again."""
+    base, format = base or base_of(recipe, registry), _format(recipe)
+    made: dict[str, Step] = {}
+    ordered = [_evaluation(recipe, base, format, base.ref, checks.BASE)]
+    for stage in recipe.stages:
+        step = made[stage.name] = _step(recipe, base, format, stage, made)
+        ordered.append(step)
+        if step.makes_policy:
+            ordered.append(_evaluation(recipe, base, format, _output(step, "policy"), step.name))
+    return ordered
+
+
+def _step(recipe: Recipe, base: Base, format: Format, stage: Box, made: dict[str, Step]) -> Step:
+    """One box of the recipe."""
+    inputs = {"policy": base.ref if stage.policy == checks.BASE else _output(made[stage.policy], "policy")}
+    text = checks.rows_of(recipe, stage)
+    if isinstance(stage, SftConfig) and text is None:
+        inputs["data"] = _output(made[stage.data], "data")
+    rows = parse_rows(text, recipe.seed) if text else None
+    problem = None if "data" in inputs else recipe.problem
+    payload = _payload(stage.kind, stage, inputs, base, format, problem, rows, recipe.seed, stage.replicate)
+    return Step(
+        name=stage.name,
+        kind=stage.kind,
+        config=stage.model_dump(mode="json"),
+        inputs=inputs,
+        problem=problem.model_dump(mode="json") if problem else None,
+        rows=rows,
+        format=format,
+        seed=recipe.seed + REPLICATE_STRIDE * stage.replicate,
+        dtype=recipe.model.dtype,
+        deadline=stage.deadline or recipe.deadline,
+        identity=payload,
+        key=key_of(payload),
+    )
+
+
+def _evaluation(recipe: Recipe, base: Base, format: Format, policy: InputRef, of: str) -> Step:
+    """The evaluate step of a policy."""
+    config = EvaluateConfig(**dict(recipe.evaluate), validation=recipe.validation)
+    inputs = {"policy": policy}
+    payload = _payload("evaluate", config, inputs, base, format, recipe.problem, None, EVALUATION_SEED, 0)
+    return Step(
+        name=f"{of}.evaluate",
+        kind="evaluate",
+        config=config.model_dump(mode="json"),
+        inputs=inputs,
+        problem=recipe.problem.model_dump(mode="json"),
+        rows=None,
+        format=format,
+        seed=EVALUATION_SEED,
+        dtype=recipe.model.dtype,
+        deadline=recipe.deadline,
+        identity=payload,
+        key=key_of(payload),
+    )
+
+
+def _payload(
+    kind: str,
+    config: Config,
+    inputs: dict[str, InputRef],
+    base: Base,
+    format: Format,
+    problem: ProblemSettings | None,
+    rows: RowRange | None,
+    seed: int,
+    replicate: int,
+) -> Payload:
+    """Everything that decides what the step makes."""
+    return {
+        "kind": kind,
+        "version": STAGES[kind].version,
+        "config": identity_values(config),
+        "inputs": {role: {"key": ref.key, "output": ref.output} for role, ref in inputs.items()},
+        "model": base.settings if kind in TRAINED else {"dtype": base.settings["dtype"]},
+        "problem": _problem_identity(problem) if problem else None,
+        "rows": rows.model_dump() if rows else None,
+        "format": {name: getattr(format, name) for name in ("system_prompt", "user_template", "response_prefix")},
+        "sampler": None if kind == "sft" else SAMPLER,
+        "seed": seed,
+        "replicate": replicate,
+    }
+
+
+def base_of(recipe: Recipe, registry: Registry) -> Base:
+    """What identifies the base model, and where it is from."""
+    model, settings = recipe.model, identity_values(recipe.model)
+    if model.artifact:
+        artifact = registry.open(model.artifact)
+        if "policy" not in artifact.outputs:
+            raise BadInput(f"model.artifact: {artifact.id} is of kind {artifact.kind} and holds no policy")
+        return Base(
+            InputRef(step=None, output="policy", key=artifact.key, source=str(registry.path(artifact, "policy"))),
+            settings,
+        )
+    if model.hub:
+        revision = f"@{model.revision}" if model.revision else ""
+        identity: Payload = {"hub": model.hub, "revision": model.revision}
+        return Base(
+            InputRef(step=None, output="policy", key=key_of(identity), source=f"hf://{model.hub}{revision}"), settings
+        )
+    path = Path(str(model.path)).absolute()
+    return Base(InputRef(step=None, output="policy", key=digest_model(path), source=str(path)), settings)
+
+
+def _format(recipe: Recipe) -> Format:
+    prompt = prompts.load(recipe.format.prompt)
+    return Format(
+        prompt=prompt.name,
+        prompt_digest=prompt.digest,
+        system_prompt=prompt.system_prompt,
+        user_template=prompt.user_template,
+        response_prefix=recipe.format.response_prefix,
+    )
+
+
+def _problem_identity(problem: ProblemSettings) -> Payload:
+    """A built-in problem by name, version and settings; user code and local data by the digest of their bytes."""
+    if isinstance(problem, FileProblem):
+        return {"file": digest_file(Path(problem.file))}
+    if isinstance(problem, DatasetProblem):
+        rewards = [_reward_identity(reward) for reward in problem.rewards]
+        path = Path(problem.dataset)
+        return {
+            "dataset": digest_file(path) if path.is_file() else problem.dataset,
+            **identity_values(problem),
+            "rewards": rewards,
+        }
+    return {"version": PROBLEMS[problem.name].version, **identity_values(problem)}
+
+
+def _reward_identity(reward: str) -> str:
+    file, colon, function = reward.rpartition(":")
+    return f"{digest_file(Path(file))}:{function}" if colon and Path(file).is_file() else reward
+
+
+def _output(step: Step, output: str) -> InputRef:
+    return InputRef(step=step.name, output=output, key=step.key, source=step.name)
