@@ -16,10 +16,11 @@ import os
 import select
 import sys
 import traceback
-from typing import Any
+from contextlib import suppress
+from typing import IO, Any
 
 from stages import worker
-from stages.process import adopt_orphans, descendants, die_with_parent, kill_tree, outlive_parent
+from stages.process import adopt_orphans, die_with_parent, kill_tree, outlive_parent
 
 PRELOAD = (
     "trl.trainer.sft_trainer",
@@ -42,18 +43,25 @@ def serve(launcher: int) -> None:
     gc.collect()
     gc.freeze()  # the garbage collector of a job leaves these pages shared
     outlive_parent()  # to kill what is below it
+    try:
+        with suppress(BrokenPipeError):  # the launcher is gone
+            _answer_orders(answers)
+    finally:
+        kill_tree(os.getpid())
+
+
+def _answer_orders(answers: IO[str]) -> None:
+    """One job after another, until stdin ends."""
     print(json.dumps({"ready": os.getpid()}), file=answers)
     while line := _read_line():
         pid = _fork(json.loads(line), answers.fileno())
         print(json.dumps({"pid": pid}), file=answers)
         if not _wait(pid):
-            break
+            return
         _, status = os.waitpid(pid, 0)
         kill_tree(os.getpid())
         _reap()
         print(json.dumps({"pid": pid, "status": os.waitstatus_to_exitcode(status)}), file=answers)
-    while descendants(os.getpid()):
-        kill_tree(os.getpid())
 
 
 def _read_line() -> bytes:
