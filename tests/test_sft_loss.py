@@ -49,6 +49,16 @@ def test_weights_0_1_are_bit_equal_to_completion_only_training(tmp_path):
     assert difference(trained(trainer(tmp_path)), trained(trainer(tmp_path, (0.0, 1.0)))) == 0.0
 
 
+def test_what_is_logged_at_0_1_is_what_trl_logs(tmp_path):
+    logs = []
+    for weights in (None, (0.0, 1.0)):
+        made = trainer(tmp_path, weights)
+        made.train()
+        logs.append([line for line in made.state.log_history if "loss" in line])
+    for name in ("loss", "entropy", "mean_token_accuracy", "num_tokens", "grad_norm"):
+        assert [line[name] for line in logs[0]] == pytest.approx([line[name] for line in logs[1]], rel=1e-6), name
+
+
 def test_weights_1_1_are_bit_equal_to_full_sequence_training(tmp_path):
     whole = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in DATA]
     assert difference(trained(trainer(tmp_path, data=whole)), trained(trainer(tmp_path, (1.0, 1.0)))) == 0.0

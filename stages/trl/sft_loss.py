@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from trl.trainer.sft_trainer import SFTTrainer
 
-from stages.weighting import token_weights
+from stages.weighting import real_tokens, token_weights
 
 
 class WeightedSFTTrainer(SFTTrainer):
@@ -65,7 +65,7 @@ class WeightedSFTTrainer(SFTTrainer):
         completion, prompt = is_completion & out.label_mask, out.label_mask & ~is_completion
         nll = -out.log_probs
         sums = [completion.sum(), prompt.sum(), (nll * completion).sum(), (nll * prompt).sum()]
-        sums += [(out.entropy * completion).sum(), (out.is_top1 * completion).sum(), (inputs["labels"] != -100).sum()]
+        sums += [(out.entropy * completion).sum(), (out.is_top1 * completion).sum(), real_tokens(inputs).sum()]
         gathered = self.accelerator.gather_for_metrics(torch.stack([s.float() for s in sums])[None]).sum(0).tolist()
         n_completion, n_prompt, nll_completion, nll_prompt, entropy, top1, tokens = gathered
         log = self._metrics["train" if self.model.training else "eval"]
