@@ -6,11 +6,10 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any
 
 from pipeline import recipe as recipes
 from pipeline.launch import Launcher
-from pipeline.plan import Planned
+from pipeline.plan import Planned, said
 from pipeline.prefect_server import api_url, own_server
 from pipeline.recipe import Recipe
 from pipeline.registry import Artifact, Registry, runs
@@ -19,7 +18,8 @@ from pipeline.run import Observer, run_step, work_root
 
 def run(recipe: Recipe, planned: list[Planned], registry: Registry, observer: Observer, use_prefect: bool) -> str:
     """Run the plan; returns the run's id. Raises StageFailed or BadInput; the run's last event says how it ended, whatever it was."""
-    id = runs.start(registry, recipe.name, recipes.dump(recipe), _remembered(planned))
+    remembered = {"base": planned[0].step.inputs["policy"].source, "steps": [said(one) for one in planned]}
+    id = runs.start(registry, recipe.name, recipes.dump(recipe), remembered)
     try:
         _conduct(id, recipe, planned, registry, observer, use_prefect)
     except BaseException as error:
@@ -59,19 +59,3 @@ def _conduct(
         else:
             for one in planned:
                 do(one)
-
-
-def _remembered(planned: list[Planned]) -> dict[str, Any]:
-    """The plan as the run's plan.json keeps it: where the base model was, and what was to be done about each step."""
-    steps = [
-        {
-            "step": one.step.name,
-            "kind": one.step.kind,
-            "key": one.step.key,
-            "action": one.action,
-            "artifact": one.artifact.id if one.artifact else None,
-            "why": one.why,
-        }
-        for one in planned
-    ]
-    return {"base": planned[0].step.inputs["policy"].source, "steps": steps}

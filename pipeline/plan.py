@@ -75,6 +75,13 @@ def freshen(recipe: Recipe, registry: Registry, name: str, selection: Selection 
             return recipe
 
 
+def said(one: Planned) -> dict[str, str | None]:
+    """A planned step as `plan --json` and a run's plan.json give it."""
+    step, artifact = one.step, one.artifact.id if one.artifact else None
+    what = {"step": step.name, "kind": step.kind, "key": step.key}
+    return {**what, "action": one.action, "artifact": artifact, "why": one.why}
+
+
 def _chosen(recipe: Recipe, selection: Selection) -> set[str]:
     """Names of the boxes that may run; `base` stands for its evaluation."""
     names = [checks.BASE, *(stage.name for stage in recipe.stages)]

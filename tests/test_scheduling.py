@@ -8,7 +8,7 @@ from itertools import combinations, pairwise
 import pytest
 
 from stages.problems import compact
-from stages.problems.base import reward_of, split_of
+from stages.problems.base import split_of
 from stages.problems.intervals import Event, Instance, optimum, overlaps
 from stages.problems.scheduling import Scheduling, SchedulingRow
 
@@ -93,7 +93,9 @@ def test_a_valid_schedule_scores_its_weighted_time_over_the_optimum():
     ],
 )
 def test_rewards_weigh_10_20_70(completion, reward):
-    assert reward_of(PROBLEM, ROW, completion) == pytest.approx(reward)
+    components = PROBLEM.rewards(ROW, completion)
+    weighted = sum(PROBLEM.reward_weights[name] * value for name, value in components.items())
+    assert weighted == pytest.approx(reward)
 
 
 def test_what_is_written_is_read_back():

@@ -62,13 +62,7 @@ def plan(
         loaded = planning.freshen(loaded, place, fresh, selection)
     planned = planning.plan(loaded, place, selection)
     if json:
-        fields = [
-            (one.step.name, one.step.kind, one.step.key, one.action, one.artifact.id if one.artifact else None, one.why)
-            for one in planned
-        ]
-        print_json(
-            [dict(zip(("step", "kind", "key", "action", "artifact", "why"), values, strict=True)) for values in fields]
-        )
+        print_json([planning.said(one) for one in planned])
     else:
         show(plan_table(planned))
 

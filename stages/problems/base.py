@@ -84,8 +84,3 @@ def row_id(content: Any) -> str:
 def split_of(id: str) -> Split:
     """Half of all possible rows are for training, a quarter each for validation and held-out; decided by the id alone."""
     return ("train", "train", "validation", "held_out")[int(id[:8], 16) % 4]
-
-
-def reward_of(problem: Problem, row: Row, completion: str) -> float:
-    """The weighted sum of the components: what training maximises."""
-    return sum(problem.reward_weights[name] * value for name, value in problem.rewards(row, completion).items())
