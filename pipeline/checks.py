@@ -6,12 +6,14 @@ that nothing a recipe says is silently ignored. Both raise BadInput: what was fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import yaml
 
 import prompts
 from pipeline.recipe import Box, DatasetProblem, FileProblem, Recipe, nearest
-from stages.config import RESERVED_NAMES
+from stages.config import RESERVED_NAMES, FormatSettings
 from stages.grpo import GrpoConfig
 from stages.job import BadInput, parse_rows
 from stages.problems import FORMS, SchedulingSettings
@@ -19,6 +21,8 @@ from stages.rejection import RejectionConfig
 from stages.sft import DEMONSTRATIONS, SftConfig
 
 BASE = "base"
+ROWS = ".jsonl"
+"""How the name of a file of conversations ends."""
 DEFAULT_DEMONSTRATIONS = "train[0:1000]"
 
 
@@ -52,14 +56,11 @@ def refuse_unbuilt(recipe: Recipe) -> None:
 
 
 UNBUILT: dict[str, Callable[[Recipe], bool]] = {
-    "model.lora": lambda recipe: recipe.model.lora is not None,
     "problem.file": lambda recipe: isinstance(recipe.problem, FileProblem),
     "problem.dataset": lambda recipe: isinstance(recipe.problem, DatasetProblem),
     "problem.form: text": lambda recipe: (
         isinstance(recipe.problem, SchedulingSettings) and recipe.problem.form not in FORMS
     ),
-    "launch.processes above 1": lambda recipe: recipe.launch.processes > 1,
-    "launch.accelerate": lambda recipe: recipe.launch.accelerate is not None,
     "track.wandb": lambda recipe: recipe.track.wandb is not None,
 }
 """What parses and plans, and whether a recipe asks for it."""
@@ -94,7 +95,7 @@ def _inputs(recipe: Recipe, i: int) -> None:
     stage = recipe.stages[i]
     makers = [BASE, *(earlier.name for earlier in recipe.stages[:i] if not isinstance(earlier, RejectionConfig))]
     _known(recipe, i, "policy", stage.policy, makers)
-    if isinstance(stage, SftConfig):
+    if isinstance(stage, SftConfig) and not stage.data.endswith(ROWS):
         harvests = [earlier.name for earlier in recipe.stages[:i] if isinstance(earlier, RejectionConfig)]
         _known(recipe, i, "data", stage.data, [DEMONSTRATIONS, *harvests])
     rows_of(recipe, stage)
@@ -149,11 +150,42 @@ def _files(recipe: Recipe) -> None:
         raise BadInput(
             f"model.path: {recipe.model.path} holds no config.json; expected a model directory (paths count from {Path.cwd()})"
         )
+    for where, settings in _formats(recipe):
+        try:
+            prompts.load(settings.prompt or "plain")
+        except ValueError as error:
+            raise BadInput(f"{where}.prompt: {error}") from None
+        if settings.chat_template:
+            _is_file(f"{where}.chat_template", settings.chat_template)
+    for stage in recipe.stages:
+        if isinstance(stage, SftConfig) and stage.data.endswith(ROWS):
+            _is_file(f"stages.{stage.name}.data", stage.data)
+    if isinstance(recipe.problem, FileProblem):
+        _is_file("problem.file", recipe.problem.file)
+    if recipe.launch.accelerate:
+        _is_file("launch.accelerate", recipe.launch.accelerate)
+        _processes_agree(recipe.launch.processes, Path(recipe.launch.accelerate))
+
+
+def _formats(recipe: Recipe) -> Iterator[tuple[str, FormatSettings]]:
+    """Where text is dressed, and how."""
+    yield "format", recipe.format
+    yield from ((f"stages.{stage.name}.format", stage.format) for stage in recipe.stages if stage.format)
+
+
+def _is_file(where: str, path: str) -> None:
+    if not Path(path).is_file():
+        raise BadInput(f"{where}: {path} is not there (paths count from {Path.cwd()})")
+
+
+def _processes_agree(processes: int, path: Path) -> None:
+    """An accelerate config says how many processes there are, and so does the recipe."""
     try:
-        prompts.load(recipe.format.prompt)
-    except ValueError as error:
-        raise BadInput(f"format.prompt: {error}") from None
-    if isinstance(recipe.problem, FileProblem) and not Path(recipe.problem.file).is_file():
-        raise BadInput(f"problem.file: {recipe.problem.file} is not there (paths count from {Path.cwd()})")
-    if recipe.launch.accelerate and not Path(recipe.launch.accelerate).is_file():
-        raise BadInput(f"launch.accelerate: {recipe.launch.accelerate} is not there (paths count from {Path.cwd()})")
+        config = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInput(f"launch.accelerate: {path} cannot be read: {' '.join(str(error).split())}") from None
+    found = config.get("num_processes") if isinstance(config, dict) else None
+    if found != processes:
+        raise BadInput(
+            f"launch.accelerate: {path} is for num_processes: {found}, but launch.processes is {processes}; make them agree"
+        )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
+from pipeline import ask
 from pipeline import recipe as recipes
 from pipeline.launch import Launcher
 from pipeline.plan import Planned, said
@@ -38,11 +39,22 @@ def _conduct(
     with ExitStack() as stack:
         launcher = stack.enter_context(Launcher(recipe.launch.threads))
 
+        def look_at(names: list[str], planned: list[Planned]) -> None:
+            """Warn of what can be known before steps run; refuse what cannot work."""
+            found = ask.preflight(planned, names, registry, launcher, recipe.launch) if names else []
+            for finding in found:
+                observer.found(finding)
+            if found:
+                runs.record(registry, id, "findings", findings=[finding.model_dump(mode="json") for finding in found])
+
         def do(one: Planned) -> tuple[Artifact, bool] | None:
             """What happens at a step; the only thing that a conductor calls."""
             if one.action == "skip":
                 observer.skipped(one.step)
                 return None
+            if one.action == "run" and ask.waits_for_data(one, planned):
+                now = [other.model_copy(update={"artifact": made.get(other.step.name)}) for other in planned]
+                look_at([one.step.name], now)
             artifact, reused = run_step(one, made, registry, launcher, recipe.launch, observer, id)
             made[one.step.name] = artifact
             seconds = 0.0 if reused else artifact.provenance.get("seconds", 0.0)
@@ -51,6 +63,7 @@ def _conduct(
 
         if to_run:
             launcher.warm_up()  # its imports and the server's start go side by side
+            look_at(ask.checkable(planned), planned)
         if use_prefect and (to_run or api_url()):
             stack.enter_context(own_server(work_root(registry) / "prefect"))
             from pipeline.flow import conduct

@@ -43,9 +43,10 @@ class StageFailed(RuntimeError):
 class Launcher:
     """Runs jobs, one at a time; owns the serving worker from its first need to `close`."""
 
-    def __init__(self, threads: int | None = None) -> None:
-        """`threads` is OMP_NUM_THREADS of the worker, which has to be set before torch is imported."""
-        self._threads = threads
+    def __init__(self, threads: int | None = None, preload: bool = True) -> None:
+        """`threads` is OMP_NUM_THREADS of the worker, which has to be set before torch is imported. Without `preload` the worker imports what the
+        one job it is for needs, and not TRL."""
+        self._threads, self._preload = threads, preload
         self._worker: _ServingWorker | None = None
 
     def __enter__(self) -> Launcher:
@@ -57,7 +58,7 @@ class Launcher:
     def warm_up(self) -> None:
         """Start the worker's imports without waiting for them."""
         if self._worker is None:
-            self._worker = _ServingWorker(self._threads)
+            self._worker = _ServingWorker(self._threads, self._preload)
 
     def launch(self, job: Job, deadline: float | None = None, on_metrics: OnMetrics = lambda line: None) -> Result:
         """Run a job to its end; `on_metrics` hears each line it logs. Raises BadInput or StageFailed.
@@ -96,7 +97,7 @@ class Launcher:
 class _ServingWorker:
     """The other end of `stages.serve`."""
 
-    def __init__(self, threads: int | None) -> None:
+    def __init__(self, threads: int | None, preload: bool) -> None:
         adopt_orphans()
         self._mark = f"{MARK}={uuid.uuid4().hex}"
         name, _, value = self._mark.partition("=")
@@ -105,7 +106,7 @@ class _ServingWorker:
             env["OMP_NUM_THREADS"] = str(threads)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
         self._process = subprocess.Popen(
-            [*WORKER, "--serve", str(os.getpid())],
+            [*WORKER, "--serve" if preload else "--serve-bare", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

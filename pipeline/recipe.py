@@ -14,26 +14,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
-from stages.config import Config, FromList, Seconds, execution, identity, resolved
+from stages.config import Config, FormatSettings, FromList, Seconds, execution, identity, resolved
 from stages.evaluate import Evaluate, Validation
 from stages.grpo import GrpoConfig
-from stages.job import BadInput, Dtype, Execution
+from stages.job import BadInput, Dtype, Execution, Lora
 from stages.problems import SchedulingSettings
 from stages.rejection import RejectionConfig
 from stages.sft import SftConfig
-
-
-class Lora(Config):
-    """Low-rank adapters, merged before they are published."""
-
-    r: int = identity(32, ge=1)
-    """Rank."""
-    alpha: float = identity(32.0, gt=0)
-    """Scale: the update is multiplied by alpha / r."""
-    dropout: float = identity(0.0, ge=0, lt=1)
-    """0 = off; in RL it makes the ratio noisy."""
-    targets: str | Annotated[tuple[str, ...], FromList] = identity("all-linear")
-    """Modules that get an adapter."""
 
 
 class Model(Config):
@@ -98,22 +85,6 @@ Problem = Annotated[
 ]
 
 
-class FormatSettings(Config):
-    """How text is dressed, declared once for SFT, RL, sampling, evaluation and serving."""
-
-    prompt: str = resolved("plain")
-    """Name of a file in prompts/, or the path of an .md file; identified by its content."""
-    response_prefix: str = resolved("")
-    """What every completion starts with. "" is a prefix too: none."""
-
-
-class Launch(Execution):
-    """How stages are run; re-runs nothing."""
-
-    accelerate: str | None = execution(None)
-    """An accelerate config file, passed through. Off: none."""
-
-
 class Track(Config):
     """Where else to write what the files say."""
 
@@ -146,7 +117,7 @@ class Recipe(Config):
     """The same on validation rows, which decide."""
     stages: Annotated[tuple[StageSettings, ...], FromList] = identity(min_length=1)
     """The boxes, in order."""
-    launch: Launch = execution(Launch())
+    launch: Execution = execution(Execution())
     """Processes, threads, device."""
     track: Track = execution(Track())
     """Trackers."""

@@ -20,7 +20,7 @@ from pipeline.launch import Launcher, StageFailed
 from pipeline.plan import Planned
 from pipeline.registry import Artifact, Registry, Source, UnsafeFile
 from pipeline.steps import Step
-from stages.job import Execution, Job, Result
+from stages.job import Execution, Finding, Job, Result
 
 WORK = "SWITCHBACK_WORK"
 """Environment variable that moves work in progress to another disk."""
@@ -28,6 +28,9 @@ WORK = "SWITCHBACK_WORK"
 
 class Observer(Protocol):
     """Hears what happens to steps, to show it."""
+
+    def found(self, finding: Finding) -> None:
+        """A preflight has something to say."""
 
     def reused(self, step: Step, artifact: Artifact) -> None:
         """It was there."""
@@ -119,6 +122,7 @@ def job_of(step: Step, made: Mapping[str, Artifact], registry: Registry, executi
         format=step.format,
         seed=step.seed,
         dtype=step.dtype,
+        lora=step.lora,
         execution=Execution(**{name: getattr(execution, name) for name in Execution.model_fields}),
     )
 

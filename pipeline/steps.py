@@ -9,15 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import prompts
-from pipeline import checks
+from pipeline import checks, formats
 from pipeline.identity import Payload, digest_file, digest_model, key_of
 from pipeline.recipe import Box, DatasetProblem, FileProblem, ProblemSettings, Recipe
 from pipeline.registry import Registry
 from stages import STAGES
 from stages.config import Config, Frozen, identity_values
 from stages.evaluate import EvaluateConfig
-from stages.job import BadInput, Dtype, Format, RowRange, parse_rows
+from stages.job import BadInput, Dtype, Format, Lora, RowRange, parse_rows
 from stages.problems import PROBLEMS
 from stages.sft import SftConfig
 
@@ -32,15 +31,15 @@ REPLICATE_STRIDE = 10_007
 
 
 class InputRef(Frozen):
-    """What a step reads: an output of an earlier step, or the base model."""
+    """What a step reads: an output of an earlier step, the base model, or a file of rows."""
 
     step: str | None
-    """Name of the step; None for a base model that is no step."""
+    """Name of the step; None for a base model or a file of rows."""
     output: str
     key: str
-    """The step's key, or what identifies the base model."""
+    """The step's key, or what identifies the base model or the file."""
     source: str
-    """Where a base model is from; the step's name otherwise."""
+    """Where a base model or a file is from; the step's name otherwise."""
 
 
 class Step(Frozen):
@@ -55,6 +54,7 @@ class Step(Frozen):
     format: Format
     seed: int
     dtype: Dtype
+    lora: Lora | None
     deadline: float | None
     """Seconds; None for none."""
     identity: dict[str, Any]
@@ -73,27 +73,35 @@ class Base(NamedTuple):
     ref: InputRef
     settings: dict[str, Any]
     """What of `model` is identity beside its bytes: dtype, lora."""
+    format: Format | None
+    """What the model was trained with, where switchback made it."""
 
 
 def steps(recipe: Recipe, registry: Registry, base: Base | None = None) -> list[Step]:
     """The recipe's steps in order, evaluations included. `base` spares digesting the base model again."""
-    base, format = base or base_of(recipe, registry), _format(recipe)
+    base = base or base_of(recipe, registry)
+    format = formats.of_base(recipe.format, base.format)
     made: dict[str, Step] = {}
     ordered = [_evaluation(recipe, base, format, base.ref, checks.BASE)]
     for stage in recipe.stages:
         step = made[stage.name] = _step(recipe, base, format, stage, made)
         ordered.append(step)
         if step.makes_policy:
-            ordered.append(_evaluation(recipe, base, format, _output(step, "policy"), step.name))
+            ordered.append(_evaluation(recipe, base, step.format, _output(step, "policy"), step.name))
     return ordered
 
 
-def _step(recipe: Recipe, base: Base, format: Format, stage: Box, made: dict[str, Step]) -> Step:
-    """One box of the recipe."""
+def _step(recipe: Recipe, base: Base, base_format: Format, stage: Box, made: dict[str, Step]) -> Step:
+    """One box of the recipe; `base_format` is the base's Format."""
     inputs = {"policy": base.ref if stage.policy == checks.BASE else _output(made[stage.policy], "policy")}
     text = checks.rows_of(recipe, stage)
+    data = None
     if isinstance(stage, SftConfig) and text is None:
-        inputs["data"] = _output(made[stage.data], "data")
+        maker = made.get(stage.data)
+        inputs["data"] = _output(maker, "data") if maker else _file(stage.data)
+        data = (maker.name, maker.format) if maker else None
+    policy_format = base_format if stage.policy == checks.BASE else made[stage.policy].format
+    format = formats.of_stage(stage.name, stage.format, policy_format, data)
     rows = parse_rows(text, recipe.seed) if text else None
     problem = None if "data" in inputs else recipe.problem
     payload = _payload(stage.kind, stage, inputs, base, format, problem, rows, recipe.seed, stage.replicate)
@@ -107,6 +115,7 @@ def _step(recipe: Recipe, base: Base, format: Format, stage: Box, made: dict[str
         format=format,
         seed=recipe.seed + REPLICATE_STRIDE * stage.replicate,
         dtype=recipe.model.dtype,
+        lora=recipe.model.lora if stage.kind in TRAINED else None,
         deadline=stage.deadline or recipe.deadline,
         identity=payload,
         key=key_of(payload),
@@ -128,6 +137,7 @@ def _evaluation(recipe: Recipe, base: Base, format: Format, policy: InputRef, of
         format=format,
         seed=EVALUATION_SEED,
         dtype=recipe.model.dtype,
+        lora=None,
         deadline=recipe.deadline,
         identity=payload,
         key=key_of(payload),
@@ -154,7 +164,7 @@ def _payload(
         "model": base.settings if kind in TRAINED else {"dtype": base.settings["dtype"]},
         "problem": _problem_identity(problem) if problem else None,
         "rows": rows.model_dump() if rows else None,
-        "format": {name: getattr(format, name) for name in ("system_prompt", "user_template", "response_prefix")},
+        "format": formats.identity(format),
         "sampler": None if kind == "sft" else SAMPLER,
         "seed": seed,
         "replicate": replicate,
@@ -171,26 +181,16 @@ def base_of(recipe: Recipe, registry: Registry) -> Base:
         return Base(
             InputRef(step=None, output="policy", key=artifact.key, source=str(registry.path(artifact, "policy"))),
             settings,
+            artifact.format,
         )
     if model.hub:
         revision = f"@{model.revision}" if model.revision else ""
         identity: Payload = {"hub": model.hub, "revision": model.revision}
-        return Base(
-            InputRef(step=None, output="policy", key=key_of(identity), source=f"hf://{model.hub}{revision}"), settings
-        )
+        source = f"hf://{model.hub}{revision}"
+        return Base(InputRef(step=None, output="policy", key=key_of(identity), source=source), settings, None)
     path = Path(str(model.path)).absolute()
-    return Base(InputRef(step=None, output="policy", key=digest_model(path), source=str(path)), settings)
-
-
-def _format(recipe: Recipe) -> Format:
-    prompt = prompts.load(recipe.format.prompt)
-    return Format(
-        prompt=prompt.name,
-        prompt_digest=prompt.digest,
-        system_prompt=prompt.system_prompt,
-        user_template=prompt.user_template,
-        response_prefix=recipe.format.response_prefix,
-    )
+    ref = InputRef(step=None, output="policy", key=digest_model(path), source=str(path))
+    return Base(ref, settings, formats.carried_by(path))
 
 
 def _problem_identity(problem: ProblemSettings) -> Payload:
@@ -211,6 +211,11 @@ def _problem_identity(problem: ProblemSettings) -> Payload:
 def _reward_identity(reward: str) -> str:
     file, colon, function = reward.rpartition(":")
     return f"{digest_file(Path(file))}:{function}" if colon and Path(file).is_file() else reward
+
+
+def _file(path: str) -> InputRef:
+    """A file of rows."""
+    return InputRef(step=None, output="rows", key=digest_file(Path(path)), source=str(Path(path).absolute()))
 
 
 def _output(step: Step, output: str) -> InputRef:

@@ -1,7 +1,9 @@
 """Prompts: one Markdown file each, loaded by name or by path, identified by content.
 
     ---
-    purpose: one line
+    purpose: what it is for, in one line
+    format: what a completion should look like (optional, for people)
+    follow: a regular expression that is found in a completion which does what the prompt says (optional; `switchback probe` counts them)
     ---
     # system
     What the system message says; leave it empty for none.
@@ -17,12 +19,12 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 from jinja2 import Environment, TemplateSyntaxError
 
 HERE = Path(__file__).parent
+FRONT = ("purpose", "format", "follow")
 SHAPE = re.compile(r"---\n(?P<front>.*?)\n---\n+# system\n(?P<system>.*?)\n?# user\n(?P<user>.*)", re.S)
 
 
@@ -32,6 +34,10 @@ class Prompt:
 
     name: str
     purpose: str
+    format: str
+    """What a completion should look like, for people; "" when it is not said."""
+    follow: str | None
+    """Found (re.search, response prefix included) in a completion that does what the prompt says; None when nothing is asked."""
     system_prompt: str
     """Without surrounding blank space; "" for none."""
     user_template: str
@@ -68,14 +74,23 @@ def parse(name: str, text: str) -> Prompt:
         raise ValueError(f"the user template of the prompt {name}: {error}") from None
     system, user = match["system"].strip(), match["user"].strip("\n")
     digest = hashlib.sha256(f"{system}\0{user}".encode()).hexdigest()
-    return Prompt(name, str(front.get("purpose", "")), system, user, digest)
+    return Prompt(name, front.get("purpose", ""), front.get("format", ""), front.get("follow"), system, user, digest)
 
 
-def _front_matter(name: str, text: str) -> dict[str, Any]:
+def _front_matter(name: str, text: str) -> dict[str, str]:
     try:
         front = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"the front matter of the prompt {name}: {' '.join(str(error).split())}") from None
     if not isinstance(front, dict):
         raise ValueError(f"the front matter of the prompt {name} is {front!r}, expected a mapping such as purpose: ...")
+    for key, value in front.items():
+        if key not in FRONT or not isinstance(value, str):
+            raise ValueError(
+                f"the front matter of the prompt {name} has {key}: {value!r}, expected text under {', '.join(FRONT)}"
+            )
+    try:
+        re.compile(front.get("follow", ""))
+    except re.error as error:
+        raise ValueError(f"the front matter of the prompt {name}: follow is no regular expression: {error}") from None
     return front

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from stages import evaluate, grpo, rejection, sft
+from stages import evaluate, grpo, inspect, preflight, probe, rejection, sft
 from stages.config import Config
 from stages.job import Job, Result
 
@@ -25,6 +25,10 @@ class Stage(NamedTuple):
 STAGES: dict[str, Stage] = {
     "sft": Stage(sft.SftConfig, sft.run, 1),
     "grpo": Stage(grpo.GrpoConfig, grpo.run, 1),
-    "rejection": Stage(rejection.RejectionConfig, rejection.run, 1),
-    "evaluate": Stage(evaluate.EvaluateConfig, evaluate.run, 1),
+    "rejection": Stage(rejection.RejectionConfig, rejection.run, 2),
+    "evaluate": Stage(evaluate.EvaluateConfig, evaluate.run, 2),
+    "preflight": Stage(preflight.PreflightConfig, preflight.run, 1),
+    "inspect": Stage(inspect.InspectConfig, inspect.run, 1),
+    "probe": Stage(probe.ProbeConfig, probe.run, 1),
 }
+"""The last three answer questions: what they make is shown, and never published."""

@@ -1,25 +1,30 @@
-"""The worker: `python -m stages job.json` runs one job here; `python -m stages --serve PID` forks one process a job, on orders from stdin."""
+"""The worker: `python -m stages job.json` runs one job here; `--rank job.json` is one process of a job that
+torchrun or accelerate started; `--serve PID` forks one process a job, on orders from stdin, and `--serve-bare` does so without importing TRL first."""
 
 from __future__ import annotations
 
 import sys
 
-USAGE = "usage: python -m stages job.json | --serve LAUNCHER_PID"
+USAGE = "usage: python -m stages job.json | --rank job.json (under torchrun) | --serve | --serve-bare LAUNCHER_PID"
 
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code."""
-    if len(arguments) == 2 and arguments[0] == "--serve":
+    if len(arguments) == 2 and arguments[0] in ("--serve", "--serve-bare"):
         from stages.serve import serve
 
-        serve(launcher=int(arguments[1]))
+        serve(launcher=int(arguments[1]), preload=arguments[0] == "--serve")
         return 0
+    if len(arguments) == 2 and arguments[0] == "--rank":
+        from stages import worker
+
+        return worker.main_of_rank(arguments[1])
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print(USAGE, file=sys.stderr)
         return 2
-    from stages.worker import main as work
+    from stages import worker
 
-    return work(arguments[0])
+    return worker.main(arguments[0])
 
 
 if __name__ == "__main__":

@@ -94,6 +94,28 @@ def _seconds(value: Any) -> Any:
 Seconds = Annotated[float, BeforeValidator(_seconds)]
 """A duration: a number of seconds, or a number with s, m, h or d."""
 
+
+class FormatSettings(Config):
+    """How text is dressed, declared once for SFT, RL, sampling, evaluation and serving. A stage inherits what it does not set from its policy."""
+
+    prompt: str | None = resolved(None)
+    """Name of a file in prompts/, or the path of an .md file; identified by its content. Off: inherited; `plain` where there is nothing to inherit."""
+    response_prefix: str | None = resolved(None)
+    """What every completion starts with. "" is a prefix too: none. Off: inherited; "" where there is nothing to inherit."""
+    per_row: str | None = resolved(None)
+    """Column that gives each row a prefix of its own, in place of response_prefix. Off: one prefix for all."""
+    chat_template: str | None = resolved(None)
+    """A jinja file to render with, in place of the policy's own chat template; identified by its content. Off: the policy's."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_prefix(self) -> FormatSettings:
+        if self.per_row and self.response_prefix is not None:
+            raise ValueError(
+                "per_row gives each row a prefix of its own, so response_prefix has no place beside it; remove one"
+            )
+        return self
+
+
 RESERVED_NAMES = ("base", "policy", "demonstrations", "evaluate")
 
 
@@ -108,5 +130,7 @@ class StageConfig(Config):
     """Makes the same thing again with another seed; `--fresh` raises it."""
     deadline: Seconds | None = execution(None, gt=0)
     """Seconds (or "90m", "2h") after which the stage is killed and fails. Off: none, or the recipe's."""
+    format: FormatSettings | None = resolved(None)
+    """Dress text in another way than the policy was trained with, from here on. Off: as its policy."""
     gate: dict[str, float] | None = execution(None)
     """What the stage's evaluation must reach before the next stage starts. Off: none."""

@@ -49,7 +49,7 @@ class EvaluateConfig(Evaluate):
 
 def run(job: Job) -> Result:
     """Write `<split>.json` (an Evaluation) and `<split>.jsonl` (a line a row) for both splits."""
-    from stages import prefix, rollouts
+    from stages import ranks, rollouts
     from stages.metrics import MetricsLog
 
     config, out, log = EvaluateConfig.model_validate(job.config), Path(job.out), MetricsLog(Path(job.out))
@@ -59,13 +59,15 @@ def run(job: Job) -> Result:
     for split, count in counts.items():
         rows = player.rows(RowRange(split=split, start=0, stop=count, seed=0))
         greedy, sampled = _play(player, config, rows, log, done, 2 * sum(counts.values()))
+        done += 2 * count
+        if not ranks.first():
+            continue
         evaluation = summarise(job, config, split, player, greedy, sampled)
         (out / f"{split}.json").write_text(evaluation.model_dump_json(indent=1))
         _write_rows(out / evaluation.per_row, rows, greedy, sampled)
         metrics |= {f"{split}/mean": evaluation.mean, f"{split}/greedy": evaluation.greedy}
-        done += 2 * count
     outputs = {split: f"{split}.json" for split in counts}
-    return Result(outputs=outputs, metrics=metrics, format=prefix.seen_format(player.format, player.tokenizer))
+    return Result(outputs=outputs, metrics=metrics, format=player.seen_format())
 
 
 def _play(
@@ -113,7 +115,7 @@ def summarise(
         interval=bootstrap_interval(scores.mean(axis=1)),
         solved=float(np.mean([judgement.solved for judgement in judgements])),
         format=float(np.mean([judgement.well_formed for judgement in judgements])),
-        format_digest=prefix.format_digest(prefix.seen_format(player.format, player.tokenizer)),
+        format_digest=prefix.format_digest(player.seen_format()),
         pass_at_k={str(k): pass_at_k(passed, k) for k in sorted({1, config.samples})},
         outcomes={name: count[name] / len(judgements) for name in player.problem.outcomes},
         per_row=f"{split}.jsonl",

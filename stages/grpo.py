@@ -2,7 +2,7 @@
 
 policy + rows of a problem -> policy. Each step samples `group_size` completions for each of `prompts_per_step` rows; their rewards, centred and
 scaled within the group, are the advantages. Loss: token-level (`dapo`, arXiv 2503.14476 section 3.3; TRL's default). The KL reference is the
-policy the stage starts from. Cheap to import: torch and trl come with `run`.
+policy the stage starts from (with adapters: the same weights, adapter off). Cheap to import: torch and trl come with `run`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 from stages.config import Config, identity, resolved
 from stages.job import Job, Result
-from stages.training import TrainingConfig, accumulation, trl_arguments
+from stages.training import TrainingConfig, accumulation, all_steps_ran, trl_arguments
 
 LOGGED = (
     "reward",
@@ -84,19 +84,19 @@ def run(job: Job) -> Result:
     from transformers import set_seed
     from trl.trainer.grpo_config import GRPOConfig
 
-    from stages import models, prefix, problems
-    from stages.metrics import FILE, MetricsLog, last
+    from stages import lora, models, prefix, problems
+    from stages.metrics import latest
     from stages.rewards import reward_functions
     from stages.sampling import own_settings
     from stages.trl.callbacks import listen
-    from stages.trl.prefill import PrefillGRPOTrainer
+    from stages.trl.prefill import PrefillGRPOTrainer, prefilled
 
-    config, out = GrpoConfig.model_validate(job.config), Path(job.out)
+    config = GrpoConfig.model_validate(job.config)
     assert job.format is not None and job.problem is not None and job.rows is not None, "the plan gives grpo all three"
+    format = job.format
     set_seed(job.seed)
-    device = models.pick_device(job.execution)
     path = models.local_path(job.inputs["policy"])
-    tokenizer = models.load_tokenizer(path)
+    tokenizer = models.load_tokenizer(path, format)
     problem = problems.load(job.problem)
     rows = problems.rows(problem, job.rows)
     micro, steps = accumulation(config.prompts_per_step * config.group_size, job)
@@ -104,7 +104,7 @@ def run(job: Job) -> Result:
     arguments = trl_arguments(
         job,
         config,
-        device,
+        models.pick_device(job.execution),
         GRPOConfig,
         max_steps=config.steps,
         beta=config.kl.beta,
@@ -113,26 +113,20 @@ def run(job: Job) -> Result:
         steps_per_generation=steps,
         reward_weights=weights,
     )
-    model = models.load_policy(path, job.dtype)  # its path is where TRL loads the KL reference from
+    model = models.load_policy(path, job.dtype, adapters=job.lora)  # its path is where TRL loads the KL reference from
+    prompts = [prefilled(prefix.messages(format, row), prefix.of_row(format, row)) for row in rows]
     trainer = PrefillGRPOTrainer(
         model=model,
-        reward_funcs=functions,
+        reward_funcs=[*functions],
         args=arguments,
-        train_dataset=Dataset.from_list(
-            [{"prompt": prefix.messages(job.format, row), "row": i} for i, row in enumerate(rows)]
-        ),
+        train_dataset=Dataset.from_list([{"prompt": prompt, "row": i} for i, prompt in enumerate(prompts)]),
         processing_class=tokenizer,
-        response_prefix=job.format.response_prefix,
+        peft_config=lora.peft_config(job.lora) if job.lora else None,
     )
-    listen(trainer, MetricsLog(out))
+    listen(trainer, job)
     with own_settings(model):
         trainer.train()
-    if trainer.state.global_step != config.steps:
-        raise RuntimeError(
-            f"{job.name}: {trainer.state.global_step} optimiser steps were run, {config.steps} were expected"
-        )
-    models.save_policy(trainer.model, tokenizer, job.format, out)
-    metrics = {"steps": config.steps, "rows": len(rows)}
-    logged = {name: last(out / FILE, name) for name in LOGGED}
-    metrics |= {name: value for name, value in logged.items() if value is not None}
-    return Result(outputs={"policy": "."}, metrics=metrics, format=prefix.seen_format(job.format, tokenizer))
+    all_steps_ran(trainer, config.steps, job)
+    models.publish(trainer, tokenizer, job)
+    metrics = {"steps": config.steps, "rows": len(rows), **latest(Path(job.out), LOGGED)}
+    return Result(outputs={"policy": "."}, metrics=metrics, format=prefix.seen_format(format, tokenizer))

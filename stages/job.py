@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import ConfigDict, Field
 
-from stages.config import Config, Frozen, execution
+from stages.config import Config, FromList, Frozen, execution, identity
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Split = Literal["train", "validation", "held_out"]
@@ -33,8 +33,26 @@ class Execution(Config):
     """CPU threads of each process. Off: torch's default. Tiny models are fastest with 1."""
     device: Literal["auto", "cpu", "cuda"] = execution("auto")
     """`auto` takes the GPU where there is one."""
+    accelerate: str | None = execution(None)
+    """An accelerate config file (FSDP, DeepSpeed) that starts the processes, as `accelerate launch` takes it. Off: torchrun starts them."""
     micro_batch: int | None = execution(None, ge=1)
     """Rows (sft) or completions (grpo) of one forward pass in one process; the rest of the step's batch is accumulated. Off: the whole batch at once."""
+
+
+class Lora(Config):
+    """Low-rank adapters (`stages.lora`)."""
+
+    r: int = identity(32, ge=1)
+    """Rank."""
+    alpha: float = identity(32.0, gt=0)
+    """Scale: the update is multiplied by alpha / r."""
+    dropout: float = identity(0.0, ge=0, lt=1)
+    """0 = off; in RL it makes the ratio noisy."""
+    targets: str | Annotated[tuple[str, ...], FromList] = identity("all-linear")
+    """Modules that get an adapter: `all-linear` (all but the LM head), or names such as [q_proj, v_proj]."""
+    quantize: Literal["nf4"] | None = identity(None)
+    """Hold the frozen weights in 4 bits while training (QLoRA, arXiv 2305.14314); needs a GPU and bitsandbytes. What is published is the full-precision
+    policy with the adapter merged into it. Off: none."""
 
 
 class Format(Frozen):
@@ -49,6 +67,10 @@ class Format(Frozen):
     """jinja2; sees the fields of a row, `prompt` among them."""
     response_prefix: str
     """What every completion starts with: trained in SFT, given in RL, evaluation and serving. "" is a prefix too."""
+    per_row: str | None = None
+    """Column that gives each row a prefix of its own; `response_prefix` is then "", and the serving template adds none. None: one prefix for all."""
+    chat_template: str | None = None
+    """A training template to use in place of the one the policy carries, which later policies then carry. None: the policy's own."""
     training_template: str | None = None
     """SHA-256 of the chat template everything is rendered with. The worker finds it, so it is None before a job has run."""
 
@@ -92,6 +114,8 @@ class Job(Frozen):
     format: Format | None
     seed: int
     dtype: Dtype
+    lora: Lora | None = None
+    """The adapters that a stage trains; None: all weights."""
     execution: Execution
 
     def save(self) -> Path:
@@ -145,6 +169,32 @@ class Evaluation(Frozen):
     """Share of the samples per outcome."""
     per_row: str
     """File beside this one, a line a row."""
+
+
+class Finding(Frozen):
+    """Something about a stage that its user should know."""
+
+    rule: str
+    """What was looked at."""
+    severity: Literal["note", "warn"]
+    """What must not be is no finding: it is refused."""
+    stage: str
+    step: int | None = None
+    """Optimiser step; None for what is known before training."""
+    evidence: dict[str, float]
+    """What was measured."""
+    advice: str
+    """One line: what it means and what to do."""
+    override: str | None = None
+    """A `--set` that would follow the advice."""
+    source: str | None = None
+    """Where the rule is from."""
+
+
+class Findings(Frozen):
+    """What a preflight job has found."""
+
+    findings: tuple[Finding, ...]
 
 
 def read_evaluation(path: Path) -> Evaluation:

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
+
+from stages import ranks
 
 FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends to one file for the life of a job."""
+    """Appends to one file for the life of a job. Of several processes, only the first one writes."""
 
     def __init__(self, out: Path) -> None:
-        self._file = (out / FILE).open("a", buffering=1)
+        self._file = (out / FILE if ranks.first() else Path(os.devnull)).open("a", buffering=1)
         self._start = time.monotonic()
 
     def write(self, step: int, total: int, values: dict[str, float] | None = None) -> None:
@@ -27,7 +31,9 @@ class MetricsLog:
         self._file.write(json.dumps({"step": step, "total": total, "seconds": seconds, **finite}) + "\n")
 
 
-def last(path: Path, wanted: str) -> float | None:
-    """The last value of a metric in a file of lines; None when it was never written."""
-    values = [line[wanted] for line in map(json.loads, path.read_text().splitlines()) if line.get(wanted) is not None]
-    return values[-1] if values else None
+def latest(out: Path, wanted: Iterable[str]) -> dict[str, float]:
+    """The last value of each metric that was logged in a job's directory; nothing in a process that writes no log."""
+    found: dict[str, float] = {}
+    for line in map(json.loads, (out / FILE).read_text().splitlines()) if ranks.first() else ():
+        found |= {name: line[name] for name in wanted if line.get(name) is not None}
+    return found

@@ -10,24 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from accelerate import DistributedType
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from stages import prefix
-from stages.job import BadInput, Dtype, Execution, Format
+from stages import chat, lora, prefix, ranks
+from stages.job import BadInput, Dtype, Execution, Format, Job
 
 HUB = "hf://"
 """How a job's input names a model on the hub: hf://org/name@revision."""
 SAFE_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja"]
 
 
-def local_path(source: str) -> str:
-    """The directory of a model; one on the hub is fetched at its revision first, so that whoever loads it again gets the same."""
+def local_path(source: str, weights: bool = True) -> str:
+    """The directory of a model; one on the hub is fetched at its revision first, so that whoever loads it again gets the same. Without `weights`,
+    only what a tokenizer needs is fetched."""
     if not source.startswith(HUB):
         return source
     from huggingface_hub import snapshot_download
 
     repo, _, revision = source.removeprefix(HUB).partition("@")
-    return snapshot_download(repo, revision=revision or None, allow_patterns=SAFE_PATTERNS)
+    patterns = SAFE_PATTERNS if weights else [pattern for pattern in SAFE_PATTERNS if pattern != "*.safetensors"]
+    return snapshot_download(repo, revision=revision or None, allow_patterns=patterns)
 
 
 def pick_device(execution: Execution) -> torch.device:
@@ -35,34 +38,66 @@ def pick_device(execution: Execution) -> torch.device:
     if execution.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("launch.device: cuda was asked for, but torch sees no GPU; set launch.device to auto or cpu")
     use_gpu = execution.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if use_gpu else "cpu")
+    return torch.device("cuda", ranks.local_rank()) if use_gpu else torch.device("cpu")
 
 
-def load_policy(path: str, dtype: Dtype, device: torch.device | None = None) -> PreTrainedModel:
-    """A model in the given precision, on the CPU or on `device`."""
-    precision = getattr(torch, dtype)
+def load_policy(
+    path: str, dtype: Dtype, device: torch.device | None = None, adapters: lora.Lora | None = None
+) -> PreTrainedModel:
+    """A model in the given precision, on the CPU or on `device`; its frozen weights in 4 bits where `adapters` say so."""
+    held: dict[str, Any] = {"quantization_config": quantized} if (quantized := lora.quantization(adapters)) else {}
     model: Any = AutoModelForCausalLM.from_pretrained(
-        path, dtype=precision, use_safetensors=True, trust_remote_code=False
+        path, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, **held
     )
     return model.to(device) if device else model
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """A tokenizer that can pad on the left. Raises BadInput when it has no chat template."""
+def refuse_vision(path: str) -> None:
+    """Raise BadInput for a model that also sees images: its words cannot be weighted as text."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if getattr(config, "vision_config", None) is not None:
+        raise BadInput(
+            f"{config.model_type} is a vision model, and token weights are for text; use the text model of its family"
+        )
+
+
+def load_tokenizer(path: str, format: Format | None = None) -> PreTrainedTokenizerBase:
+    """A tokenizer that can pad on the left, with the Format's chat template where that names one. Raises BadInput when it has none."""
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, padding_side="left")
+    if format is not None and format.chat_template is not None:
+        tokenizer.chat_template = format.chat_template
     if tokenizer.chat_template is None:
-        raise BadInput(f"the tokenizer in {path} has no chat template; add a chat_template.jinja to it")
+        raise BadInput(
+            f"the tokenizer in {path} has no chat template; add a chat_template.jinja to it, or set format.chat_template"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def save_policy(model: Any, tokenizer: PreTrainedTokenizerBase, format: Format, out: Path) -> None:
+def publish(trainer: Any, tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
+    """Write what a trainer has made to `job.out`, whole: an adapter is merged into the policy it was trained on, and kept beside it.
+
+    All processes call it; the first one writes. Weights that are spread over processes (FSDP, DeepSpeed) are gathered first.
+    """
+    assert job.format is not None, "the plan gives every stage that trains a Format"
+    spread = trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if spread else None
+    if not ranks.first():
+        return
+    out, model = Path(job.out), trainer.accelerator.unwrap_model(trainer.model_wrapped if spread else trainer.model)
+    if job.lora is not None:
+        path = local_path(job.inputs["policy"])
+        lora.save_adapter(model, out / lora.ADAPTER, state, path)
+        model, state = lora.merged(load_policy(path, job.dtype), out / lora.ADAPTER), None
+    save_policy(model, tokenizer, job.format, out, state)
+
+
+def save_policy(
+    model: Any, tokenizer: PreTrainedTokenizerBase, format: Format, out: Path, state: dict[str, Any] | None = None
+) -> None:
     """Write a self-contained policy, a PreTrainedModel, whose serving template yields the Format's prefix."""
-    model.save_pretrained(out)
-    training = prefix.training_template(tokenizer)
-    tokenizer.chat_template = {
-        "default": prefix.serving_template(training, format.response_prefix),
-        prefix.TRAINING: training,
-    }
+    model.save_pretrained(out, state_dict=state)
+    training = chat.training_template(tokenizer)
+    tokenizer.chat_template = {"default": prefix.serving_template(training, format), chat.TRAINING: training}
     tokenizer.save_pretrained(out)

@@ -20,6 +20,7 @@ from stages.problems.base import Problem
 if TYPE_CHECKING:
     from stages.problems.base import Row
     from stages.rollouts import Rollout
+    from stages.tokens import TokenRow
 
 
 class Keep(Config):
@@ -57,7 +58,7 @@ class RejectionConfig(StageConfig):
 
 def run(job: Job) -> Result:
     """Write data/rows.jsonl (what is kept) and rollouts/rollouts.jsonl (all of them)."""
-    from stages import prefix, rollouts, tokens
+    from stages import ranks, rollouts, tokens
     from stages.metrics import MetricsLog
     from stages.sampling import Decoding
 
@@ -67,18 +68,16 @@ def run(job: Job) -> Result:
     rows = player.rows(job.rows)
     decoding = Decoding(config.temperature, config.max_completion_length, config.samples)
     groups = player.play(rows, decoding, lambda done: log.write(done, len(rows)))
+    if not ranks.first():
+        return Result(outputs={}, metrics={})
     chosen = [select(group, config.keep, player.problem) for group in groups]
     kept = [
-        tokens.TokenRow(
-            row.id,
-            group[i].prompt_ids,
-            group[i].completion_ids,
-            {"sample": i, "score": group[i].judgement.score, "seed": job.seed},
-        )
+        _token_row(row, i, group[i], job.seed)
         for row, group, picks in zip(rows, groups, chosen, strict=True)
         for i in picks
     ]
-    tokens.write(out / "data" / tokens.FILE, kept)
+    format = player.seen_format()
+    tokens.write(out / "data", kept, tokens.card(player.tokenizer, format))
     _write_rollouts(out / "rollouts" / "rollouts.jsonl", rows, groups, chosen)
     judgements = [rollout.judgement for group in groups for rollout in group]
     metrics = {
@@ -88,8 +87,16 @@ def run(job: Job) -> Result:
         "pass_rate": sum(player.problem.passed(judgement.score) for judgement in judgements) / len(judgements),
         "score": sum(judgement.score for judgement in judgements) / len(judgements),
     }
-    format = prefix.seen_format(player.format, player.tokenizer)
     return Result(outputs={"data": "data", "rollouts": "rollouts"}, metrics=metrics, format=format)
+
+
+def _token_row(row: Row, sample: int, rollout: Rollout, seed: int) -> TokenRow:
+    """A rollout as it was sampled."""
+    from stages.tokens import TokenRow
+
+    (prompt, prompt_roles), (answer, answer_roles) = rollout.prompt, rollout.answer
+    provenance = {"sample": sample, "score": rollout.judgement.score, "seed": seed}
+    return TokenRow(row.id, [*prompt, *answer], prompt_roles + answer_roles, provenance)
 
 
 def select(group: Sequence[Rollout], keep: Keep, problem: Problem) -> list[int]:
@@ -99,7 +106,7 @@ def select(group: Sequence[Rollout], keep: Keep, problem: Problem) -> list[int]:
     low, high = keep.pass_rate or (0.0, 1.0)
     if not low <= passed <= high:
         return []
-    distinct = {tuple(rollout.completion_ids): i for i, rollout in reversed(list(enumerate(group)))}
+    distinct = {tuple(rollout.answer[0]): i for i, rollout in reversed(list(enumerate(group)))}
     good = [i for i in distinct.values() if group[i].finished and group[i].judgement.score >= keep.min_score]
     best_first = sorted(good, key=lambda i: (-group[i].judgement.score, i))
     return sorted(best_first[: keep.per_prompt])

@@ -11,7 +11,7 @@ from typing import Any
 
 from stages.problems.base import Problem, Row
 
-RewardFunction = Callable[..., list[float]]
+RewardFunction = Callable[..., list[float | None]]
 
 
 def reward_functions(problem: Problem, rows: Sequence[Row]) -> tuple[list[RewardFunction], list[float]]:
@@ -21,7 +21,7 @@ def reward_functions(problem: Problem, rows: Sequence[Row]) -> tuple[list[Reward
 
 
 def _component(problem: Problem, rows: Sequence[Row], name: str) -> RewardFunction:
-    def reward(completions: list[list[dict[str, str]]], row: list[int], **_: Any) -> list[float]:
+    def reward(completions: list[list[dict[str, str]]], row: list[int], **_: Any) -> list[float | None]:
         texts = [turns[0]["content"] for turns in completions]
         return [problem.rewards(rows[i], text)[name] for i, text in zip(row, texts, strict=True)]
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from stages import models, prefix, problems, sampling
 from stages.job import Format, Job, RowRange
+from stages.prefix import Dressed
 from stages.problems.base import Judgement, Problem, Row
 
 if TYPE_CHECKING:
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
 class Rollout:
     """One completion of a row."""
 
-    prompt_ids: list[int]
-    """Up to the generation prompt, without the prefix."""
-    completion_ids: list[int]
-    """Prefix, what was sampled, turn end where it came."""
+    prompt: Dressed
+    """Ids and roles up to the generation prompt, without the prefix."""
+    answer: Dressed
+    """Ids and roles of prefix, what was sampled, turn end where it came."""
     text: str
     judgement: Judgement
     finished: bool
@@ -49,18 +50,23 @@ class Player:
         self, rows: Sequence[Row], decoding: sampling.Decoding, on_progress: Callable[[int], None]
     ) -> list[list[Rollout]]:
         """The rollouts of each row. `on_progress` hears how many rows are done."""
-        prompts, given = prefix.sampling_prompts(self.tokenizer, self.format, rows)
+        prompts = prefix.prompts(self.tokenizer, self.format, rows)
+        starts = [prefix.of_row(self.format, row) for row in rows]
+        start_ids = [prefix.prefix_ids(self.tokenizer, start) for start in starts]
+        given = [[*ids, *start] for (ids, _), start in zip(prompts, start_ids, strict=True)]
         sampled = sampling.sample(self.model, self.tokenizer, given, decoding, self.seed, on_progress)
-        start = prefix.prefix_ids(self.tokenizer, self.format.response_prefix)
-        return [
-            [self._rollout(row, prompt, start, ids) for ids in completions]
-            for row, prompt, completions in zip(rows, prompts, sampled, strict=True)
-        ]
+        ends = sampling.turn_ends(self.model, self.tokenizer)
 
-    def _rollout(self, row: Row, prompt: list[int], start: list[int], ids: list[int]) -> Rollout:
-        text = prefix.completion_text(self.tokenizer, self.format.response_prefix, ids)
-        finished = ids[-1] in sampling.turn_ends(self.model, self.tokenizer)
-        return Rollout(prompt, [*start, *ids], text, self.problem.judge(row, text), finished)
+        def rollout(i: int, ids: list[int]) -> Rollout:
+            text = prefix.completion_text(self.tokenizer, starts[i], ids)
+            answer = prefix.answer(start_ids[i], ids)
+            return Rollout(prompts[i], answer, text, self.problem.judge(rows[i], text), finished=ids[-1] in ends)
+
+        return [[rollout(i, ids) for ids in completions] for i, completions in enumerate(sampled)]
+
+    def seen_format(self) -> Format:
+        """The Format with the digest of the template that was used."""
+        return prefix.seen_format(self.format, self.tokenizer)
 
 
 def player(job: Job) -> Player:
@@ -69,6 +75,6 @@ def player(job: Job) -> Player:
         "the plan gives a step that samples a problem and a Format"
     )
     path = models.local_path(job.inputs["policy"])
-    tokenizer = models.load_tokenizer(path)
+    tokenizer = models.load_tokenizer(path, job.format)
     model = models.load_policy(path, job.dtype, models.pick_device(job.execution))
     return Player(model, tokenizer, job.format, problems.load(job.problem), job.seed)

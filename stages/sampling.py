@@ -13,8 +13,12 @@ from typing import Any, cast
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from stages import ranks
+
 SEQUENCES = 512
 """Sequences that are generated side by side."""
+SEED_STRIDE = 1_000_003
+"""How far apart the batches' seeds of two seeds are."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +44,14 @@ def sample(
 ) -> list[list[list[int]]]:
     """`samples` completions of each prompt, in the order of the prompts, each with its turn end where it came to one.
 
-    The same seed, prompts and model give the same completions. `on_progress` hears how many prompts are done.
+    The same seed, prompts and model give the same completions, however many processes share the work. `on_progress` hears how many prompts are
+    done.
     """
-    torch.manual_seed(seed)
     model.eval()
     config, ends = _generation_config(model, tokenizer, decoding)
     with own_settings(model, config):
-        return _generate(model, prompts, decoding, config, ends, on_progress)
+        completions = ranks.together(_generate(model, prompts, decoding, config, ends, seed, on_progress))
+    return [completions[i] for i in range(len(prompts))]
 
 
 @contextmanager
@@ -71,19 +76,22 @@ def _generate(
     decoding: Decoding,
     config: GenerationConfig,
     ends: set[int],
+    seed: int,
     on_progress: Callable[[int], None],
-) -> list[list[list[int]]]:
+) -> dict[int, list[list[int]]]:
+    """Prompt's number -> its completions, of this process's share: every world-th batch, each with a seed of its own."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     per_batch = max(1, SEQUENCES // decoding.samples)
-    completions: list[list[list[int]]] = [[] for _ in prompts]
-    for start in range(0, len(order), per_batch):
+    completions: dict[int, list[list[int]]] = {}
+    for start in range(per_batch * ranks.rank(), len(order), per_batch * ranks.world()):
         batch = order[start : start + per_batch]
+        torch.manual_seed(SEED_STRIDE * seed + start)
         ids, mask = _left_padded([prompts[i] for i in batch], config.pad_token_id, model.device)
         generated = cast(Any, model).generate(input_ids=ids, attention_mask=mask, generation_config=config)
         sequences = [_until_end(sequence, ends) for sequence in generated[:, ids.size(1) :].tolist()]
         for j, i in enumerate(batch):
             completions[i] = sequences[j * decoding.samples : (j + 1) * decoding.samples]
-        on_progress(start + len(batch))
+        on_progress(min(len(order), start + per_batch * ranks.world()))
     return completions
 
 

@@ -32,13 +32,13 @@ PRELOAD = (
 STDIN = 0
 
 
-def serve(launcher: int) -> None:
+def serve(launcher: int, preload: bool = True) -> None:
     """Answer orders until stdin ends. `launcher` is the pid of the process that holds the other end."""
     die_with_parent(launcher)  # while it imports, it does not listen
     adopt_orphans()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints must not be taken for an answer
-    for name in PRELOAD:
+    for name in PRELOAD if preload else ():
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # the garbage collector of a job leaves these pages shared

@@ -1,28 +1,50 @@
-"""Supervised fine-tuning with a weight for prompt tokens.
+"""Supervised fine-tuning with a loss weight for every token, by its role.
 
-policy + rows of (prompt ids, completion ids) -> policy. The rows are a problem's demonstrations, tokenised here, or what a rejection stage kept,
-trained as it was sampled. Cheap to import: torch and trl come with `run`.
+policy + token rows -> policy. The rows are a problem's demonstrations or a file of conversations, tokenised here, or what a rejection stage kept,
+trained as it was sampled (`stages.data`). Cheap to import: torch and trl come with `run`.
 """
 
 from __future__ import annotations
 
 import math
-import random
+from collections.abc import Sequence, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from pydantic import model_validator
 
-from stages.config import identity, resolved
-from stages.job import BadInput, Format, Job, Result
-from stages.training import TrainingConfig, accumulation, trl_arguments
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from stages.tokens import TokenRow
+from stages.config import Config, execution, identity, resolved
+from stages.job import BadInput, Job, Result
+from stages.tokens import ANSWERED, ROLES, TokenRow, lengths
+from stages.training import TrainingConfig, accumulation, all_steps_ran, trl_arguments
+from stages.weighting import Normaliser, prompt_share
 
 DEMONSTRATIONS = "demonstrations"
+
+
+class LossWeights(Config):
+    """A weight for a single role. Off: the prompt's or completion's weight."""
+
+    system: float | None = identity(None, ge=0)
+    """Words of the system prompt."""
+    user: float | None = identity(None, ge=0)
+    """Words of the user's turns."""
+    template: float | None = identity(None, ge=0)
+    """What the chat template puts around them, up to and including the generation prompt."""
+    prefix: float | None = identity(None, ge=0)
+    """The response prefix."""
+    completion: float | None = identity(None, ge=0)
+    """The answer after the prefix, and the token that ends the turn."""
+
+
+class Packing(Config):
+    """Several rows in one sequence, as TRL packs them."""
+
+    strategy: Literal["bfd", "bfd_split", "wrapped"] = identity("bfd")
+    """bfd: rows stay whole, best fit first. bfd_split: rows longer than a sequence are split. wrapped: rows one after another, cut where a sequence is
+    full, and each sees the one before it."""
+    max_length: int = identity(2048, ge=2)
+    """Tokens of a sequence."""
 
 
 class SftConfig(TrainingConfig):
@@ -31,10 +53,13 @@ class SftConfig(TrainingConfig):
     TRANSLATED: ClassVar[dict[str, str]] = {**TrainingConfig.TRANSLATED, "epochs": "num_train_epochs"}
 
     REFUSED: ClassVar[dict[str, str]] = {
-        "max_length": "rows are never cut; remove it",
+        "max_length": "rows are never cut; set the stage's own packing.max_length to pack them",
         "completion_only_loss": "set prompt_loss_weight to 0 instead",
         "assistant_only_loss": "set prompt_loss_weight to 0 instead",
-        "packing": "it comes in a later version of switchback; remove it",
+        "packing": "set the stage's own packing instead",
+        "packing_strategy": "set the stage's own packing instead",
+        "padding_free": "set the stage's own padding_free instead",
+        "parallelism_config": "token weights do not work with context parallelism; remove it",
         "dataloader_drop_last": "every row is trained; remove it",
         "loss_type": "the weighted loss is nll; remove it",
         "label_smoothing_factor": "the weighted loss has no label smoothing; remove it",
@@ -43,14 +68,24 @@ class SftConfig(TrainingConfig):
 
     kind: Literal["sft"] = resolved("sft")
     data: str = resolved(DEMONSTRATIONS)
-    """What to imitate: `demonstrations` of the problem, or the name of an earlier rejection stage."""
+    """What to imitate: `demonstrations` of the problem, the name of an earlier rejection stage, or the path of a .jsonl file of conversations,
+    identified by its bytes (`stages.data` says what a line may be)."""
     rows: str | None = resolved(None)
     """Which rows' demonstrations, such as train[0:1000] (the default). Only with data: demonstrations."""
     prompt_loss_weight: float = identity(0.0, ge=0)
-    """Loss weight of a prompt token. 0 = completion-only, equal weights = full sequence. It matters for completions that are short next to their
-    prompt, and then little (arXiv 2401.13586 section 4, optimum about 0.24); no gain is promised."""
+    """Loss weight of a prompt token: words of system and user, and what the template puts around them. 0 = completion-only, equal weights = full
+    sequence. It matters for completions that are short next to their prompt, and then little (arXiv 2401.13586 section 4, optimum about 0.24);
+    no gain is promised."""
     completion_loss_weight: float = identity(1.0, ge=0)
-    """Loss weight of a completion token, response prefix and turn end included."""
+    """Loss weight of a completion token: response prefix, answer and turn end; in a conversation, those of every assistant turn."""
+    loss_weights: LossWeights = identity(LossWeights())
+    """Weights of single roles, in place of the two above."""
+    normaliser: Normaliser = identity("weight_sum")
+    """What the weighted sum is divided by (docs/loss.md): weight_sum, a weighted mean; nonzero_count (arXiv 2507.07817); completion_count."""
+    packing: Packing | None = identity(None)
+    """Put several rows into one sequence; `rows_per_step` then counts sequences. Off: a row is a sequence."""
+    padding_free: bool = execution(False)
+    """Lay the rows of a micro-batch end to end in place of padding them. The gradient is the same; on a GPU it needs FlashAttention."""
     epochs: float = identity(3.0, gt=0)
     """Passes over the rows. TRL's default."""
     rows_per_step: int = identity(32, ge=1)
@@ -58,9 +93,18 @@ class SftConfig(TrainingConfig):
     learning_rate: float = identity(2.0e-5, gt=0)
     """Peak learning rate. TRL's default for full fine-tuning."""
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """Role -> weight."""
+        by_part = {
+            role: self.completion_loss_weight if letter in ANSWERED else self.prompt_loss_weight
+            for role, letter in ROLES.items()
+        }
+        return by_part | self.loss_weights.model_dump(exclude_none=True)
+
     @model_validator(mode="after")
     def _something_is_trained(self) -> SftConfig:
-        if self.prompt_loss_weight == self.completion_loss_weight == 0:
+        if not any(self.weights.values()):
             raise ValueError(
                 "prompt_loss_weight and completion_loss_weight are both 0, so nothing would be trained; set one above 0"
             )
@@ -75,65 +119,72 @@ def run(job: Job) -> Result:
     from transformers import set_seed
     from trl.trainer.sft_config import SFTConfig
 
-    from stages import models, prefix, tokens
-    from stages.metrics import MetricsLog, last
+    from stages import data, lora, loss_map, models, prefix, ranks, tokens
+    from stages.metrics import latest
     from stages.trl.callbacks import listen
     from stages.trl.sft_loss import WeightedSFTTrainer
 
     config, out = SftConfig.model_validate(job.config), Path(job.out)
     assert job.format is not None, "the plan gives every sft step a Format"
     set_seed(job.seed)
-    device = models.pick_device(job.execution)
     path = models.local_path(job.inputs["policy"])
-    tokenizer = models.load_tokenizer(path)
-    data = tokens.read(Path(job.inputs["data"])) if "data" in job.inputs else demonstrations(job, job.format, tokenizer)
-    if not data:
-        raise BadInput(
-            f"{job.name}: its data has no rows; if a rejection stage kept none, lower keep.min_score or raise samples"
-        )
+    models.refuse_vision(path)
+    tokenizer = models.load_tokenizer(path, job.format)
+    rows = data.load(job, job.format, tokenizer)
     micro, steps = accumulation(config.rows_per_step, job)
     arguments = trl_arguments(
         job,
         config,
-        device,
+        models.pick_device(job.execution),
         SFTConfig,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=steps,
-        max_length=None,
+        **sequences(config, rows),
     )
     trainer = WeightedSFTTrainer(
-        model=models.load_policy(path, job.dtype),
+        model=models.load_policy(path, job.dtype, adapters=job.lora),
         args=arguments,
-        train_dataset=Dataset.from_list([tokens.labelled(row) for row in data]),
+        train_dataset=Dataset.from_list([tokens.labelled(row) for row in rows]),
         processing_class=tokenizer,
-        prompt_loss_weight=config.prompt_loss_weight,
-        completion_loss_weight=config.completion_loss_weight,
+        peft_config=lora.peft_config(job.lora) if job.lora else None,
+        weights=config.weights,
+        normaliser=config.normaliser,
     )
-    listen(trainer, MetricsLog(out))
+    listen(trainer, job)
     trainer.train()
-    expected = math.ceil(config.epochs * math.ceil(len(data) / config.rows_per_step))
-    if trainer.state.global_step != expected:
-        raise RuntimeError(
-            f"{job.name}: {trainer.state.global_step} optimiser steps were run, {expected} were expected"
-        )
-    models.save_policy(trainer.model, tokenizer, job.format, out)
-    metrics = {"steps": expected, "rows": len(data)}
-    logged = {name: last(out / "metrics.jsonl", name) for name in ("completion_loss", "prompt_loss", "entropy")}
-    metrics |= {name: value for name, value in logged.items() if value is not None}
+    packed = len(cast(Sized, trainer.train_dataset))
+    expected = math.ceil(config.epochs * math.ceil(packed / config.rows_per_step))
+    all_steps_ran(trainer, expected, job)
+    models.publish(trainer, tokenizer, job)
+    if ranks.first():
+        loss_map.write(out, loss_map.of_row(rows[0], config.weights, tokenizer))
+    metrics = {
+        "steps": expected,
+        "rows": len(rows),
+        "sequences": packed,
+        **ratio(rows, config.weights),
+    }
+    metrics |= latest(out, ("completion_loss", "prompt_loss", "entropy"))
     return Result(outputs={"policy": "."}, metrics=metrics, format=prefix.seen_format(job.format, tokenizer))
 
 
-def demonstrations(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:
-    """The problem's demonstrations of the job's rows, tokenised with the prefix at their start."""
-    from stages import prefix, problems, tokens
+def sequences(config: SftConfig, rows: Sequence[TokenRow]) -> dict[str, Any]:
+    """How rows become sequences, in TRL's words. Raises BadInput for a row that best-fit packing would cut."""
+    if config.packing is None:
+        return {"max_length": None, "padding_free": config.padding_free}
+    longest = max(len(row.ids) for row in rows)
+    if config.packing.strategy == "bfd" and longest > config.packing.max_length:
+        raise BadInput(
+            f"packing: a row has {longest} tokens, but packing.max_length is {config.packing.max_length} and bfd would cut it; raise max_length, or choose bfd_split"
+        )
+    packing = {"packing": True, "packing_strategy": config.packing.strategy, "max_length": config.packing.max_length}
+    return {**packing, "padding_free": config.padding_free and config.packing.strategy != "wrapped"}
 
-    assert job.problem is not None and job.rows is not None, "the plan gives demonstrations a problem and rows"
-    problem = problems.load(job.problem)
-    rows = problems.rows(problem, job.rows)
-    rng = random.Random(f"demonstrations-{job.rows.seed}")
-    texts = [problem.demonstration(row, rng) for row in rows]
-    prompts = prefix.prompt_ids(tokenizer, [prefix.messages(format, row) for row in rows])
-    return [
-        tokens.TokenRow(row.id, prompt, prefix.demonstration_ids(tokenizer, format, text))
-        for row, prompt, text in zip(rows, prompts, texts, strict=True)
-    ]
+
+def ratio(rows: Sequence[TokenRow], weights: dict[str, float]) -> dict[str, float]:
+    """R_g, completion tokens / prompt tokens (arXiv 2401.13586 section 3), and the share of the total weight that prompt tokens carry."""
+    prompt, answered = lengths(rows)
+    return {
+        "generation_ratio": answered / prompt if prompt else 0.0,
+        "prompt_weight_share": prompt_share(rows, weights),
+    }

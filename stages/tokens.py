@@ -1,4 +1,13 @@
-"""Rows as token ids: how rollouts travel from rejection sampling to SFT, so that what was sampled is what is trained."""
+"""Rows as token ids with a role each: how rollouts travel from rejection sampling to SFT, so that what was sampled is what is trained.
+
+A row says what every token is, so that weights are decided by role and nothing is ever rendered or tokenised a second time:
+
+    s  system      words of the system prompt
+    u  user        words of a user's (or tool's) turn
+    t  template    what the chat template puts around them, up to and including the generation prompt
+    p  prefix      the response prefix
+    c  completion  what was sampled or demonstrated, and the token that ends the turn
+"""
 
 from __future__ import annotations
 
@@ -6,9 +15,22 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from stages.job import Format
 
 FILE = "rows.jsonl"
+CARD = "card.json"
+"""Beside the rows: which tokenizer and which Format made them."""
+SYSTEM, USER, TEMPLATE, PREFIX, COMPLETION = "sutpc"
+ROLES = {"system": SYSTEM, "user": USER, "template": TEMPLATE, "prefix": PREFIX, "completion": COMPLETION}
+"""Role -> its letter; the position of a role in this table is its code in a batch."""
+CODES = {letter: code for code, letter in enumerate(ROLES.values())}
+ANSWERED = (PREFIX, COMPLETION)
+"""Roles of the policy's own turns; the others are prompt."""
 
 
 @dataclass(frozen=True)
@@ -16,19 +38,19 @@ class TokenRow:
     """One training example."""
 
     row: str
-    """Id of the problem's row."""
-    prompt_ids: list[int]
-    """Up to the generation prompt, without the response prefix."""
-    completion_ids: list[int]
-    """Response prefix, what was sampled or demonstrated, turn end."""
+    """Id of the problem's row, or the number of a line."""
+    ids: list[int]
+    roles: str
+    """A letter a token."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Where it comes from: sample number, score, seed."""
 
 
-def write(path: Path, rows: Iterable[TokenRow]) -> None:
-    """One JSON line a row."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+def write(directory: Path, rows: Iterable[TokenRow], card: dict[str, Any]) -> None:
+    """One JSON line a row, and the card."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / FILE).write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+    (directory / CARD).write_text(json.dumps(card, indent=1))
 
 
 def read(directory: Path) -> list[TokenRow]:
@@ -36,9 +58,32 @@ def read(directory: Path) -> list[TokenRow]:
     return [TokenRow(**json.loads(line)) for line in (directory / FILE).read_text().splitlines()]
 
 
+def card(tokenizer: PreTrainedTokenizerBase, format: Format) -> dict[str, Any]:
+    """What made the rows."""
+    from stages.prefix import tokenizer_digest
+
+    return {"tokenizer": tokenizer_digest(tokenizer), "format": format.model_dump(mode="json")}
+
+
+def read_card(directory: Path) -> dict[str, Any]:
+    """What made the rows."""
+    return json.loads((directory / CARD).read_text())
+
+
 def labelled(row: TokenRow) -> dict[str, list[int]]:
-    """What SFTTrainer takes: input_ids, and labels that are -100 on the prompt."""
-    return {
-        "input_ids": [*row.prompt_ids, *row.completion_ids],
-        "labels": [*([-100] * len(row.prompt_ids)), *row.completion_ids],
-    }
+    """What SFTTrainer takes: input_ids, and in `labels` the code of each token's role.
+
+    A list column named `labels` is the only thing beside the ids that TRL carries through truncation, every packing strategy and its collator, which
+    writes -100 where nothing is to be learned: on padding, and on the first token of a document in a padding-free batch. The loss takes its
+    targets from `input_ids`.
+    """
+    return {"input_ids": row.ids, "labels": [CODES[role] for role in row.roles]}
+
+
+def lengths(rows: Iterable[TokenRow]) -> tuple[int, int]:
+    """(prompt tokens, completion tokens) of all rows together."""
+    answered = total = 0
+    for row in rows:
+        answered += sum(row.roles.count(role) for role in ANSWERED)
+        total += len(row.roles)
+    return total - answered, answered

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import model_validator
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 OURS = ("output_dir", "seed", "data_seed", "report_to", "use_cpu", "bf16", "fp16", "disable_tqdm", "logging_steps", "logging_strategy",
         "save_strategy", "save_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "resume_from_checkpoint",
-        "trust_remote_code", "push_to_hub", "hub_token", "model_init_kwargs", "chat_template_kwargs")  # fmt: skip
+        "trust_remote_code", "ddp_backend", "push_to_hub", "hub_token", "model_init_kwargs", "chat_template_kwargs")  # fmt: skip
 """TRL settings that follow from the job; a recipe cannot pass them."""
 
 
@@ -80,17 +81,29 @@ def accumulation(batch: int, job: Job) -> tuple[int, int]:
     return micro, batch // (micro * processes)
 
 
+TRL_CONFIGS = {"sft": "SFTConfig", "grpo": "GRPOConfig"}
+"""Kind of stage -> the TRL class that takes its settings."""
+
+
+def refuse_unknown_settings(stage: str, kind: str, settings: Iterable[str]) -> None:
+    """Raise BadInput for a name in a stage's `trl` that this version of TRL does not know."""
+    import trl
+
+    config_class = getattr(trl, TRL_CONFIGS[kind])
+    if unknown := sorted(set(settings) - set(config_class.__dataclass_fields__)):
+        raise BadInput(
+            f"stages.{stage}.trl.{unknown[0]}: {config_class.__name__} of trl {trl.__version__} has no such setting"
+        )
+
+
 def trl_arguments(job: Job, config: TrainingConfig, device: torch.device, config_class: type[Any], **more: Any) -> Any:
     """An SFTConfig or GRPOConfig. Every setting that is not neutral is written here, not left to a default.
 
-    Raises BadInput for a name in `trl` that this version of TRL does not know.
+    Raises BadInput for a name in `trl` that this version of TRL does not know, and for settings that it refuses.
     """
     import trl
 
-    if unknown := sorted(set(config.trl) - set(config_class.__dataclass_fields__)):
-        raise BadInput(
-            f"stages.{job.name}.trl.{unknown[0]}: {config_class.__name__} of trl {trl.__version__} has no such setting"
-        )
+    refuse_unknown_settings(job.name, job.kind, config.trl)
     on_cpu = device.type == "cpu"
     settings = {
         "output_dir": f"{job.work}/trainer",
@@ -99,6 +112,7 @@ def trl_arguments(job: Job, config: TrainingConfig, device: torch.device, config
         "use_cpu": on_cpu,
         "bf16": job.dtype == "bfloat16",
         "fp16": job.dtype == "float16",
+        "ddp_backend": "gloo" if on_cpu and job.execution.processes > 1 else None,
         "gradient_checkpointing": not on_cpu,
         "dataloader_pin_memory": not on_cpu,
         "logging_steps": 1,
@@ -116,3 +130,17 @@ def trl_arguments(job: Job, config: TrainingConfig, device: torch.device, config
         raise BadInput(
             f"stages.{job.name}: {config_class.__name__} of trl {trl.__version__} refuses its settings: {error}"
         ) from None
+
+
+def same_world(trainer: Any, job: Job) -> None:
+    """Raise BadInput when the trainer found another number of processes than the job is for: `accelerate launch --cpu` runs one, and says nothing."""
+    if (seen := trainer.args.world_size) != job.execution.processes:
+        raise BadInput(
+            f"{job.name}: the job is for {job.execution.processes} processes, but the trainer sees {seen}; look at launch.accelerate"
+        )
+
+
+def all_steps_ran(trainer: Any, expected: int, job: Job) -> None:
+    """Raise RuntimeError when TRL ended after another number of optimiser steps; it does so without a word where data are short."""
+    if (steps := trainer.state.global_step) != expected:
+        raise RuntimeError(f"{job.name}: {steps} optimiser steps were run, {expected} were expected")

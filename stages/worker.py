@@ -1,5 +1,6 @@
 """One job, from its file to its result: take the directory's lock, check what the launcher promised, run the stage, write `result.json` last.
 
+A job for several processes starts them with torchrun, or with accelerate where a config file is given; each is `python -m stages --rank job.json`.
 What goes wrong is told by the exit code and one line in `error.json`: 2 for something the user gave, 1 for anything else. The traceback is in the log.
 """
 
@@ -9,6 +10,7 @@ import fcntl
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 import traceback
@@ -16,7 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
+from stages import ranks
 from stages.job import BadInput, Job, Result
+from stages.process import die_with_parent
 
 RESULT, ERROR, LOCK = "result.json", "error.json", "lock"
 BUSY = 75
@@ -27,7 +31,7 @@ LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
 
 
 def main(path: str) -> int:
-    """Run the job in a file; returns the exit code."""
+    """Run the job in a file, in as many processes as it is for; returns the exit code."""
     job = Job.model_validate_json(Path(path).read_text())
     work = Path(job.work)
     with (work / LOCK).open("a+") as lock:
@@ -37,25 +41,72 @@ def main(path: str) -> int:
                 file=sys.stderr,
             )
             return BUSY
-        try:
-            _empty(job)
-            result = _run(job)
-        except Exception as error:
-            traceback.print_exc()
-            bad_input = isinstance(error, BadInput)
-            message = " ".join(f"{error if bad_input else f'{type(error).__name__}: {error}'}".split())
-            _write(work / ERROR, {"message": message, "bad_input": bad_input})
-            return 2 if bad_input else 1
-        if _rank() == 0:
-            _write(work / RESULT, result.model_dump(mode="json"))
-        return 0
+        _empty(job)
+        return _share_out(job, path) if job.execution.processes > 1 or job.execution.accelerate else attempt(job)
+
+
+def main_of_rank(path: str) -> int:
+    """One of the processes of a job whose directory is held and emptied; it dies with the one that started it."""
+    die_with_parent(os.getppid())
+    return attempt(Job.model_validate_json(Path(path).read_text()))
+
+
+def attempt(job: Job) -> int:
+    """The stage, and its result or what went wrong; returns the exit code."""
+    try:
+        result = _run(job)
+    except Exception as error:
+        traceback.print_exc()
+        bad_input = isinstance(error, BadInput)
+        message = " ".join(f"{error if bad_input else f'{type(error).__name__}: {error}'}".split())
+        if not (Path(job.work) / ERROR).exists():  # of several processes, what failed first is what went wrong
+            _write(Path(job.work) / ERROR, {"message": message, "bad_input": bad_input})
+        return 2 if bad_input else 1
+    if ranks.first():
+        _write(Path(job.work) / RESULT, result.model_dump(mode="json"))
+    return 0
+
+
+def _share_out(job: Job, path: str) -> int:
+    """Start the job's processes, which meet on this machine's loopback interface, and wait for all of them."""
+    rank = [sys.executable, "-P", "-m", "stages", "--rank", path]
+    processes = str(job.execution.processes)
+    torchrun = [
+        sys.executable,
+        "-P",
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr",
+        "127.0.0.1",
+        "--nproc-per-node",
+        processes,
+        "--no-python",
+    ]
+    accelerate = [
+        sys.executable,
+        "-P",
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(job.execution.accelerate),
+        "--num_processes",
+        processes,
+        "--no_python",
+    ]
+    command = [*(accelerate if job.execution.accelerate else torchrun), *rank]
+    threads = {"OMP_NUM_THREADS": str(job.execution.threads)} if job.execution.threads else {}
+    code = subprocess.call(command, env={"GLOO_SOCKET_IFNAME": "lo", **os.environ, **threads}, close_fds=False)
+    if code and (Path(job.work) / ERROR).exists():
+        return 2 if json.loads((Path(job.work) / ERROR).read_text())["bad_input"] else 1
+    return code
 
 
 def _run(job: Job) -> Result:
     """The stage itself, in the execution that the job asks for."""
     from stages import STAGES
 
-    if (world := int(os.environ.get("WORLD_SIZE", "1"))) != job.execution.processes:
+    if (world := ranks.world()) != job.execution.processes:
         raise BadInput(
             f"{job.name}: the job is for {job.execution.processes} processes, but the launcher started {world}"
         )
@@ -112,12 +163,8 @@ def _empty(job: Job) -> None:
     Path(job.out).mkdir(parents=True)
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
 def _write(path: Path, content: dict[str, Any]) -> None:
     """All or nothing."""
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps(content, indent=1))
     partial.replace(path)

@@ -32,7 +32,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=special, show_progress=False),
     )
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        padding_side="left",
     )
     fast.chat_template = CHATML
     return fast
@@ -63,5 +67,6 @@ def token_rows(count: int = 16) -> list[TokenRow]:
     for i in range(count):
         prompt = tokenizer(f"What is {i} + {i * 7}?" + " please" * (i % 5))["input_ids"]
         completion = tokenizer(f" The answer is {i * 8}." + " ok" * (i % 7))["input_ids"]
-        rows.append(TokenRow(str(i), prompt, [*completion, tokenizer.eos_token_id]))
+        ids = [*prompt, *completion, tokenizer.eos_token_id]
+        rows.append(TokenRow(str(i), ids, "u" * len(prompt) + "c" * (len(completion) + 1)))
     return rows

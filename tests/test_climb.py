@@ -106,11 +106,11 @@ def test_what_rejection_kept_is_what_it_sampled_prefix_included(climbed):
     kept = tokens.read(Path(listed["harvest"]["path"], "data"))
     assert len(kept) == len(text_of) > 0
     for row in kept:
-        assert row.completion_ids[:2] == tokenizer("<think>\n")["input_ids"]
-        assert (
-            tokenizer.decode(row.completion_ids, skip_special_tokens=True) == text_of[row.row, row.provenance["sample"]]
-        )
-        assert tokenizer.decode(row.prompt_ids).endswith("<|im_start|>assistant\n")
+        start = row.roles.index("p")
+        prompt, answer = row.ids[:start], row.ids[start:]
+        assert answer[:2] == tokenizer("<think>\n")["input_ids"] and row.roles[start:] == "pp" + "c" * (len(answer) - 2)
+        assert tokenizer.decode(answer, skip_special_tokens=True) == text_of[row.row, row.provenance["sample"]]
+        assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n") and set(row.roles[:start]) == {"t", "u"}
 
 
 def test_ls_is_oldest_first_with_absolute_paths_and_kinds(climbed):
@@ -230,7 +230,7 @@ def test_a_harvest_that_kept_nothing_is_said_by_the_stage_that_reads_it(settings
 
 
 def test_after_a_failure_the_same_command_goes_on_from_what_is_done(settings, write, tmp_path):
-    stage(settings, "rl1")["trl"] = {"no_such_setting": 1}
+    stage(settings, "rl1")["trl"] = {"optim": "none"}
     assert (
         run_cli("run", write(settings), "--registry", tmp_path / "r", "--no-prefect", "--until", "rl1").returncode == 2
     )

@@ -19,18 +19,18 @@ from stages.problems import PROBLEMS
 from stages.problems.scheduling import Scheduling
 from tests.conftest import TINY, run_cli
 
-VERSIONS = {"sft": 1, "grpo": 1, "rejection": 1, "evaluate": 1}
+VERSIONS = {"sft": 1, "grpo": 1, "rejection": 2, "evaluate": 2, "preflight": 1, "inspect": 1, "probe": 1}
 KEYS = {
-    "base.evaluate": "f134344f0986",
-    "warmup": "0a67055f46a5",
-    "warmup.evaluate": "4aa50f286814",
-    "rl1": "e56b27972ba6",
-    "rl1.evaluate": "2d0178f6c5d2",
-    "harvest": "9ef597e1b019",
-    "distill": "ebadfa48855b",
-    "distill.evaluate": "de97538ff370",
-    "rl2": "2d86f97ce695",
-    "rl2.evaluate": "004a7230ccd6",
+    "base.evaluate": "e3b773491fe3",
+    "warmup": "61336223fecb",
+    "warmup.evaluate": "edc6cfca9ee2",
+    "rl1": "4c603c142f3d",
+    "rl1.evaluate": "d5e20289cb2b",
+    "harvest": "6aa8ff2f1a08",
+    "distill": "5638a87e0bde",
+    "distill.evaluate": "80793be0c6e8",
+    "rl2": "1ff300713418",
+    "rl2.evaluate": "1920cd933d1e",
 }
 ROWS = {
     "train": ["a1ecee30ad0816a8", "cad011498c5cc972"],

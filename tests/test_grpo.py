@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import copy
+import random
 
 import pytest
 import torch
 from datasets import Dataset
+from trl.chat_template_utils import qwen3_template
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from stages import models, prefix
+from stages import chat, models, prefix
+from stages.job import BadInput, Lora
+from stages.lora import peft_config
 from stages.problems.scheduling import Scheduling
 from stages.rewards import reward_functions
-from stages.trl.prefill import PrefillGRPOTrainer
+from stages.trl.prefill import PrefillGRPOTrainer, prefilled
 from tests.conftest import TINY_BASE
 from tests.models import CHATML, save
+from tests.templates import TEMPLATES
 
 PREFIX = "<think>\n"
 
 
-def trained(policy, tmp_path, response_prefix=PREFIX, kind=PrefillGRPOTrainer, template=None, **settings):
+def trained(policy, tmp_path, response_prefix=PREFIX, kind=PrefillGRPOTrainer, template=None, lora=None, **settings):
     """(trainer, what the reward saw, parameters) after two steps."""
     settings = {
         "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 12, "max_steps": 2, "learning_rate": 1e-2, "beta": 0.0,
@@ -36,11 +41,13 @@ def trained(policy, tmp_path, response_prefix=PREFIX, kind=PrefillGRPOTrainer, t
     tokenizer = models.load_tokenizer(str(policy))
     if template:
         tokenizer.chat_template = template
-    data = Dataset.from_list([{"prompt": [{"role": "user", "content": f"What is {i} + 1?"}]} for i in range(16)])
-    ours = {"response_prefix": response_prefix} if kind is PrefillGRPOTrainer else {}
+    prompts = [[{"role": "user", "content": f"What is {i} + 1?"}] for i in range(16)]
+    if issubclass(kind, PrefillGRPOTrainer):
+        prompts = [prefilled(prompt, response_prefix) for prompt in prompts]
+    data = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
     trainer = kind(
         model=models.load_policy(str(policy), "float32"), reward_funcs=variety, args=GRPOConfig(output_dir=str(tmp_path), **settings),
-        train_dataset=data, processing_class=tokenizer, **ours,
+        train_dataset=data, processing_class=tokenizer, peft_config=lora,
     )  # fmt: skip
     trainer.train()
     return trainer, seen, {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
@@ -59,7 +66,8 @@ def test_rewards_see_the_prefix_and_the_loss_does_not(policy, tmp_path):
     batch = trainer._buffered_inputs[0]
     prompt = batch["prompt_ids"][0][batch["prompt_mask"][0].bool()].tolist()
     assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n" + PREFIX)
-    assert prompt[-len(trainer._prefix_ids) :] == trainer._prefix_ids
+    start = prefix.prefix_ids(tokenizer, PREFIX)
+    assert prompt[-len(start) :] == start
 
 
 def test_the_ids_that_are_trained_are_the_ids_that_were_sampled(policy, tmp_path):
@@ -81,11 +89,16 @@ def test_it_trains_as_plain_trl_does_with_the_prefix_in_the_chat_template(policy
     assert max((ours[name] - without[name]).abs().max().item() for name in ours) > 0.0
 
 
-def test_the_first_kl_of_a_stage_is_zero(policy, tmp_path):
-    """The reference is the policy the stage starts from."""
-    trainer, _, _ = trained(policy, tmp_path, beta=0.1)
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_first_kl_of_a_stage_is_zero(lora, policy, tmp_path):
+    """The reference is the policy the stage starts from: its files, or itself with the adapter off."""
+    trainer, _, _ = trained(policy, tmp_path, beta=0.1, lora=adapter() if lora else None)
     kls = [line["kl"] for line in trainer.state.log_history if "kl" in line]
     assert kls[0] == pytest.approx(0.0, abs=1e-7) and kls[1] > 1e-6
+
+
+def adapter():
+    return peft_config(Lora(r=4, alpha=8.0))
 
 
 def test_the_gradient_does_not_depend_on_the_micro_batch(policy, tmp_path):
@@ -121,10 +134,12 @@ def test_a_reward_function_is_a_component_under_its_own_name():
 
 def test_prompts_are_rendered_once_a_group_and_come_out_as_if_rendered_one_by_one(policy, tmp_path):
     trainer, _, _ = trained(policy, tmp_path, max_steps=1)
+    start = prefix.prefix_ids(trainer.processing_class, PREFIX)
     turns = [[{"role": "user", "content": text}] for text in ("a", "a", "a", "a", "b", "b", "b", "b")]
+    single = [prefix.prompt_ids(trainer.processing_class, [turn])[0] + start for turn in turns]
+    turns = [prefilled(turn, PREFIX) for turn in turns]
     trainer.model.train()
     grouped, _, _ = trainer._tokenize_prompts(copy.deepcopy(turns))
-    single = [prefix.prompt_ids(trainer.processing_class, [turn])[0] + trainer._prefix_ids for turn in turns]
     assert grouped == single
     shuffled = [turns[0], turns[4], turns[1]]
     assert trainer._tokenize_prompts(shuffled)[0] == [single[0], single[4], single[1]]
@@ -137,3 +152,200 @@ def test_the_tiny_base_loads_as_users_load_models():
     assert sum(p.numel() for p in model.parameters()) == 170_528
     text = "A* 12:00-13:00\nB 11:00-14:00\n</think>\n<schedule>\nB 11:00-14:00\n</schedule>"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+class Recording(PrefillGRPOTrainer):
+    """Keeps what the sampler was given, what it sampled and how likely that was, and what the loss was then given."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.sampled, self.in_loss = {}, []
+
+    def _generate_single_turn(self, prompt_ids, *args):
+        generate = type(self.model).generate
+        scores = []
+
+        def recording(model, *a, **k):
+            out = generate(model, *a, **k, return_dict_in_generate=True, output_logits=True)
+            scores.append(torch.stack(out.logits, 1).float().log_softmax(-1))
+            return out.sequences
+
+        type(self.model).generate = recording
+        try:
+            ids, logprobs = super()._generate_single_turn(prompt_ids, *args)
+        finally:
+            type(self.model).generate = generate
+        for row, (given, chosen) in enumerate(zip(prompt_ids, ids, strict=True)):
+            self.sampled[tuple(given), tuple(chosen)] = [scores[0][row, t, id].item() for t, id in enumerate(chosen)]
+        return ids, logprobs
+
+    def _compute_loss(self, model, inputs):
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        with torch.no_grad():
+            now, _, _ = self._get_per_token_logps_and_entropies(model, ids, mask, inputs["completion_ids"].size(1))
+        old = inputs.get("old_per_token_logps")
+        for i in range(len(ids)):
+            here, there = inputs["prompt_mask"][i].bool(), inputs["completion_mask"][i].bool()
+            key = tuple(inputs["prompt_ids"][i][here].tolist()), tuple(inputs["completion_ids"][i][there].tolist())
+            self.in_loss.append(
+                (self.state.global_step, key, now[i][there].tolist(), None if old is None else old[i][there].tolist())
+            )
+        return super()._compute_loss(model, inputs)
+
+
+class TrainsThePrefix(Recording):
+    """The known bug (ms-swift #10106): the prefix is given to the sampler, and then trained as if it had been sampled."""
+
+    def _generate(self, prompts):
+        out = list(super()._generate(prompts))
+        start = [prefix.prefix_ids(self._tokenizer, prompt[-1]["response_prefix"]) for prompt in prompts]
+        out[0] = [ids[: -len(first)] for ids, first in zip(out[0], start, strict=True)]
+        out[1] = [[*first, *ids] for ids, first in zip(out[1], start, strict=True)]
+        return tuple(out)
+
+
+def what_is_trained_is_what_was_sampled(trainer):
+    """Ids token for token, and the first step's log-probabilities to 1e-5."""
+    assert trainer.in_loss
+    for step, key, now, old in trainer.in_loss:
+        assert key in trainer.sampled
+        if step == 0:
+            assert now == pytest.approx(trainer.sampled[key], abs=1e-5)
+        if old is not None:
+            assert old == pytest.approx(trainer.sampled[key], abs=1e-5)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "settings", [{"max_steps": 1}, {"num_iterations": 2}, {"per_device_train_batch_size": 4, "steps_per_generation": 2}]
+)
+def test_the_first_log_probabilities_are_the_samplers(settings, lora, policy, tmp_path):
+    trainer, _, _ = trained(policy, tmp_path, kind=Recording, lora=adapter() if lora else None, **settings)
+    what_is_trained_is_what_was_sampled(trainer)
+    assert any(old is not None for *_, old in trainer.in_loss) == ("max_steps" not in settings), (
+        "old ones are stored where a sample is used again"
+    )
+
+
+def test_a_prefix_that_is_trained_as_completion_is_noticed(policy, tmp_path):
+    """The test above can fail."""
+    trainer, _, _ = trained(policy, tmp_path, kind=TrainsThePrefix, max_steps=1)
+    with pytest.raises(AssertionError):
+        what_is_trained_is_what_was_sampled(trainer)
+
+
+def random_prefix(rng):
+    pieces = [
+        "<think>",
+        "\n",
+        "\n\n",
+        "The answer",
+        " is",
+        ": ",
+        "{",
+        '"x"',
+        "é",
+        "🤔",
+        "42",
+        "</s>",
+        "\t",
+        "[INST]",
+        "Okay",
+        ",",
+    ]
+    return "".join(rng.choices(pieces, k=rng.randint(1, 4)))
+
+
+@pytest.mark.parametrize("number", range(50))
+def test_the_ids_in_the_loss_are_the_ids_that_were_sampled_for_any_prefix_and_template(number, policy, tmp_path):
+    """50 random prefixes over the chat templates that TRL ships: what was sampled after is rendered prompt + prefix, and goes into the loss as it is."""
+    rng = random.Random(number)
+    name, template = list(TEMPLATES.items())[number % len(TEMPLATES)]
+    start = random_prefix(rng)
+    trainer, seen, _ = trained(
+        policy, tmp_path, start, kind=Recording, template=template, max_steps=1, max_completion_length=4
+    )
+    what_is_trained_is_what_was_sampled(trainer)
+    tokenizer = trainer.processing_class
+    for _, (given, chosen), *_ in trainer.in_loss:
+        after = tokenizer(start, add_special_tokens=False)["input_ids"]
+        assert list(given[-len(after) :]) == after, name
+        rendered = tokenizer.decode(given[: -len(after)])
+        asked = rendered[rendered.index("What is") : rendered.index(" + 1?") + 5]
+        turn = [{"role": "user", "content": asked}]
+        alone = tokenizer.apply_chat_template(
+            turn, chat_template=template, add_generation_prompt=True, return_dict=True
+        )
+        assert list(given[: -len(after)]) == list(alone["input_ids"]), name
+        assert (start + tokenizer.decode(chosen, skip_special_tokens=True), list(chosen)) in [
+            (text, list(ids)) for text, ids in seen
+        ]
+
+
+def test_every_row_may_have_a_prefix_of_its_own(policy, tmp_path):
+    starts = ["", "<think>\n", "Okay"]
+
+    class PerRow(Recording):
+        def __init__(self, *args, train_dataset, **kwargs):
+            rows = [{"prompt": prefilled([{"role": "user", "content": f"{i}?"}], starts[i % 3])} for i in range(12)]
+            super().__init__(*args, train_dataset=Dataset.from_list(rows), **kwargs)
+
+    trainer, seen, _ = trained(policy, tmp_path, kind=PerRow, max_steps=3)
+    what_is_trained_is_what_was_sampled(trainer)
+    tokenizer, used = trainer.processing_class, set()
+    for text, ids in seen:
+        sampled = tokenizer.decode(ids, skip_special_tokens=True)
+        assert text.removesuffix(sampled) in starts
+    for _, (given, _), *_ in trainer.in_loss:
+        row, _, start = tokenizer.decode(given).partition("?<|im_end|>\n<|im_start|>assistant\n")
+        assert start == starts[int(row.rpartition("\n")[2]) % 3]
+        used.add(start)
+    assert used == set(starts)
+
+
+def test_a_prompt_that_ends_in_an_assistant_turn_is_refused(policy, tmp_path):
+    """TRL itself renders it malformed, without a word."""
+    trainer, _, _ = trained(policy, tmp_path, max_steps=1)
+    turns = prefilled([{"role": "user", "content": "?"}, {"role": "assistant", "content": "<think>"}], "")
+    with pytest.raises(BadInput, match="ends in an assistant turn"):
+        trainer._tokenize_prompts([turns] * 4)
+    assert chat.render(trainer.processing_class, turns[:1]).endswith("assistant\n")
+
+
+def test_a_tokenizer_that_parses_responses_does_not_take_the_prefix_away(policy, tmp_path):
+    """With a response template TRL would give rewards a parsed message; they judge text."""
+    kind = type("Parsing", (PrefillGRPOTrainer,), {})
+    trainer, _, _ = trained(policy, tmp_path, kind=kind, max_steps=1)
+    trainer._tokenizer.response_template = qwen3_template
+    turns = [prefilled([{"role": "user", "content": "?"}], PREFIX)] * 4
+    trainer.model.train()
+    theirs = GRPOTrainer._generate(trainer, turns)
+    assert "reasoning_content" in theirs[3][0][0]
+    out = trainer._generate(turns)
+    texts = [PREFIX + trainer.processing_class.decode(ids, skip_special_tokens=True) for ids in out[1]]
+    assert out[3] == [[{"role": "assistant", "content": text}] for text in texts]
+
+
+def test_adapters_are_sampled_with_the_same_settings_as_whole_policies(policy, tmp_path):
+    """A model's own repetition penalty must not be in what is sampled, on a wrapped model either."""
+    from stages.sampling import own_settings
+
+    texts = []
+    for penalty in (1.0, 5.0):
+        trainer, seen, _ = trained(
+            policy, tmp_path, kind=_penalised(penalty, own_settings), lora=adapter(), max_steps=1
+        )
+        texts.append([list(ids) for _, ids in seen])
+    assert texts[0] == texts[1]
+
+
+def _penalised(penalty, own_settings):
+    class Penalised(PrefillGRPOTrainer):
+        def train(self, *args, **kwargs):
+            model = self.model.get_base_model()
+            model.generation_config.repetition_penalty = penalty
+            with own_settings(model):
+                return super().train(*args, **kwargs)
+
+    return Penalised

@@ -19,6 +19,8 @@ from tests.conftest import TINY, stage
 
 EVERYTHING: dict[str, Any] = copy.deepcopy(TINY)
 EVERYTHING["model"] |= {"lora": {"r": 32, "alpha": 32.0, "dropout": 0.0, "targets": "all-linear"}}
+stage(EVERYTHING, "warmup").update(packing={"strategy": "bfd", "max_length": 512}, loss_weights={"system": 0.2})
+stage(EVERYTHING, "distill").update(format={"response_prefix": "<think>\n"})
 stage(EVERYTHING, "harvest")["keep"] |= {"per_prompt": 2, "pass_rate": [0.0, 1.0]}
 EVERYTHING |= {"deadline": 100, "track": {"wandb": "offline"}, "seed": 0}
 EVERYTHING["launch"] |= {"processes": 1, "device": "auto", "micro_batch": 8}
@@ -27,9 +29,9 @@ EVERYTHING["launch"] |= {"processes": 1, "device": "auto", "micro_batch": 8}
 OTHER: dict[str, Any] = {
     "recipe.name": "other", "recipe.seed": 1, "recipe.registry": "elsewhere", "recipe.deadline": 7,
     "model.path": None, "model.hub": None, "model.revision": None, "model.artifact": None, "model.dtype": "bfloat16",
-    "lora.r": 4, "lora.alpha": 4.0, "lora.dropout": 0.5, "lora.targets": ["q_proj"],
+    "lora.r": 4, "lora.alpha": 4.0, "lora.dropout": 0.5, "lora.targets": ["q_proj"], "lora.quantize": "nf4",
     "problem.name": None, "problem.form": "text",
-    "format.prompt": "scheduler", "format.response_prefix": "",
+    "format.prompt": "scheduler", "format.response_prefix": "", "format.per_row": None, "format.chat_template": "configs/tiny-base/chat_template.jinja",
     "evaluate.rows": 9, "evaluate.samples": 3, "evaluate.temperature": 0.5, "evaluate.max_completion_length": 9, "validation.rows": 5,
     "launch.processes": 2, "launch.threads": 2, "launch.device": "cpu", "launch.micro_batch": 4, "launch.accelerate": None,
     "track.wandb": "online",
@@ -39,12 +41,16 @@ OTHER: dict[str, Any] = {
     "stage.trl": {"adam_beta2": 0.5}, "stage.prompt_loss_weight": 0.7, "stage.completion_loss_weight": 0.7, "stage.epochs": 2.0, "stage.rows_per_step": 16,
     "stage.steps": 7, "stage.prompts_per_step": 4, "stage.group_size": 8, "stage.max_completion_length": 9, "stage.temperature": 0.5, "stage.epsilon": 0.1,
     "stage.epsilon_high": 0.5, "stage.samples": 3, "kl.beta": 0.5, "kl.reference": "base",
+    "stage.format": {"response_prefix": "x"}, "stage.normaliser": "nonzero_count", "stage.padding_free": True, "stage.packing": {"max_length": 64},
+    "packing.strategy": "wrapped", "packing.max_length": 99,
+    **{f"loss_weights.{role}": 0.9 for role in ("system", "user", "template", "prefix", "completion")},
     "keep.min_score": 0.5, "keep.per_prompt": 1, "keep.pass_rate": [0.1, 0.9],
 }  # fmt: skip
 """Another value for every field; None where a field cannot be changed on its own (covered by tests of their own below)."""
 
 GROUPS = {
-    "recipe": [()], "model": [("model",)], "lora": [("model", "lora")], "problem": [("problem",)], "format": [("format",)],
+    "recipe": [()], "model": [("model",)], "lora": [("model", "lora")], "problem": [("problem",)], "format": [("format",), ("stages", 3, "format")],
+    "packing": [("stages", 0, "packing")], "loss_weights": [("stages", 0, "loss_weights"), ("stages", 3, "loss_weights")],
     "evaluate": [("evaluate",)], "validation": [("validation",)], "launch": [("launch",)], "track": [("track",)],
     "stage": [("stages", i) for i in range(5)], "kl": [("stages", 1, "kl"), ("stages", 4, "kl")], "keep": [("stages", 2, "keep")],
 }  # fmt: skip
@@ -144,6 +150,7 @@ def test_every_config_of_every_kind_is_marked():
 def test_every_field_that_the_walk_skips_is_one_of_these():
     assert {name for name, value in OTHER.items() if value is None} == {
         "model.path", "model.hub", "model.revision", "model.artifact", "problem.name", "launch.accelerate", "stage.kind",
+        "format.per_row",
     }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import AutoTokenizer
 
-from stages import models, prefix
+from stages import chat, models, prefix
 from stages.job import BadInput, Format
 from stages.problems.base import Row
 from tests.models import CHATML, make_model, make_tokenizer
@@ -25,15 +25,18 @@ def tokenizer():
 
 
 def test_sampling_is_given_prompt_and_prefix_and_nothing_is_merged_between_them(tokenizer):
-    prompts, given = prefix.sampling_prompts(tokenizer, format_with(), [ROW])
-    assert tokenizer.decode(prompts[0]) == "<|im_start|>user\nWhat is 1 + 2?<|im_end|>\n<|im_start|>assistant\n"
-    assert given[0] == prompts[0] + tokenizer("<think>\n")["input_ids"]
+    ((ids, roles),) = prefix.prompts(tokenizer, format_with(), [ROW])
+    assert tokenizer.decode(ids) == "<|im_start|>user\nWhat is 1 + 2?<|im_end|>\n<|im_start|>assistant\n"
+    assert len(roles) == len(ids) and [tokenizer.decode([i for i, r in zip(ids, roles, strict=True) if r == "u"])] == [
+        "What is 1 + 2?"
+    ]
+    assert prefix.prefix_ids(tokenizer, "<think>\n") == tokenizer("<think>\n")["input_ids"]
 
 
 def test_an_sft_target_starts_with_the_very_ids_that_sampling_is_given(tokenizer):
     """Were prefix and rest one string, the tokenizer would merge across the boundary."""
     text = "<think>\nOkay, so I add the numbers."
-    ids = prefix.demonstration_ids(tokenizer, format_with("<think>\nOk"), text)
+    ids = prefix.demonstration(tokenizer, "<think>\nOk", text)[0]
     start = prefix.prefix_ids(tokenizer, "<think>\nOk")
     assert ids[: len(start)] == start and ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(ids[:-1]) == text
@@ -42,7 +45,7 @@ def test_an_sft_target_starts_with_the_very_ids_that_sampling_is_given(tokenizer
 
 def test_a_demonstration_that_does_not_start_with_the_prefix_is_refused(tokenizer):
     with pytest.raises(BadInput, match="make them agree"):
-        prefix.demonstration_ids(tokenizer, format_with(), "Okay.")
+        prefix.demonstration(tokenizer, "<think>\n", "Okay.")
 
 
 def test_the_problem_sees_the_prefix_and_no_special_token(tokenizer):
@@ -62,7 +65,7 @@ def test_serving_yields_prompt_and_prefix_and_training_does_not(response_prefix,
     served = AutoTokenizer.from_pretrained(tmp_path)
     assert served.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) == training + response_prefix
     assert served.apply_chat_template(turn, add_generation_prompt=False, tokenize=False).count("assistant") == 0
-    assert prefix.training_template(served) == template
+    assert chat.training_template(served) == template
     assert served.decode(prefix.prompt_ids(served, [turn])[0]) == training
 
 
@@ -97,7 +100,7 @@ def test_a_user_template_cannot_reach_the_machine():
 def test_a_turn_that_does_not_end_in_the_eos_token_is_refused(tokenizer):
     tokenizer.chat_template = CHATML.replace("<|im_end|>", "</s>")
     with pytest.raises(BadInput, match="eos token"):
-        prefix.turn_end(tokenizer)
+        chat.turn_end(tokenizer)
 
 
 def test_a_prefix_that_the_tokenizer_cannot_write_is_refused():

@@ -106,7 +106,7 @@ def test_what_is_no_text_or_no_mapping_of_words_is_one_line(tmp_path):
         ("no front matter", "needs front matter"),
         ("---\n- a\n---\n# system\n# user\nx", "expected a mapping"),
         ("---\na: [\n---\n# system\n# user\nx", "front matter"),
-        ("---\na: b\n---\n# system\n# user\n{{ prompt", "user template"),
+        ("---\npurpose: b\n---\n# system\n# user\n{{ prompt", "user template"),
     ],
 )
 def test_a_prompt_file_of_another_shape_is_one_line(text, said, settings, write, tmp_path):
@@ -171,9 +171,7 @@ def test_bad_arguments_are_one_line(arguments, tmp_path):
 
 
 LATER = {
-    "model.lora": {"r": 8},
     "track.wandb": "offline",
-    "launch.processes": 2,
     "stages.rl1.gate": {"pass_rate": 0.2},
     "stages.rl1.kl": {"reference": "base"},
     "problem.form": "text",

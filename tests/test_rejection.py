@@ -20,7 +20,7 @@ def rollouts(*scores: float, ids: list[int] | None = None) -> list[Rollout]:
     """One rollout a score, with ids of its own unless they are given."""
     numbers = ids or list(range(len(scores)))
     return [
-        Rollout([1], [number], str(number), Judgement(score, "valid", score == 1, True), finished=True)
+        Rollout(([1], "u"), ([number], "c"), str(number), Judgement(score, "valid", score == 1, True), finished=True)
         for score, number in zip(scores, numbers, strict=True)
     ]
 

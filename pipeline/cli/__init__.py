@@ -10,8 +10,9 @@ import sys
 
 import typer
 
-from pipeline.cli import artifacts, recipes, run, runs
+from pipeline.cli import artifacts, questions, recipes, run, runs
 from pipeline.cli.common import Terminated
+from pipeline.launch import StageFailed
 from stages.job import BadInput
 
 DEBUG = "SWITCHBACK_DEBUG"
@@ -23,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for noun in (recipes, run, runs, artifacts):
+for noun in (recipes, questions, run, runs, artifacts):
     noun.add_to(app)
 
 
@@ -38,6 +39,8 @@ def exit_code(arguments: list[str]) -> int:  # noqa: PLR0911 - one for each way 
         code = app(arguments or ["--help"], prog_name="switchback", standalone_mode=False)
     except (BadInput, typer.TyperException) as error:
         return complain(str(error), 2)
+    except StageFailed as error:
+        return complain(str(error), 1)
     except run.Stopped as error:
         return complain(error.message, error.code)
     except Terminated:

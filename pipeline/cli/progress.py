@@ -6,6 +6,7 @@ rl1        30/50 | 12.1 s | eta 8 s | reward 0.614 | kl 0.3121 | entropy 0.112
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.live import Live
@@ -15,6 +16,7 @@ from rich.text import Text
 from pipeline.cli.tables import console
 from pipeline.registry import Artifact
 from pipeline.steps import Step
+from stages.job import Finding
 
 EVERY = 10.0
 """Seconds between two plain lines of one step."""
@@ -42,6 +44,14 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._live:
             self._live.stop()
+
+    def found(self, finding: Finding) -> None:
+        """A preflight has something to say."""
+        style = "yellow" if finding.severity == "warn" else "dim"
+        override = f" (--set {finding.override})" if finding.override else ""
+        self._console.print(
+            Text(f"{finding.stage:<{self._width}} {finding.severity}: {finding.advice}{override}", style)
+        )
 
     def reused(self, step: Step, artifact: Artifact) -> None:
         """Nothing to do."""
@@ -75,6 +85,15 @@ class Progress:
         seconds = artifact.provenance.get("seconds", 0.0)
         values = " | ".join(metrics(self._last))
         self._line(step, f"done in {seconds:.1f} s, {artifact.id}{f' | {values}' if values else ''}", "bold")
+
+    def asked(self, name: str) -> Callable[[dict[str, Any]], None]:
+        """What hears the metrics of a question."""
+
+        def heard(line: dict[str, Any]) -> None:
+            if self._live:
+                self._live.update(Text(f"{name:<{self._width}} {said(line)}"), refresh=True)
+
+        return heard
 
     def _line(self, step: Step, text: str, style: str = "") -> None:
         said_so = f"[{style}]{escape(text)}[/]" if style else escape(text)

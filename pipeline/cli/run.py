@@ -14,7 +14,6 @@ from pipeline.cli.common import RecipeArgument, RegistryOption, SetOption, Termi
 from pipeline.cli.progress import Progress
 from pipeline.cli.recipes import Fresh, From, Only, Until
 from pipeline.cli.tables import run_table, show
-from pipeline.launch import StageFailed
 from pipeline.recipe import load
 from pipeline.registry import Registry
 from pipeline.summary import summarise
@@ -60,8 +59,6 @@ def run(
     try:
         with Progress() as progress:
             id = climb.run(loaded, planned, place, progress, use_prefect=not no_prefect)
-    except StageFailed as error:
-        raise Stopped(str(error), 1) from None
     except KeyboardInterrupt:
         raise Stopped(
             "interrupted; run the same command to go on with what is done", 130

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -100,13 +101,30 @@ def run_table(summary: RunSummary) -> Table:
     return made
 
 
+def probe_table(lines: Sequence[dict[str, Any]]) -> Table:
+    """A line a policy, prompt and prefix."""
+    numbers = ("pass", "95 %", "format", "follows", "95 % ", "tokens")
+    made = table("policy", "prompt", "prefix", *numbers, right=numbers)
+    for line in lines:
+        followed = line["follow"] is not None
+        follows = (_x100(line["follow"]), _between(line["follow_interval"])) if followed else ("-", "-")
+        made.add_row(
+            line["policy"], escape(line["prompt"]), escape(repr(line["response_prefix"])), _x100(line["pass_rate"]), _between(line["interval"]),
+            _x100(line["format"]), *follows, f"{line['tokens']:.1f}",
+        )  # fmt: skip
+    return made
+
+
+def _between(interval: Sequence[float]) -> str:
+    return f"{_x100(interval[0])} - {_x100(interval[1])}"
+
+
 def _scores(stage: StageSummary) -> list[str]:
     e = stage.evaluation
     if e is None:
         return ["-"] * 6
-    low, high = e.interval
     shares = (e.solved, e.format, e.pass_at_k["1"])
-    return [_x100(e.greedy), _x100(e.mean), f"{_x100(low)} - {_x100(high)}", *map(_x100, shares)]
+    return [_x100(e.greedy), _x100(e.mean), _between(e.interval), *map(_x100, shares)]
 
 
 def _moment(timestamp: str) -> str:

@@ -1,14 +1,17 @@
-"""What listens to a trainer: the metrics log, and a stop on a loss that is no number."""
+"""What listens to a trainer: the metrics log, and a stop on a loss that is no number. With several processes the first one listens."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from stages.job import Job
 from stages.metrics import MetricsLog
+from stages.training import same_world
 
 
 class MetricsCallback(TrainerCallback):
@@ -27,7 +30,7 @@ class MetricsCallback(TrainerCallback):
     ) -> None:
         """One line a logged step; the summary at the end of training is left out."""
         values = {name: float(value) for name, value in (logs or {}).items() if isinstance(value, (int, float))}
-        if "loss" not in values or not state.is_world_process_zero:
+        if "loss" not in values:
             return
         self.log.write(state.global_step, state.max_steps, values)
         if not math.isfinite(values["loss"]):
@@ -36,8 +39,9 @@ class MetricsCallback(TrainerCallback):
             )
 
 
-def listen(trainer: Trainer, log: MetricsLog) -> None:
-    """Let the metrics log be the trainer's only voice."""
+def listen(trainer: Trainer, job: Job) -> None:
+    """Let the job's metrics log be the trainer's only voice. Raises BadInput when the trainer runs in another world than the job is for."""
+    same_world(trainer, job)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(MetricsCallback(log))
+    trainer.add_callback(MetricsCallback(MetricsLog(Path(job.out))))

@@ -1,7 +1,8 @@
 """GRPOTrainer with a response prefix that is prompt to the policy and completion to the rewards.
 
 The prefix ids are appended to the prompt ids, so loss, KL, entropy and length leave them out by construction, whatever generates; the prefix
-text is put back in front of the completions that rewards and logs see. Two hooks: `_tokenize_prompts` and `_generate`.
+text is put back in front of the completions that rewards and logs see. The prefix travels with the prompt, in its last turn, so that every row may
+have its own. Two hooks: `_tokenize_prompts` and `_generate`.
 """
 
 from __future__ import annotations
@@ -11,35 +12,48 @@ from typing import Any
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from stages import prefix
+from stages.chat import Message
 
-COMPLETIONS = 3
-"""Where the decoded completions are in what `GRPOTrainer._generate` returns."""
+START = "response_prefix"
+"""Key of a prompt's last turn that holds its prefix; templates do not look at it."""
+COMPLETION_IDS, COMPLETIONS = 1, 3
+"""Where the sampled ids and the decoded completions are in what `GRPOTrainer._generate` returns."""
+
+
+def prefilled(messages: list[Message], response_prefix: str) -> list[Message]:
+    """A prompt that carries its prefix."""
+    return [*messages[:-1], {**messages[-1], START: response_prefix}]
 
 
 class PrefillGRPOTrainer(GRPOTrainer):
-    """GRPOTrainer that renders with the training template and samples after the prefix. Conversational prompts only."""
+    """GRPOTrainer that renders with the training template and samples after the prefix. Prompts are made by `prefilled`."""
 
-    def __init__(self, *args: Any, response_prefix: str, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.response_prefix = response_prefix
-        self._prefix_ids = prefix.prefix_ids(self._tokenizer, response_prefix)
-
-    def _tokenize_prompts(self, prompts: list[list[prefix.Message]]) -> tuple[list[list[int]], None, dict[str, Any]]:
+    def _tokenize_prompts(self, prompts: list[list[Message]]) -> tuple[list[list[int]], None, dict[str, Any]]:
         """Prompt ids + prefix ids, each distinct prompt rendered once."""
         size = self.num_generations if self.model.training else self.num_generations_eval
-        groups = prefix.prompt_ids(self._tokenizer, prompts[::size]) if _in_groups(prompts, size) else None
-        ids = (
-            [groups[i // size] for i in range(len(prompts))] if groups else prefix.prompt_ids(self._tokenizer, prompts)
-        )
-        return [[*prompt, *self._prefix_ids] for prompt in ids], None, {}
+        if _in_groups(prompts, size):
+            once = self._given(prompts[::size])
+            return [list(once[i // size]) for i in range(len(prompts))], None, {}
+        return self._given(prompts), None, {}
 
-    def _generate(self, prompts: list[list[prefix.Message]]) -> tuple[Any, ...]:
+    def _given(self, prompts: list[list[Message]]) -> list[list[int]]:
+        ids = prefix.prompt_ids(self._tokenizer, [_without_prefix(prompt) for prompt in prompts])
+        starts = [prefix.prefix_ids(self._tokenizer, prompt[-1][START]) for prompt in prompts]
+        return [[*prompt, *start] for prompt, start in zip(ids, starts, strict=True)]
+
+    def _generate(self, prompts: list[list[Message]]) -> tuple[Any, ...]:
+        """What rewards and logs see is made from the ids again: a tokenizer with a response template would have put the prefix elsewhere."""
         out = list(super()._generate(prompts))
-        out[COMPLETIONS] = [
-            [{**turns[0], "content": self.response_prefix + turns[0]["content"]}, *turns[1:]]
-            for turns in out[COMPLETIONS]
+        texts = [
+            prefix.completion_text(self._tokenizer, prompt[-1][START], ids)
+            for prompt, ids in zip(prompts, out[COMPLETION_IDS], strict=True)
         ]
+        out[COMPLETIONS] = [[{"role": "assistant", "content": text}] for text in texts]
         return tuple(out)
+
+
+def _without_prefix(prompt: list[Message]) -> list[Message]:
+    return [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
 
 
 def _in_groups(prompts: list[Any], size: int) -> bool:

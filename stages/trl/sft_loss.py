@@ -1,7 +1,8 @@
-"""SFTTrainer with a weight for prompt tokens, inside TRL's fused LM head: the full logits are never built.
+"""SFTTrainer with a weight for every token, inside TRL's fused LM head: the full logits are never built.
 
-TRL prepares the data and labels prompt tokens -100; we turn labels into weights per micro-batch (`stages.weighting`), let the fused head
-score every token that has one, and divide by the weights of the whole optimiser step, so the gradient does not depend on the micro-batch.
+TRL packs, collates and scores; the batch's `labels` hold each token's role (`tokens.labelled`). We turn roles into weights per micro-batch
+(`stages.weighting`), let the fused head score every token that has one, and divide by a number of the whole optimiser step, so the gradient does not
+depend on micro-batch, packing or process count.
 """
 
 from __future__ import annotations
@@ -10,34 +11,41 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from trl.trainer.sft_trainer import SFTTrainer
 
-from stages.weighting import real_tokens, token_weights
+from stages.job import BadInput
+from stages.weighting import NOTHING, Normaliser, Weights, is_answered, normaliser, token_weights
 
 
 class WeightedSFTTrainer(SFTTrainer):
-    """SFTTrainer whose loss is the weighted mean over prompt and completion tokens."""
+    """SFTTrainer whose loss weighs tokens by role. Raises BadInput for what would change that loss behind our back."""
 
     loss_is_scaled_for_ga = (
-        True  # we divide by the whole step's weights; Trainer must not divide by the accumulation again
+        True  # we divide by a number of the whole step; Trainer must not divide by the accumulation again
     )
 
-    def __init__(self, *args: Any, prompt_loss_weight: float, completion_loss_weight: float, **kwargs: Any) -> None:
-        self.prompt_loss_weight, self.completion_loss_weight = prompt_loss_weight, completion_loss_weight
+    def __init__(self, *args: Any, weights: Weights, normaliser: Normaliser = "weight_sum", **kwargs: Any) -> None:
+        self.weights, self.normaliser = weights, normaliser
         super().__init__(*args, **kwargs)
-        if self.args.loss_type != "nll" or self.args.label_smoothing_factor or self.compute_loss_func is not None:
-            raise ValueError("prompt loss weights need loss_type nll, no label smoothing and no compute_loss_func")
+        self._refuse_other_losses()
 
-    def _weights(self, batch: dict[str, Tensor]) -> Tensor:
-        return token_weights(batch, self.prompt_loss_weight, self.completion_loss_weight)
+    def _refuse_other_losses(self) -> None:
+        parallel = self.accelerator.parallelism_config
+        if self.args.loss_type != "nll" or self.args.label_smoothing_factor or self.compute_loss_func is not None:
+            raise BadInput("token weights need loss_type nll, no label smoothing and no compute_loss_func; remove them")
+        if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
+            raise BadInput(
+                "token weights do not work with context or sequence parallelism; take it out of the accelerate config"
+            )
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-        """The sum of the weights of the optimiser step, over accumulation and processes (float64 inside)."""
-        weights = [self._weights(batch)[..., 1:].sum(dtype=torch.float64) for batch in batch_samples]
-        total = torch.stack(weights).sum().to(device, torch.float32)
+        """N of the optimiser step, over accumulation and processes (float64 until it is summed up)."""
+        parts = [normaliser(batch["labels"], self.weights, self.normaliser) for batch in batch_samples]
+        total = torch.stack(parts).sum().to(device, torch.float32)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             total = self.accelerator.gather(total).sum()
-        return total
+        return total / self.get_tp_size()
 
     def compute_loss(
         self,
@@ -46,28 +54,37 @@ class WeightedSFTTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """- sum(w log p) / sum(w), the denominator over the whole step. (B, T) inputs -> scalar."""
-        weights = self._weights(inputs)
-        is_completion = inputs["labels"] != -100
-        scored = {**inputs, "use_cache": False, "labels": inputs["input_ids"].masked_fill(weights == 0, -100)}
-        out = model(**scored, fused_lm_head=True)  # log_probs is (B, T-1), 0 where the label is -100
-        w = weights[:, 1:]
-        total = w.sum() if num_items_in_batch is None else num_items_in_batch
-        loss = -(w * out.log_probs).sum() / total.clamp(min=1e-8)  # TRL clamps at 1, wrong where weights sum to less
+        """- sum(w log p) / N, N over the whole step. (B, T) inputs -> scalar."""
+        codes = inputs["labels"]
+        weights = token_weights(codes, self.weights)
+        scored = {**inputs, "use_cache": False, "labels": inputs["input_ids"].masked_fill(weights == 0, NOTHING)}
+        if self.aux_loss_enabled:
+            scored["output_router_logits"] = True
+        out = model(**scored, fused_lm_head=True)  # log_probs is 0 where the label is -100
+        total = normaliser(codes, self.weights, self.normaliser) if num_items_in_batch is None else num_items_in_batch
+        loss = -(_aligned(weights, out.log_probs) * out.log_probs).sum() / total.clamp(
+            min=1e-8
+        )  # TRL clamps at 1, wrong where weights sum to less
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes
-        self._log_parts(out, is_completion[:, 1:], scored)
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        if self.aux_loss_enabled:  # of a mixture of experts; a mean per micro-batch, as TRL has it
+            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self.router_aux_loss_coef * out.aux_loss / steps
+        self._log_parts(out, _aligned(is_answered(codes), out.log_probs), inputs)
         return (loss, out) if return_outputs else loss
 
     @torch.no_grad()
-    def _log_parts(self, out: Any, is_completion: Tensor, inputs: dict[str, Tensor]) -> None:
+    def _log_parts(self, out: Any, answered: Tensor, inputs: dict[str, Tensor]) -> None:
         """Unweighted loss of each part, so that runs with different weights can be compared; entropy and accuracy of the completion."""
-        completion, prompt = is_completion & out.label_mask, out.label_mask & ~is_completion
+        completion, prompt = answered & out.label_mask, out.label_mask & ~answered
         nll = -out.log_probs
+        tokens = (
+            inputs["attention_mask"].sum() if "attention_mask" in inputs else torch.tensor(inputs["input_ids"].numel())
+        )
         sums = [completion.sum(), prompt.sum(), (nll * completion).sum(), (nll * prompt).sum()]
-        sums += [(out.entropy * completion).sum(), (out.is_top1 * completion).sum(), real_tokens(inputs).sum()]
-        gathered = self.accelerator.gather_for_metrics(torch.stack([s.float() for s in sums])[None]).sum(0).tolist()
-        n_completion, n_prompt, nll_completion, nll_prompt, entropy, top1, tokens = gathered
+        sums += [(out.entropy * completion).sum(), (out.is_top1 * completion).sum(), tokens.to(nll.device)]
+        gathered = self.accelerator.gather_for_metrics(torch.stack([s.double() for s in sums])[None]).sum(0).tolist()
+        n_completion, n_prompt, nll_completion, nll_prompt, entropy, top1, n_tokens = gathered
         log = self._metrics["train" if self.model.training else "eval"]
         if n_completion:
             log["completion_loss"].append(nll_completion / n_completion)
@@ -75,5 +92,11 @@ class WeightedSFTTrainer(SFTTrainer):
             log["mean_token_accuracy"].append(top1 / n_completion)
         if n_prompt:
             log["prompt_loss"].append(nll_prompt / n_prompt)
-        self._total_train_tokens += int(tokens)
+        self._total_train_tokens += int(n_tokens) // self._tp_size
         log["num_tokens"] = [self._total_train_tokens]
+
+
+def _aligned(per_token: Tensor, log_probs: Tensor) -> Tensor:
+    """(B, T) per token -> like `log_probs`: shifted by one; PEFT prompt learning puts virtual tokens in front."""
+    width = log_probs.size(1)
+    return per_token[:, -width:] if width < per_token.size(1) else pad(per_token, (width - per_token.size(1), 0))

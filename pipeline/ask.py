@@ -1,0 +1,116 @@
+"""Questions: jobs whose answer is shown and not published. They look at a recipe's steps, and at what of them is there already.
+
+a step -> its job, with the nearest policy that is there in the place of one that is not made yet -> an answer, as JSON
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.launch import Launcher, OnMetrics
+from pipeline.plan import Planned
+from pipeline.registry import Artifact, Registry
+from pipeline.run import job_of
+from stages.job import BadInput, Execution, Finding, Findings, Job
+
+CHECKED = ("sft", "grpo", "rejection")
+"""Kinds of step that a preflight looks at."""
+
+
+def preflight(
+    planned: Sequence[Planned], names: Sequence[str], registry: Registry, launcher: Launcher, execution: Execution
+) -> list[Finding]:
+    """What is known about steps before they run. Raises BadInput for what cannot work."""
+    jobs = [stand_in(one, planned, registry, execution) for one in planned if one.step.name in names]
+    config = {"jobs": [job.model_dump(mode="json") for job in jobs]}
+    with _question("preflight", config, jobs[0], {}) as job:
+        launcher.launch(job)
+        return list(Findings.model_validate_json(Path(job.out, "findings.json").read_text()).findings)
+
+
+def checkable(planned: Sequence[Planned]) -> list[str]:
+    """Steps that a preflight looks at before anything runs."""
+    return [one.step.name for one in planned if one.action == "run" and one.step.kind in CHECKED]
+
+
+def waits_for_data(one: Planned, planned: Sequence[Planned]) -> bool:
+    """Whether a step's data are made by a step that runs first."""
+    source = one.step.inputs.get("data")
+    return source is not None and any(other.step.name == source.step and other.action == "run" for other in planned)
+
+
+def loss_map(
+    one: Planned, planned: Sequence[Planned], row: int, registry: Registry, launcher: Launcher
+) -> dict[str, Any]:
+    """The loss map of a row of an sft step. Raises BadInput for another kind of step, for data that are not made yet, and for no such row."""
+    step = one.step
+    if step.kind != "sft":
+        raise BadInput(f"{step.name} is of kind {step.kind}; inspect shows what an sft stage trains on")
+    if (source := step.inputs.get("data")) and source.step and not _artifact(source.step, planned):
+        raise BadInput(
+            f"{step.name} trains on {source.step}, which has not been made yet; run it first, with --until {source.step}"
+        )
+    like = stand_in(one, planned, registry, Execution())
+    with _question("inspect", {"stage": step.config, "row": row}, like, like.inputs) as job:
+        result = launcher.launch(job)
+        return {**json.loads(Path(job.out, "loss_map.json").read_text()), "metrics": result.metrics}
+
+
+def probe(
+    config: dict[str, Any],
+    like: Planned,
+    policies: dict[str, str],
+    registry: Registry,
+    launcher: Launcher,
+    execution: Execution,
+    on_metrics: OnMetrics,
+) -> list[dict[str, Any]]:
+    """The lines of a probe, `like` an evaluation of the recipe; `policies` says where the policies are."""
+    job = job_of(like.step, {}, registry, execution)
+    with _question("probe", config, job, policies) as question:
+        launcher.launch(question, on_metrics=on_metrics)
+        return json.loads(Path(question.out, "probe.json").read_text())["lines"]
+
+
+def stand_in(one: Planned, planned: Sequence[Planned], registry: Registry, execution: Execution) -> Job:
+    """A step's job with what is there: an ancestor for a policy that is not made yet, no data where they are not."""
+    made = {other.step.name: other.artifact for other in planned if other.artifact}
+    inputs = {role: ref for role, ref in one.step.inputs.items() if ref.step is None or ref.step in made}
+    job = job_of(one.step.model_copy(update={"inputs": inputs}), made, registry, execution)
+    return job.model_copy(update={"inputs": {**job.inputs, "policy": _policy(one, planned, made, registry)}})
+
+
+def _policy(one: Planned, planned: Sequence[Planned], made: Mapping[str, Artifact], registry: Registry) -> str:
+    """Where the step's policy lies, or the nearest one before it that is there."""
+    ref = one.step.inputs["policy"]
+    if ref.step is None:
+        return ref.source
+    if ref.step in made:
+        return str(registry.path(made[ref.step], ref.output))
+    return _policy(next(other for other in planned if other.step.name == ref.step), planned, made, registry)
+
+
+def _artifact(name: str, planned: Sequence[Planned]) -> Artifact | None:
+    return next(other.artifact for other in planned if other.step.name == name)
+
+
+@contextmanager
+def _question(kind: str, config: dict[str, Any], like: Job, inputs: Mapping[str, str]) -> Iterator[Job]:
+    """A job with a temporary directory of its own, which is gone afterwards unless the job failed, so that its log can be read."""
+    work = Path(tempfile.mkdtemp(prefix=f"switchback-{kind}-"))
+    execution = like.execution.model_copy(update={"processes": 1, "accelerate": None})
+    what: dict[str, Any] = {
+        "kind": kind,
+        "config": config,
+        "inputs": dict(inputs),
+        "work": str(work),
+        "out": str(work / "out"),
+    }
+    yield like.model_copy(update={**what, "execution": execution})
+    shutil.rmtree(work)

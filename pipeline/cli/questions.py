@@ -1,0 +1,199 @@
+"""inspect, probe: what a recipe would train on and how its prompts do, before anything is trained."""
+
+from __future__ import annotations
+
+import codecs
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from pipeline import ask, checks, formats
+from pipeline import plan as planning
+from pipeline.cli.common import JsonOption, RecipeArgument, RegistryOption, SetOption, open_registry, print_json
+from pipeline.cli.progress import Progress
+from pipeline.cli.tables import console, probe_table, show
+from pipeline.launch import Launcher
+from pipeline.plan import Planned
+from pipeline.recipe import Recipe, load
+from pipeline.registry import Registry
+from stages.config import FormatSettings
+from stages.job import BadInput, Format
+
+Stage = Annotated[str, typer.Option("--stage", metavar="STAGE", help="An sft stage.", show_default=False)]
+Row = Annotated[int, typer.Option("--row", min=0, help="Which of its rows, from 0.")]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--prompt",
+        help="A prompt by name, or the path of an .md file. May be given again. Default: the recipe's.",
+        show_default=False,
+    ),
+]
+Prefixes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--prefix",
+        help=r"A response prefix; \n and other escapes are decoded. May be given again. Default: the recipe's.",
+        show_default=False,
+    ),
+]
+Policy = Annotated[
+    str | None,
+    typer.Option("--policy", metavar="ID", help="Probe this artifact in place of the base.", show_default=False),
+]
+After = Annotated[
+    str | None, typer.Option("--after", metavar="ID", help="Show the same with this artifact, too.", show_default=False)
+]
+Rows = Annotated[int, typer.Option("--rows", min=2, help="Validation rows.")]
+Samples = Annotated[int, typer.Option("--samples", min=1, help="Completions per row.")]
+
+ROLE_STYLES = {"system": "magenta", "user": "cyan", "template": "dim", "prefix": "yellow", "completion": "green"}
+SHADES = (17, 18, 19, 20, 26, 32)
+"""256-colour backgrounds from the least to the greatest weight."""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    app.command()(inspect)
+    app.command()(probe)
+
+
+def inspect(
+    recipe: RecipeArgument,
+    stage: Stage,
+    row: Row = 0,
+    overrides: SetOption = None,
+    registry: RegistryOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Show what every token of a row weighs in an sft stage's loss."""
+    _, place, planned = _opened(recipe, overrides, registry)
+    one = _named(planned, stage)
+    with Launcher(preload=False) as launcher:
+        found = ask.loss_map(one, planned, row, place, launcher)
+    if json:
+        print_json({"tokens": found["tokens"]})
+    else:
+        _print_map(stage, row, found)
+
+
+def probe(
+    recipe: RecipeArgument,
+    prompts: Prompts = None,
+    prefixes: Prefixes = None,
+    policy: Policy = None,
+    after: After = None,
+    rows: Rows = 64,
+    samples: Samples = 4,
+    overrides: SetOption = None,
+    registry: RegistryOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Try prompts and response prefixes on a policy, before any training, and on another one after it."""
+    loaded, place, planned = _opened(recipe, overrides, registry)
+    base = planned[0]
+    where = {"policy": _policy(place, policy) if policy else base.step.inputs["policy"].source}
+    where |= {"after": _policy(place, after)} if after else {}
+    config = {
+        "dresses": [
+            _dress(loaded, base.step.format, prompt, prefix)
+            for prompt in prompts or [None]
+            for prefix in prefixes or [None]
+        ],
+        "rows": rows,
+        "samples": samples,
+        "temperature": loaded.evaluate.temperature,
+        "max_completion_length": loaded.evaluate.max_completion_length,
+    }
+    with Progress() as progress, Launcher(loaded.launch.threads) as launcher:
+        lines = ask.probe(config, base, where, place, launcher, loaded.launch, progress.asked("probe"))
+    names = {"policy": policy or "base", "after": after}
+    lines = [{**line, "policy": names[line["policy"]]} for line in lines]
+    if json:
+        print_json({"lines": lines})
+    else:
+        _print_probe(lines)
+
+
+def _opened(recipe: Any, overrides: list[str] | None, registry: str | None) -> tuple[Recipe, Registry, list[Planned]]:
+    loaded = load(recipe, overrides or ())
+    checks.check(loaded)
+    checks.refuse_unbuilt(loaded)
+    place = open_registry(registry, loaded)
+    return loaded, place, planning.plan(loaded, place)
+
+
+def _named(planned: list[Planned], stage: str) -> Planned:
+    if found := next((one for one in planned if one.step.name == stage and one.step.kind != "evaluate"), None):
+        return found
+    names = [one.step.name for one in planned if one.step.kind == "sft"]
+    raise BadInput(f"no stage is named {stage}; the sft stages are {', '.join(names) or 'none'}")
+
+
+def _policy(registry: Registry, id: str) -> str:
+    artifact = registry.open(id)
+    if "policy" not in artifact.outputs:
+        raise BadInput(f"{id} is of kind {artifact.kind} and holds no policy")
+    return str(registry.path(artifact, "policy"))
+
+
+def _dress(recipe: Recipe, format: Format, prompt: str | None, prefix: str | None) -> dict[str, Any]:
+    """A Format of the probe, with its prompt's rule."""
+    start = None if prefix is None else _unescaped(prefix)
+    try:
+        dressed = formats.over(format, FormatSettings(prompt=prompt, response_prefix=start))
+        follow = formats.rule(dressed, prompt or recipe.format.prompt)
+    except ValueError as error:
+        raise BadInput(f"--prompt: {error}") from None
+    return {"format": dressed.model_dump(mode="json"), "follow": follow}
+
+
+def _unescaped(text: str) -> str:
+    r"""`\n` as a newline; every other character stays what it is."""
+    try:
+        return codecs.decode(text.encode("latin-1", "backslashreplace"), "unicode_escape")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"--prefix: {text!r} ends in the middle of an escape ({error.reason})") from None
+
+
+def _print_map(stage: str, row: int, found: dict[str, Any]) -> None:
+    terminal, tokens = console(), found["tokens"]
+    shares = {role: sum(token["share"] for token in tokens if token["role"] == role) for role in ROLE_STYLES}
+    weights = {role: sorted({token["weight"] for token in tokens[1:] if token["role"] == role}) for role in ROLE_STYLES}
+    text = Text()
+    greatest = max(token["weight"] for token in tokens) or 1.0
+    for token in tokens:
+        shade = f" on color({SHADES[round(token['weight'] / greatest * (len(SHADES) - 1))]})" if token["weight"] else ""
+        text.append(token["text"] if terminal.is_terminal else "", f"{ROLE_STYLES[token['role']]}{shade}")
+    if terminal.is_terminal:
+        terminal.print(text)
+        terminal.print()
+    else:
+        for token in tokens:
+            print(f"{token['weight']:<8g} {token['share']:<9.4f} {token['role']:<11} {token['text']!r}")
+    for role, share in shares.items():
+        count = sum(token["role"] == role for token in tokens)
+        if count:
+            weight = ", ".join(f"{w:g}" for w in weights[role]) or "0"
+            terminal.print(
+                Text.assemble(
+                    (f"{role:<11}", ROLE_STYLES[role]), f"{count:>5} tokens, weight {weight}, {share:.1%} of the row"
+                )
+            )
+    metrics = found["metrics"]
+    terminal.print(
+        f"{stage}, row {row} of {metrics['rows']:.0f}; over all rows: R_g {metrics['generation_ratio']:.2f} (completion / prompt tokens),"
+        f" prompt tokens carry {metrics['prompt_weight_share']:.1%} of the weight",
+        soft_wrap=True,
+    )
+
+
+def _print_probe(lines: list[dict[str, Any]]) -> None:
+    show(probe_table(lines))
+    print(
+        "shares x 100 of all samples on validation rows, with 95 % intervals over rows; what a model was given, first row:"
+    )
+    seen = dict.fromkeys((line["format_digest"], line["prompt"], line["given"]) for line in lines)
+    for digest, prompt, given in seen:
+        print(f"  {prompt}, format {digest[:12]}: {given!r}")

@@ -1,0 +1,120 @@
+"""How text is dressed at every step: declared once in the recipe, inherited from policy to policy, and never changed in silence.
+
+recipe + what the base policy was trained with -> the base's Format -> each stage's: its policy's, with what its own `format` sets put over it. A recipe
+that contradicts its base policy, or a stage whose data were made with another Format, is refused; a stage that says so on purpose is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+import prompts
+from pipeline.registry.artifact import MANIFEST
+from stages.config import FormatSettings
+from stages.job import BadInput, Format
+
+COMPARED = ("system_prompt", "user_template", "response_prefix", "per_row", "chat_template")
+"""What of a Format a plan can compare; the digest of the template that is really used is only known to a worker."""
+
+
+def of_base(settings: FormatSettings, carried: Format | None) -> Format:
+    """The recipe's Format. `carried` is what the base policy was trained with; None for a model that switchback did not make.
+
+    Raises BadInput where the recipe contradicts it.
+    """
+    if carried is None:
+        plain = settings.model_copy(update={"prompt": settings.prompt or "plain"})
+        return over(Format(prompt="", prompt_digest="", system_prompt="", user_template="", response_prefix=""), plain)
+    declared = over(carried, settings)
+    for name in different(carried, declared):
+        raise BadInput(
+            f"format: {_field(name)} is {getattr(declared, name)!r}, but the base policy was trained with {getattr(carried, name)!r};"
+            " remove it, or change it on purpose with a stage's own format"
+        )
+    return carried
+
+
+def of_stage(name: str, settings: FormatSettings | None, policy: Format, data: tuple[str, Format] | None) -> Format:
+    """A stage's Format: its policy's, unless it says otherwise. `data` is (the stage that made its rows, the Format it made them with).
+
+    Raises BadInput where the rows were made with another Format and the stage does not say which one it means.
+    """
+    if settings is not None:
+        return over(policy, settings)
+    for field in different(policy, data[1]) if data else ():
+        assert data is not None
+        raise BadInput(
+            f"stages.{name}: its policy has {field} {getattr(policy, field)!r}, but its data ({data[0]}) was made with {getattr(data[1], field)!r};"
+            f" set stages.{name}.format.{_field(field)} to say which one the new policy has"
+        )
+    return policy
+
+
+def different(a: Format, b: Format) -> list[str]:
+    """Fields in which two Formats dress text differently."""
+    return [name for name in COMPARED if getattr(a, name) != getattr(b, name)]
+
+
+def carried_by(directory: Path) -> Format | None:
+    """What a published policy, or a copy of one, was trained with; None for any other model. Raises BadInput for a manifest that cannot be read."""
+    if not (path := directory / MANIFEST).is_file():
+        return None
+    try:
+        found = json.loads(path.read_text())["format"]
+        return Format.model_validate(found) if found else None
+    except (ValueError, KeyError, ValidationError) as error:
+        raise BadInput(
+            f"{path} does not say how its policy was trained ({type(error).__name__}); publish it again"
+        ) from None
+
+
+def read_template(path: str) -> str:
+    """A chat template's file. Raises BadInput when there is none."""
+    if not Path(path).is_file():
+        raise BadInput(f"format.chat_template: {path} is not there (paths count from {Path.cwd()})")
+    return Path(path).read_text()
+
+
+def identity(format: Format) -> dict[str, Any]:
+    """What of a Format is part of a key."""
+    content = {name: getattr(format, name) for name in COMPARED}
+    template = content["chat_template"]
+    return {**content, "chat_template": hashlib.sha256(template.encode()).hexdigest() if template else None}
+
+
+def over(format: Format, settings: FormatSettings) -> Format:
+    """`format` with what is set put over it. Raises ValueError for a prompt that cannot be loaded."""
+    changed: dict[str, Any] = {}
+    if settings.prompt is not None:
+        prompt = prompts.load(settings.prompt)
+        changed |= {"prompt": prompt.name, "prompt_digest": prompt.digest}
+        changed |= {"system_prompt": prompt.system_prompt, "user_template": prompt.user_template}
+    if settings.response_prefix is not None:
+        changed |= {"response_prefix": settings.response_prefix, "per_row": None}
+    if settings.per_row is not None:
+        changed |= {"response_prefix": "", "per_row": settings.per_row}
+    if settings.chat_template is not None:
+        changed |= {"chat_template": read_template(settings.chat_template), "training_template": None}
+    return format.model_copy(update=changed)
+
+
+def rule(format: Format, prompt: str | None) -> str | None:
+    """How one sees that a completion follows the prompt; None where the prompt does not say. `prompt` is its name or path where that is not the
+    Format's own."""
+    name = prompt or format.prompt
+    try:
+        return prompts.load(name).follow
+    except ValueError:
+        if prompt:
+            raise
+        return None  # the Format was made with a file that is not here
+
+
+def _field(name: str) -> str:
+    """What of `format` in a recipe sets this."""
+    return "prompt" if name in ("system_prompt", "user_template") else name

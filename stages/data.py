@@ -1,0 +1,116 @@
+"""What an sft stage trains on, as token rows: a problem's demonstrations, a file of conversations, or what another stage sampled.
+
+Whatever the source, a row is ids with a role each (`stages.tokens`), and every answer in it starts with the response prefix. A file has a JSON object a
+line, as TRL takes them: `{"messages": [...]}`, trained as they are, every assistant turn an answer; or `{"prompt": ..., "completion": ...}`, of
+messages, or of plain text, which the Format dresses.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages import chat, prefix, problems, tokens
+from stages.job import BadInput, Format, Job
+from stages.tokens import TokenRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHAPES = '{"messages": [...]} or {"prompt": ..., "completion": ...}'
+
+
+def load(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:
+    """The job's rows. Raises BadInput for none, for rows that cannot be read, and for rows that another tokenizer or template made."""
+    if (source := job.inputs.get("data")) is None:
+        rows = demonstrations(job, format, tokenizer)
+    elif Path(source).is_dir():
+        _made_for(job, tokenizer, tokens.read_card(Path(source)))
+        rows = tokens.read(Path(source))
+    else:
+        rows = conversations(Path(source), format, tokenizer)
+    if not rows:
+        raise BadInput(
+            f"{job.name}: its data has no rows; if a rejection stage kept none, lower keep.min_score or raise samples"
+        )
+    return rows
+
+
+def _made_for(job: Job, tokenizer: PreTrainedTokenizerBase, card: dict[str, Any]) -> None:
+    """The plan compares what of the two Formats it knows; tokenizer and chat template are only known here."""
+    if card["tokenizer"] != prefix.tokenizer_digest(tokenizer):
+        raise BadInput(
+            f"{job.name}: its data was tokenised by another tokenizer than its policy's; sample from a policy of the same family"
+        )
+    assert job.format is not None, "the plan gives every sft step a Format"
+    seen = prefix.seen_format(job.format, tokenizer).training_template
+    if card["format"]["training_template"] != seen and not (job.config.get("format") or {}).get("chat_template"):
+        raise BadInput(
+            f"{job.name}: its data was rendered with another chat template than its policy carries;"
+            f" set stages.{job.name}.format.chat_template to train across templates"
+        )
+
+
+def demonstrations(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:
+    """The problem's demonstrations of the job's rows."""
+    assert job.problem is not None and job.rows is not None, "the plan gives demonstrations a problem and rows"
+    problem = problems.load(job.problem)
+    rows = problems.rows(problem, job.rows)
+    rng = random.Random(f"demonstrations-{job.rows.seed}")
+    texts = [problem.demonstration(row, rng) for row in rows]
+    made: list[TokenRow] = []
+    for row, prompt, text in zip(rows, prefix.prompts(tokenizer, format, rows), texts, strict=True):
+        answer = prefix.demonstration(tokenizer, prefix.of_row(format, row), text)
+        made.append(TokenRow(row.id, prompt[0] + answer[0], prompt[1] + answer[1]))
+    return made
+
+
+def conversations(path: Path, format: Format, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:
+    """The rows of a file, identified by their line. Raises BadInput with the line that cannot be used."""
+    rows: list[TokenRow] = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if line.strip():
+            try:
+                ids, roles = _conversation(_object(line), format, tokenizer)
+            except BadInput as error:
+                raise BadInput(f"{path}, line {number}: {error}") from None
+            rows.append(TokenRow(str(number), ids, roles))
+    return rows
+
+
+def _object(line: str) -> Mapping[str, Any]:
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{error}; expected {SHAPES}") from None
+    if not isinstance(found, dict):
+        raise BadInput(f"found {type(found).__name__}, expected {SHAPES}")
+    return found
+
+
+def _conversation(columns: Mapping[str, Any], format: Format, tokenizer: PreTrainedTokenizerBase) -> prefix.Dressed:
+    start = prefix.of_row(format, columns)
+    if _turns(columns.get("messages")):
+        return prefix.conversation(tokenizer, start, columns["messages"])
+    prompt, completion = columns.get("prompt"), columns.get("completion")
+    if _turns(prompt) and _turns(completion):
+        chat.render(tokenizer, columns["prompt"])  # refuses a prompt that ends in an assistant turn
+        return prefix.conversation(tokenizer, start, [*columns["prompt"], *columns["completion"]])
+    if isinstance(prompt, str) and isinstance(completion, str):
+        turns = [*prefix.messages(format, columns), {"role": "assistant", "content": completion}]
+        return prefix.conversation(tokenizer, start, turns)
+    raise BadInput(f"found {', '.join(columns) or 'nothing'}, expected {SHAPES}")
+
+
+def _turns(value: Any) -> bool:
+    """A list of {role, content}, both text."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(t, dict) and isinstance(t.get("role"), str) and isinstance(t.get("content"), str) for t in value
+        )
+    )

@@ -1,0 +1,46 @@
+"""Several processes of one stage: who this one is, and how they put together what each has made.
+
+torchrun says it in the environment (RANK, WORLD_SIZE, LOCAL_RANK); without it there is one process, and nothing here costs anything. Trainers bring
+their own process group; stages that sample make one here, on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def world() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Which of them this one is, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Which of this machine's."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def first() -> bool:
+    """Whether this process speaks for all: it alone writes files."""
+    return rank() == 0
+
+
+def together(mine: Mapping[int, T]) -> dict[int, T]:
+    """Everybody's entries in everybody's hands. All processes call it, at the same point."""
+    if world() == 1:
+        return dict(mine)
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo")
+    everybody: list[Any] = [None] * world()
+    distributed.all_gather_object(everybody, dict(mine))
+    return {key: value for part in everybody for key, value in part.items()}
