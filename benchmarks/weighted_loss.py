@@ -3,19 +3,20 @@
     python benchmarks/weighted_loss.py
 
 Contestants: WeightedSFTTrainer (a prompt token weighs 0.1), and TRL's SFTTrainer with full-sequence and with completion-only loss. All train the same
-random Qwen2 model, with Qwen's vocabulary, on the same rows, half of them prompt. A step is what Trainer does between two updates: count the tokens,
-compute the loss, go backward. There is no optimiser.
+random Qwen2 model, with Qwen's vocabulary, on the same rows, half of each row prompt. The model is small on a CPU and of 0.5B shape on a GPU. A step is
+what Trainer does between two updates: count the tokens, compute the loss, go backward. There is no optimiser.
 
 Time: all three in one process, in turns; each round gives one ratio to full-sequence. The table has the median and a 95 % bootstrap interval.
 On a CPU it is CPU time of the process, on a GPU wall time with a synchronise.
-Memory: each in a process of its own, after a step to warm up. On a CPU it is the peak of resident memory, on a GPU that of PyTorch's allocator.
-Exits 1 when a median is above its bound.
+Memory: each in a process of its own, what a step adds at its peak, after one to warm up. On a CPU it is resident memory, on a GPU what PyTorch
+allocates. Exits 1 when the time, its median, or the memory is above its bound.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -38,24 +39,27 @@ OURS, FULL, COMPLETION = "switchback weighted", "TRL full-sequence", "TRL comple
 CONTESTANTS = (OURS, FULL, COMPLETION)
 WEIGHTS = {"system": 0.1, "user": 0.1, "template": 0.1, "prefix": 1.0, "completion": 1.0}
 TIME_BOUND, MEMORY_BOUND = 1.05, 1.02
+TIMES = "times"
+KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+"""For glibc. Else half of the CPU time is page faults of large tensors, and that half depends on what else the machine does."""
+RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
+"""For glibc. Else it keeps some freed tensors, not the same ones in every run, and peaks differ by 7 %."""
 GPU = torch.cuda.is_available()
 SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
 QWEN2_0_5B = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2}  # fmt: skip
 
 
 def main() -> int:
-    """Measure all, or the memory of one."""
+    """Start a process for each measurement, or be one."""
     options = parsed()
-    torch.set_num_threads(options.threads)
-    disable_progress_bars()
-    if options.memory_of:
-        print(memory(options.memory_of, options))
+    if options.measure:
+        print(json.dumps(measured(options)))
         return 0
-    peaks = {name: memory_in_a_process(name) for name in CONTESTANTS}
-    results = figures(times(options), peaks)
+    peaks = {name: in_a_process(name, RETURN_FREED) for name in CONTESTANTS}
+    results = figures(in_a_process(TIMES, KEEP_FREED), peaks)
     print_table(results, options)
     if options.json:
-        options.json.write_text(json.dumps({"options": vars(options), "results": results}, indent=1, default=str))
+        options.json.write_text(json.dumps({"setting": setting(options), "results": results}, indent=1))
     return verdict(results[OURS])
 
 
@@ -63,13 +67,27 @@ def parsed() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=8, help="rows of a step")
-    parser.add_argument("--length", type=int, default=2048 if GPU else 256, help="tokens of a row")
+    parser.add_argument("--length", type=int, default=2048 if GPU else 128, help="tokens of a row")
     parser.add_argument("--vocabulary", type=int, default=151_936, help="tokens of the vocabulary")
     parser.add_argument("--rounds", type=int, default=30 if GPU else 12, help="steps of each contestant")
     parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch on the CPU")
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
-    parser.add_argument("--memory-of", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=(TIMES, *CONTESTANTS), help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def in_a_process(what: str, environment: dict[str, str]) -> Any:
+    """What `measured` found in a new process. A peak is of a process's whole life, so no two contestants can share one."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--measure", what]
+    done = subprocess.run(command, env={**os.environ, **environment}, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measured(options: argparse.Namespace) -> Any:
+    """The times of all, or the memory of one."""
+    torch.set_num_threads(options.threads)
+    disable_progress_bars()
+    return times(options) if options.measure == TIMES else memory(options.measure, options)
 
 
 class Contestant:
@@ -79,17 +97,20 @@ class Contestant:
         data = dataset(name, options)
         self.trainer = trainer(name, data, options.vocabulary)
         self.batch = self.trainer._prepare_inputs(self.trainer.data_collator(list(data)))
+        self.model = self.trainer.accelerator.prepare_model(self.trainer.model)  # Trainer.train does this and the next
+        if GPU:
+            self.model.activation_checkpointing_enable()
 
     def step(self) -> None:
         """Forward and backward. The gradients stay until the next step, as in training they stay until the update."""
-        self.trainer.model.zero_grad()
+        self.model.zero_grad()
         count = self.trainer._get_num_items_in_batch([self.batch], self.trainer.args.device)
-        self.trainer.training_step(self.trainer.model, dict(self.batch), count)
+        self.trainer.training_step(self.model, dict(self.batch), count)
 
     def warm_up(self) -> None:
         """One step. Raises RuntimeError where it leaves a parameter without a gradient."""
         self.step()
-        for name, parameter in self.trainer.model.named_parameters():
+        for name, parameter in self.model.named_parameters():
             gradient = parameter.grad
             if gradient is None or not gradient.isfinite().all() or not gradient.any():
                 raise RuntimeError(f"{name} got no gradient, or one that is zero or not finite")
@@ -107,10 +128,10 @@ def dataset(name: str, options: argparse.Namespace) -> Dataset:
 
 
 def trainer(name: str, data: Dataset, vocabulary: int) -> Any:
-    """As switchback's sft stage makes it: on a GPU, weights and autocast in bfloat16."""
+    """As switchback's sft stage makes it: on a GPU, bfloat16 and activation checkpointing."""
     settings = SFTConfig(
         output_dir=tempfile.gettempdir(), per_device_train_batch_size=len(data), max_length=None, use_cpu=not GPU, bf16=GPU,
-        activation_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True,
+        activation_checkpointing=GPU, report_to="none", save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     kind, ours = (WeightedSFTTrainer, {"weights": WEIGHTS}) if name == OURS else (SFTTrainer, {})
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "configs" / "tiny-base")
@@ -146,17 +167,11 @@ def now() -> float:
     return time.perf_counter()
 
 
-def memory_in_a_process(name: str) -> float:
-    """MB that a step adds at its peak. A peak is of a process's whole life, so each contestant gets one of its own."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name]
-    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
-
-
 def memory(name: str, options: argparse.Namespace) -> float:
     """MB that a step adds at its peak to the model and its data."""
     contestant = Contestant(name, options)
     contestant.warm_up()
-    contestant.trainer.model.zero_grad()
+    contestant.model.zero_grad()
     reset_peak()
     baseline = peak()
     contestant.step()
@@ -200,10 +215,15 @@ def interval(values: list[float]) -> tuple[float, float]:
     return medians[50], medians[1949]
 
 
+def setting(options: argparse.Namespace) -> str:
+    """What was measured, and on what."""
+    where = torch.cuda.get_device_name() if GPU else f"CPU, {options.threads} thread(s)"
+    return f"{options.rows} rows x {options.length} tokens, vocabulary {options.vocabulary}, {options.rounds} rounds; {where}"
+
+
 def print_table(results: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:
     """One line a contestant."""
-    where = torch.cuda.get_device_name() if GPU else f"CPU, {options.threads} thread(s)"
-    print(f"{options.rows} rows x {options.length} tokens, vocabulary {options.vocabulary}, {options.rounds} rounds; {where}")  # fmt: skip
+    print(setting(options))
     print(f"{'contestant':<22}{'ms/step':>9}  {'ratio to full [95 %]':<24}{'peak MB over baseline':>21}{'ratio':>8}")
     for name, seen in results.items():
         low, high = seen["interval"]

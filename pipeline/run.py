@@ -123,8 +123,14 @@ def job_of(step: Step, made: Mapping[str, Artifact], registry: Registry, executi
         seed=step.seed,
         dtype=step.dtype,
         lora=step.lora,
-        execution=Execution(**{name: getattr(execution, name) for name in Execution.model_fields}),
+        execution=_execution(execution),
     )
+
+
+def _execution(execution: Execution) -> Execution:
+    """With a path that does not depend on where the job runs."""
+    file = execution.accelerate
+    return execution.model_copy(update={"accelerate": str(Path(file).absolute())}) if file else execution
 
 
 def publish(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import yaml
 from pydantic import model_validator
 
 from stages.config import StageConfig, identity
@@ -14,6 +16,8 @@ from stages.job import BadInput, Job
 if TYPE_CHECKING:
     import torch
 
+SHARDING = ("FSDP", "DEEPSPEED")
+"""What an accelerate config may ask for that must not silently become something else."""
 OURS = ("output_dir", "seed", "data_seed", "report_to", "use_cpu", "bf16", "fp16", "disable_tqdm", "logging_steps", "logging_strategy",
         "save_strategy", "save_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "resume_from_checkpoint",
         "trust_remote_code", "ddp_backend", "push_to_hub", "hub_token", "model_init_kwargs", "chat_template_kwargs")  # fmt: skip
@@ -133,11 +137,18 @@ def trl_arguments(job: Job, config: TrainingConfig, device: torch.device, config
 
 
 def same_world(trainer: Any, job: Job) -> None:
-    """Raise BadInput when the trainer found another number of processes than the job is for: `accelerate launch --cpu` runs one, and says nothing."""
+    """Raise BadInput when the trainer runs in another world than the job is for: with another number of processes (`accelerate launch --cpu` runs one,
+    and says nothing), or in another way than the accelerate config says (on a CPU, FSDP becomes plain data parallelism)."""
     if (seen := trainer.args.world_size) != job.execution.processes:
         raise BadInput(
             f"{job.name}: the job is for {job.execution.processes} processes, but the trainer sees {seen}; look at launch.accelerate"
         )
+    if job.execution.accelerate is None:
+        return
+    wanted = (yaml.safe_load(Path(job.execution.accelerate).read_text()) or {}).get("distributed_type")
+    got = str(trainer.accelerator.distributed_type.value)
+    if wanted in SHARDING and wanted != got:
+        raise BadInput(f"{job.name}: launch.accelerate asks for {wanted}, but accelerate made it {got} here; {wanted} needs GPUs")
 
 
 def all_steps_ran(trainer: Any, expected: int, job: Job) -> None:

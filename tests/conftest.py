@@ -6,6 +6,7 @@ Nothing is mocked: the model is the tiny base, registries are real directories, 
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -78,6 +79,13 @@ def run_cli(
     """The `switchback` command, as a user runs it."""
     command = [str(SWITCHBACK), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=environment(**(env or {})), capture_output=True, text=True, timeout=300)
+
+
+def printed_json(*arguments: str | Path) -> Any:
+    """What a command prints as JSON."""
+    done = run_cli(*arguments)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -333,9 +333,7 @@ def test_adapters_are_sampled_with_the_same_settings_as_whole_policies(policy, t
 
     texts = []
     for penalty in (1.0, 5.0):
-        trainer, seen, _ = trained(
-            policy, tmp_path, kind=_penalised(penalty, own_settings), lora=adapter(), max_steps=1
-        )
+        _, seen, _ = trained(policy, tmp_path, kind=_penalised(penalty, own_settings), lora=adapter(), max_steps=1)
         texts.append([list(ids) for _, ids in seen])
     assert texts[0] == texts[1]
 

@@ -1,0 +1,128 @@
+"""Adapters: trained on a frozen policy, published merged into it and beside it, fresh on the next stage."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from pipeline.registry import Registry
+from stages.job import BadInput, Lora
+from stages.lora import merged, peft_config, quantization, save_adapter
+from tests.conftest import printed_json, run_cli, stage
+from tests.models import make_model, make_tokenizer
+
+TOKENIZER = make_tokenizer()
+
+
+def adapted(seed=0, dtype=torch.float32, **settings):
+    """A model with an adapter that does something."""
+    model = get_peft_model(make_model(TOKENIZER).to(dtype), peft_config(Lora(**{"r": 4, "alpha": 8.0, **settings})))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(
+                parameter.dtype
+            )
+    return model
+
+
+def test_the_merged_policy_says_what_policy_and_adapter_say_together(tmp_path):
+    model = adapted().eval()
+    ids = torch.randint(3, 300, (2, 9))
+    save_adapter(model, tmp_path, None, "/somewhere/base-1")
+    whole = merged(make_model(TOKENIZER), tmp_path)
+    with torch.no_grad():
+        together, alone, plain = (
+            model(input_ids=ids).logits,
+            whole(input_ids=ids).logits,
+            make_model(TOKENIZER)(input_ids=ids).logits,
+        )
+    assert (together - alone).abs().max() < 1e-5 < 1e-2 < (plain - alone).abs().max()
+    assert not [name for name, _ in whole.named_parameters() if "lora" in name]
+
+
+def test_a_bfloat16_policy_is_rounded_once_after_the_sum(tmp_path):
+    model = adapted(dtype=torch.bfloat16)
+    save_adapter(model, tmp_path, None, "base")
+    whole = merged(make_model(TOKENIZER).to(torch.bfloat16), tmp_path)
+    for name, module in model.base_model.model.named_modules():
+        if hasattr(module, "lora_A"):
+            a, b = (part["default"].weight.detach().float() for part in (module.lora_A, module.lora_B))
+            expected = (module.base_layer.weight.detach().float() + b @ a * 2.0).to(torch.bfloat16)
+            assert torch.equal(whole.get_submodule(name).weight, expected), name
+
+
+def test_an_adapter_names_its_base_without_a_path_of_this_machine(tmp_path):
+    save_adapter(adapted(), tmp_path, None, "/home/me/registry/artifacts/warmup-12345678")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "warmup-12345678"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize(("targets", "found"), [("all-linear", 7), (("q_proj", "v_proj"), 2)])
+def test_targets_are_the_modules_that_get_an_adapter(targets, found):
+    names = {name.split(".")[-4] for name, _ in adapted(targets=targets).named_parameters() if "lora_A" in name}
+    assert len(names) == found and "lm_head" not in names
+
+
+def test_four_bits_are_refused_without_a_gpu_and_full_precision_is_the_default():
+    assert quantization(None) is None and quantization(Lora()) is None
+    if not torch.cuda.is_available():
+        with pytest.raises(BadInput, match="nf4 needs a GPU"):
+            quantization(Lora(quantize="nf4"))
+
+
+@pytest.fixture(scope="module")
+def climbed_with_adapters(tmp_path_factory):
+    """(registry, stage -> artifact) of the tiny climb in bfloat16 with adapters."""
+    import copy
+
+    import yaml
+
+    from tests.conftest import TINY
+
+    directory = tmp_path_factory.mktemp("lora")
+    settings = copy.deepcopy(TINY)
+    settings["model"] |= {"lora": {"r": 4, "alpha": 8.0}}
+    stage(settings, "warmup")["learning_rate"] = 2e-2
+    (directory / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    done = run_cli("run", directory / "recipe.yaml", "--registry", directory / "r", "--no-prefect")
+    assert done.returncode == 0, done.stderr
+    registry = Registry(directory / "r")
+    return registry, {artifact.stage: artifact for artifact in registry.artifacts()}, directory / "recipe.yaml"
+
+
+@pytest.mark.parametrize(
+    ("name", "before"), [("warmup", None), ("rl1", "warmup"), ("distill", "warmup"), ("rl2", "distill")]
+)
+def test_a_published_policy_is_the_one_before_it_plus_its_adapter(name, before, climbed_with_adapters, settings):
+    registry, artifacts, _ = climbed_with_adapters
+    path = registry.path(artifacts[name])
+    start = registry.path(artifacts[before]) if before else settings["model"]["path"]
+    together = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(start), path / "adapter"
+    ).merge_and_unload()
+    whole = AutoModelForCausalLM.from_pretrained(path)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(together.parameters(), whole.parameters(), strict=True))
+    adapter = load_file(path / "adapter" / "adapter_model.safetensors")
+    learnt = any(value.abs().max() > 0 for key, value in adapter.items() if "lora_B" in key)
+    assert learnt or name != "warmup", "the others have nothing to learn from here"
+
+
+def test_the_first_kl_of_an_adapter_stage_is_zero(climbed_with_adapters):
+    registry, artifacts, _ = climbed_with_adapters
+    for name in ("rl1", "rl2"):
+        first = json.loads((registry.path(artifacts[name]) / "metrics.jsonl").read_text().splitlines()[0])
+        assert first["kl"] == pytest.approx(0.0, abs=1e-7)
+
+
+def test_adapters_reuse_and_move_keys_as_everything_else_does(climbed_with_adapters):
+    registry, _, recipe = climbed_with_adapters
+    again = printed_json("plan", recipe, "--registry", registry.root, "--json")
+    assert {one["action"] for one in again} == {"reuse"}
+    other = printed_json("plan", recipe, "--registry", registry.root, "--set", "model.lora.r=8", "--json")
+    assert [one["action"] for one in other] == ["reuse"] + ["run"] * 9

@@ -1,0 +1,209 @@
+"""What can be known about a stage before an accelerator starts is said then: refused where it cannot work, a warning where it is probably not meant."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from stages import models, tokens
+from stages.job import BadInput, Execution, Format, Job, Lora
+from stages.preflight import look_at, opened
+from stages.tokens import TokenRow
+from tests.conftest import TINY_BASE, printed_json, run_cli, stage
+from tests.models import CHATML, make_model, make_tokenizer, save
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("policy"))
+
+
+def job(
+    policy, config, tmp_path, response_prefix="<think>\n", template=None, system="", per_row=None, data=None, **more
+):
+    name = config["kind"]
+    scheduling = {
+        "problem": {"name": "scheduling", "form": "compact"},
+        "rows": {"split": "train", "start": 0, "stop": 50, "seed": 0},
+    }
+    nothing = {"problem": None, "rows": None}
+    format = Format(
+        prompt="p", prompt_digest="", system_prompt=system, user_template="{{ prompt }}", response_prefix=response_prefix, chat_template=template,
+        per_row=per_row,
+    )  # fmt: skip
+    inputs = {"policy": str(policy), **({"data": str(data)} if data else {})}
+    return Job(
+        kind=config["kind"], name=name, config={"name": name, "policy": "base", "trl": {}, **config}, inputs=inputs, work=str(tmp_path),
+        out=str(tmp_path / "out"), **(nothing if data else scheduling), format=format, seed=0, dtype="float32", execution=Execution(), **more,
+    )  # fmt: skip
+
+
+SFT, GRPO = {"kind": "sft"}, {"kind": "grpo", "rows": "train[0:50]"}
+
+
+def rules(findings):
+    return [finding.rule for finding in findings]
+
+
+@pytest.mark.parametrize("config", [SFT, GRPO])
+def test_a_stage_with_nothing_to_say_about_it_is_silent(config, tmp_path):
+    assert look_at(job(TINY_BASE, config, tmp_path)) == []
+
+
+def test_prompts_that_carry_most_of_the_loss_are_a_warning(tmp_path):
+    """Completions are 1.15 times as long as prompts here, so weight 1 is under one half, and weight 2 over it."""
+    (finding,) = look_at(job(TINY_BASE, {**SFT, "prompt_loss_weight": 1.0}, tmp_path))
+    assert finding.rule == "generation_ratio" and finding.severity == "warn"
+    assert finding.evidence["generation_ratio"] == pytest.approx(1.15, abs=0.03)
+    both = look_at(job(TINY_BASE, {**SFT, "prompt_loss_weight": 2.0}, tmp_path))
+    assert rules(both) == ["prompt_weight_share", "generation_ratio"]
+    assert both[0].evidence["prompt_weight_share"] == pytest.approx(
+        0.63, abs=0.02
+    ) and "stages.sft.prompt_loss_weight=1" in str(both[0].override)
+
+
+def test_short_completions_with_a_small_weight_are_what_it_is_for(policy, tmp_path):
+    rows = [TokenRow("1", list(range(3, 23)), "t" * 5 + "u" * 10 + "c" * 5)]
+    tokenizer = models.load_tokenizer(str(policy))
+    format = Format(prompt="p", prompt_digest="", system_prompt="", user_template="{{ prompt }}", response_prefix="")
+    from stages.prefix import seen_format
+
+    tokens.write(tmp_path / "data", rows, tokens.card(tokenizer, seen_format(format, tokenizer)))
+    assert look_at(job(policy, {**SFT, "prompt_loss_weight": 0.1}, tmp_path, "", data=tmp_path / "data")) == []
+    heavy = look_at(job(policy, {**SFT, "prompt_loss_weight": 0.5}, tmp_path, "", data=tmp_path / "data"))
+    assert rules(heavy) == ["prompt_weight_share"]
+    assert heavy[0].evidence == {
+        "generation_ratio": 5 / 15,
+        "prompt_weight_share": pytest.approx(7.0 / 12.0),
+    }  # 14 prompt tokens are predicted
+
+
+def test_a_prefix_that_does_not_survive_the_tokenizer_is_refused(tmp_path):
+    with pytest.raises(BadInput, match="comes back from the tokenizer"):
+        look_at(job(TINY_BASE, GRPO, tmp_path, "<dächte>"))
+
+
+def test_a_prefix_that_ends_in_a_space_is_a_warning(policy, tmp_path):
+    assert rules(look_at(job(policy, GRPO, tmp_path, "The answer is "))) == ["prefix_ends_in_space"]
+
+
+THINKING = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
+
+
+@pytest.mark.parametrize("start", ["<think>\n", "<think>", "<think>\nOkay", "\n<think>\n"])
+def test_a_prefix_that_the_template_already_opens_is_refused(start, policy, tmp_path):
+    with pytest.raises(BadInput, match="would open it again"):
+        look_at(job(policy, GRPO, tmp_path, start, template=THINKING))
+    assert look_at(job(policy, GRPO, tmp_path, start)) == []
+
+
+@pytest.mark.parametrize("start", ["", "Okay", "The <think>", "a", "\n"])
+def test_another_prefix_after_an_open_template_is_fine(start, policy, tmp_path):
+    assert look_at(job(policy, GRPO, tmp_path, start, template=THINKING)) == []
+
+
+def test_what_opens_a_prompt_again_is_told_from_what_only_looks_like_it():
+    assert opened("assistant\n<think>\n", "<think>\n") and opened("x [INST]", "[INST] a")
+    assert (
+        not opened("assistant\n", "the answer")
+        and not opened("assistant\n", "")
+        and not opened("<think>\n", "<thinking>")
+    )
+
+
+@pytest.mark.parametrize("config", [SFT, GRPO])
+def test_a_template_that_drops_or_refuses_the_system_prompt_is_refused(config, policy, tmp_path):
+    drops = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+    for template, said in ((drops, "drops the system message"), (refuses, "no system role")):
+        with pytest.raises(BadInput, match=said):
+            look_at(job(policy, config, tmp_path, template=template, system="Be brief."))
+        assert rules(look_at(job(policy, GRPO, tmp_path, template=template))) == []
+
+
+def test_the_rate_at_which_the_boundary_is_forced_is_measured(policy, tmp_path):
+    """The tokenizer knows "Okay" as one token, so a prefix "Ok" ends inside it; in one row of four it does not."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": "?", "completion": text}) + "\n" for text in ("Okay.", "Okay, so", "Ok.", "Okay"))
+    )
+    findings = look_at(job(policy, SFT, tmp_path, "Ok", data=path))
+    assert rules(findings) == ["prefix_boundary"] and findings[0].evidence == {"rate": 0.75, "rows": 4}
+    path.write_text(json.dumps({"prompt": "?", "completion": "<think>\nOkay."}) + "\n")
+    assert look_at(job(policy, SFT, tmp_path, "<think>\n", data=path)) == []
+
+
+def test_a_published_policy_without_its_manifest_still_shows_its_prefix(policy, tmp_path):
+    tokenizer = make_tokenizer()
+    format = Format(
+        prompt="p", prompt_digest="", system_prompt="", user_template="{{ prompt }}", response_prefix="<think>\n"
+    )
+    models.save_policy(make_model(tokenizer), tokenizer, format, tmp_path / "published")
+    assert look_at(job(tmp_path / "published", GRPO, tmp_path)) == []
+    with pytest.raises(BadInput, match="was trained with another response prefix than ''"):
+        look_at(job(tmp_path / "published", GRPO, tmp_path, ""))
+    assert look_at(job(tmp_path / "published", {**GRPO, "format": {"response_prefix": ""}}, tmp_path, "")) == []
+
+
+def test_rows_of_another_tokenizer_or_template_are_refused(policy, tmp_path):
+    tokenizer = models.load_tokenizer(str(policy))
+    format = Format(prompt="p", prompt_digest="", system_prompt="", user_template="{{ prompt }}", response_prefix="")
+    from stages.prefix import seen_format
+
+    tokens.write(
+        tmp_path / "data", [TokenRow("1", [3, 4], "uc")], tokens.card(tokenizer, seen_format(format, tokenizer))
+    )
+    assert look_at(job(policy, SFT, tmp_path, "", data=tmp_path / "data")) == []
+    with pytest.raises(BadInput, match="another tokenizer"):
+        look_at(job(TINY_BASE, SFT, tmp_path, "", data=tmp_path / "data"))
+    with pytest.raises(BadInput, match="another chat template"):
+        look_at(job(policy, SFT, tmp_path, "", template=THINKING, data=tmp_path / "data"))
+    said = {**SFT, "format": {"chat_template": "thinking.jinja"}}
+    assert look_at(job(policy, said, tmp_path, "", template=THINKING, data=tmp_path / "data")) == []
+
+
+def test_four_bits_without_a_gpu_and_vision_models_are_refused(policy, tmp_path):
+    with pytest.raises(BadInput, match="nf4 needs a GPU"):
+        look_at(job(policy, GRPO, tmp_path, lora=Lora(quantize="nf4")))
+    config = json.loads((policy / "config.json").read_text())
+    vision = tmp_path / "vision"
+    vision.mkdir()
+    for file in policy.iterdir():
+        (vision / file.name).write_bytes(file.read_bytes())
+    (vision / "config.json").write_text(json.dumps({**config, "model_type": "qwen2_vl", "vision_config": {}}))
+    with pytest.raises(BadInput, match="qwen2_vl is a vision model"):
+        look_at(job(vision, {**SFT}, tmp_path, data=tmp_path / "none.jsonl"))
+
+
+def test_a_row_that_packing_would_cut_is_refused(policy, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "what? " * 50, "completion": "Okay"}) + "\n")
+    with pytest.raises(BadInput, match="bfd would cut it"):
+        look_at(job(policy, {**SFT, "packing": {"max_length": 32}}, tmp_path, "", data=path))
+    assert (
+        look_at(job(policy, {**SFT, "packing": {"max_length": 32, "strategy": "bfd_split"}}, tmp_path, "", data=path))
+        == []
+    )
+
+
+def test_a_prefix_of_each_row_needs_the_column(tmp_path):
+    with pytest.raises(BadInput, match="found None in column 'start', expected text; a row has id, prompt"):
+        look_at(job(TINY_BASE, GRPO, tmp_path, "", per_row="start"))
+
+
+def test_a_run_is_refused_before_anything_trains_and_warns_of_stages_it_will_run_only(settings, write, tmp_path):
+    settings["format"]["response_prefix"] = "<dächte>"
+    done = run_cli("run", write(settings), "--registry", tmp_path / "r", "--no-prefect")
+    assert (
+        done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "comes back from the tokenizer" in done.stderr
+    )
+    assert printed_json("ls", "--registry", tmp_path / "r", "--json") == []
+    settings["format"]["response_prefix"] = "<think>\n"
+    stage(settings, "warmup")["prompt_loss_weight"] = 3.0
+    first = run_cli("run", write(settings), "--registry", tmp_path / "r", "--no-prefect", "--only", "warmup")
+    assert (
+        "warn: prompt tokens carry" in first.stdout and "(--set stages.warmup.prompt_loss_weight=1.5)" in first.stdout
+    )
+    again = run_cli("run", write(settings), "--registry", tmp_path / "r", "--no-prefect", "--only", "warmup")
+    assert "warn" not in again.stdout

@@ -1,0 +1,193 @@
+"""Several processes of one stage compute what one does, are as many as the job is for, and die with their launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import uuid
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from pipeline.registry import Registry
+from stages.job import Execution, Job
+from stages.process import kill_marked, marked
+from tests.conftest import ROOT, SWITCHBACK, environment, run_cli, stage
+from tests.test_processes import TOKEN, is_training, wait_for
+from tests.test_sft_loss import relative
+
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--local-addr",
+    "127.0.0.1",
+    "--nproc-per-node",
+    "2",
+]
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_gradient_of_one(tmp_path):
+    """Full and LoRA, accumulated, padding-free and packed, under every normaliser, to relative 1e-5."""
+    for name, command in {"one": [sys.executable], "two": TORCHRUN}.items():
+        (tmp_path / name).mkdir()
+        env = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+        arguments = [*command, "-m", "tests.gradients_of_ranks", str(tmp_path / name)]
+        done = subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert len(names) == 15
+    for name in names:
+        one, two = load_file(tmp_path / "one" / name), load_file(tmp_path / "two" / name)
+        assert one.keys() == two.keys() and relative(one, two) < 1e-5, name
+
+
+def test_the_climb_in_two_processes_with_adapters(settings, write, tmp_path):
+    """sft, grpo and rejection: what each publishes is whole, and says how many made it."""
+    settings["model"]["lora"] = {"r": 4, "alpha": 8.0}
+    settings["launch"]["processes"] = 2
+    stage(settings, "harvest")["samples"] = 64  # two batches, so that both processes sample
+    registry = tmp_path / "r"
+    done = run_cli("run", write(settings), "--registry", registry, "--no-prefect", "--until", "distill")
+    assert done.returncode == 0, done.stderr
+    artifacts = {artifact.stage: artifact for artifact in Registry(registry).artifacts()}
+    assert {artifact.provenance["processes"] for artifact in artifacts.values()} == {2}
+    for name in ("warmup", "rl1", "distill"):
+        files = {file.path for file in artifacts[name].files}
+        assert {"model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"} <= files
+        steps = [
+            json.loads(line)["step"]
+            for line in (registry / "artifacts" / artifacts[name].id / "metrics.jsonl").read_text().splitlines()
+        ]
+        assert steps == list(range(1, len(steps) + 1)), "one process writes the log"
+    alone = tmp_path / "alone"
+    settings["launch"]["processes"] = 1
+    done = run_cli("run", write(settings), "--registry", alone, "--no-prefect", "--until", "warmup")
+    assert done.returncode == 0, done.stderr
+    one = next(artifact for artifact in Registry(alone).artifacts() if artifact.stage == "warmup")
+    assert one.key == artifacts["warmup"].key, "how many processes is no matter of identity"
+    a, b = (
+        load_file(place / "artifacts" / artifact.id / "model.safetensors")
+        for place, artifact in ((alone, one), (registry, artifacts["warmup"]))
+    )
+    assert max((a[name] - b[name]).abs().max().item() for name in a) < 1e-4
+
+
+def test_rollouts_do_not_depend_on_how_many_processes_sample(settings, write, tmp_path):
+    """Every batch has a seed of its own, and the first or the second process samples it the same."""
+    settings["stages"] = [
+        stage(settings, "warmup"),
+        {**stage(settings, "harvest"), "policy": "warmup", "rows": "train[0:24]", "samples": 64, "name": "harvest"},
+    ]
+    rollouts = []
+    for processes in (1, 2):
+        settings["launch"]["processes"] = processes
+        registry = tmp_path / "r"
+        done = run_cli("run", write(settings), "--registry", registry, "--no-prefect", "--only", "harvest") if processes == 2 else run_cli(
+            "run", write(settings), "--registry", registry, "--no-prefect"
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        made = next(artifact for artifact in Registry(registry).artifacts() if artifact.kind == "rejection")
+        rollouts.append((Registry(registry).path(made) / "rollouts" / "rollouts.jsonl").read_text())
+        Registry(registry).void(made, "to be made again")
+        Registry(registry).store.path(f"artifacts/{made.id}/artifact.json").unlink()
+    assert rollouts[0] == rollouts[1] and len(rollouts[0].splitlines()) == 24 * 64
+
+
+@pytest.mark.parametrize(
+    ("launch", "said"),
+    [
+        ({"accelerate": "nowhere.yaml"}, "launch.accelerate: nowhere.yaml is not there"),
+        ({"accelerate": "FILE", "processes": 1}, "is for num_processes: 2, but launch.processes is 1"),
+        ({"processes": 3}, "does not divide by processes=3"),
+    ],
+)
+def test_processes_that_do_not_add_up_are_one_line(launch, said, settings, write, tmp_path):
+    (tmp_path / "file.yaml").write_text(yaml.safe_dump({"distributed_type": "MULTI_CPU", "num_processes": 2}))
+    settings["launch"] |= {
+        name: str(tmp_path / "file.yaml") if value == "FILE" else value for name, value in launch.items()
+    }
+    done = run_cli("run", write(settings), "--registry", tmp_path / "r")
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_launcher_that_starts_fewer_processes_than_it_was_told_is_noticed(settings, write, tmp_path):
+    """`accelerate launch --cpu --num_processes 2` runs one process and exits 0."""
+    file = tmp_path / "cpu.yaml"
+    file.write_text(
+        yaml.safe_dump({"distributed_type": "NO", "use_cpu": True, "num_processes": 2, "mixed_precision": "no"})
+    )
+    settings["launch"] |= {"accelerate": str(file), "processes": 2}
+    done = run_cli("run", write(settings), "--registry", tmp_path / "r", "--no-prefect", "--only", "warmup")
+    assert done.returncode == 2 and "the job is for 2 processes, but the launcher started 1" in done.stderr
+
+
+def test_one_process_that_fails_is_one_line_and_none_is_left(settings, write, tmp_path):
+    settings["launch"]["processes"] = 2
+    stage(settings, "warmup")["trl"] = {"optim": "none"}
+    done = run_cli("run", write(settings), "--registry", tmp_path / "r", "--no-prefect", "--only", "warmup")
+    assert done.returncode == 2 and "refuses its settings" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_no_process_of_a_stage_outlives_the_launcher(number, settings, write, tmp_path):
+    settings["launch"]["processes"] = 2
+    stage(settings, "warmup")["epochs"] = 10_000.0
+    mark = f"{TOKEN}={uuid.uuid4().hex}"
+    command = [
+        str(SWITCHBACK),
+        "run",
+        str(write(settings)),
+        "--registry",
+        str(tmp_path / "r"),
+        "--no-prefect",
+        "--only",
+        "warmup",
+    ]
+    launcher = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(**dict([mark.split("=")])),
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        assert wait_for(lambda: is_training(tmp_path / "r" / "work", "sft"), 120)
+        assert len(marked(mark)) >= 6, "launcher, server, job, torchrun and two ranks"
+        os.kill(launcher.pid, number)
+        assert wait_for(lambda: not marked(mark), 5.0), f"still alive: {marked(mark)}"
+        launcher.communicate()
+    finally:
+        kill_marked(mark)
+
+
+def test_a_stage_runs_under_somebody_elses_torchrun(settings, tmp_path):
+    """`torchrun -m stages --rank job.json`: a job is a file and a directory, whoever starts it."""
+    job = Job(
+        kind="sft", name="warmup", config={**stage(settings, "warmup"), "kind": "sft"}, inputs={"policy": settings["model"]["path"]},
+        work=str(tmp_path), out=str(tmp_path / "out"), problem=settings["problem"], rows={"split": "train", "start": 0, "stop": 64, "seed": 0},
+        format={"prompt": "plain", "prompt_digest": "", "system_prompt": "", "user_template": "{{ prompt }}", "response_prefix": "<think>\n"},
+        seed=0, dtype="float32", execution=Execution(processes=2, threads=1),
+    )  # fmt: skip
+    (tmp_path / "out").mkdir()
+    path = job.save()
+    done = subprocess.run(
+        [*TORCHRUN, "-m", "stages", "--rank", str(path)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "result.json").read_text())["seen"]["processes"] == 2
+    assert (tmp_path / "out" / "model.safetensors").exists()
