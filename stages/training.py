@@ -148,7 +148,9 @@ def same_world(trainer: Any, job: Job) -> None:
     wanted = (yaml.safe_load(Path(job.execution.accelerate).read_text()) or {}).get("distributed_type")
     got = str(trainer.accelerator.distributed_type.value)
     if wanted in SHARDING and wanted != got:
-        raise BadInput(f"{job.name}: launch.accelerate asks for {wanted}, but accelerate made it {got} here; {wanted} needs GPUs")
+        raise BadInput(
+            f"{job.name}: launch.accelerate asks for {wanted}, but accelerate made it {got} here; {wanted} needs GPUs"
+        )
 
 
 def all_steps_ran(trainer: Any, expected: int, job: Job) -> None:

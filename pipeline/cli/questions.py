@@ -6,13 +6,13 @@ import codecs
 from typing import Annotated, Any
 
 import typer
-from rich.text import Text
 
 from pipeline import ask, checks, formats
 from pipeline import plan as planning
 from pipeline.cli.common import JsonOption, RecipeArgument, RegistryOption, SetOption, open_registry, print_json
+from pipeline.cli.loss_maps import show_map
 from pipeline.cli.progress import Progress
-from pipeline.cli.tables import console, probe_table, show
+from pipeline.cli.tables import probe_table, show
 from pipeline.launch import Launcher
 from pipeline.plan import Planned
 from pipeline.recipe import Recipe, load
@@ -48,10 +48,6 @@ After = Annotated[
 Rows = Annotated[int, typer.Option("--rows", min=2, help="Validation rows.")]
 Samples = Annotated[int, typer.Option("--samples", min=1, help="Completions per row.")]
 
-ROLE_STYLES = {"system": "magenta", "user": "cyan", "template": "dim", "prefix": "yellow", "completion": "green"}
-SHADES = (17, 18, 19, 20, 26, 32)
-"""256-colour backgrounds from the least to the greatest weight."""
-
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
@@ -75,7 +71,7 @@ def inspect(
     if json:
         print_json({"tokens": found["tokens"]})
     else:
-        _print_map(stage, row, found)
+        show_map(stage, row, found)
 
 
 def probe(
@@ -155,38 +151,6 @@ def _unescaped(text: str) -> str:
         return codecs.decode(text.encode("latin-1", "backslashreplace"), "unicode_escape")
     except UnicodeDecodeError as error:
         raise BadInput(f"--prefix: {text!r} ends in the middle of an escape ({error.reason})") from None
-
-
-def _print_map(stage: str, row: int, found: dict[str, Any]) -> None:
-    terminal, tokens = console(), found["tokens"]
-    shares = {role: sum(token["share"] for token in tokens if token["role"] == role) for role in ROLE_STYLES}
-    weights = {role: sorted({token["weight"] for token in tokens[1:] if token["role"] == role}) for role in ROLE_STYLES}
-    text = Text()
-    greatest = max(token["weight"] for token in tokens) or 1.0
-    for token in tokens:
-        shade = f" on color({SHADES[round(token['weight'] / greatest * (len(SHADES) - 1))]})" if token["weight"] else ""
-        text.append(token["text"] if terminal.is_terminal else "", f"{ROLE_STYLES[token['role']]}{shade}")
-    if terminal.is_terminal:
-        terminal.print(text)
-        terminal.print()
-    else:
-        for token in tokens:
-            print(f"{token['weight']:<8g} {token['share']:<9.4f} {token['role']:<11} {token['text']!r}")
-    for role, share in shares.items():
-        count = sum(token["role"] == role for token in tokens)
-        if count:
-            weight = ", ".join(f"{w:g}" for w in weights[role]) or "0"
-            terminal.print(
-                Text.assemble(
-                    (f"{role:<11}", ROLE_STYLES[role]), f"{count:>5} tokens, weight {weight}, {share:.1%} of the row"
-                )
-            )
-    metrics = found["metrics"]
-    terminal.print(
-        f"{stage}, row {row} of {metrics['rows']:.0f}; over all rows: R_g {metrics['generation_ratio']:.2f} (completion / prompt tokens),"
-        f" prompt tokens carry {metrics['prompt_weight_share']:.1%} of the weight",
-        soft_wrap=True,
-    )
 
 
 def _print_probe(lines: list[dict[str, Any]]) -> None:
