@@ -1,7 +1,7 @@
 """Several processes of one stage: who this one is, and how they put together what each has made.
 
-torchrun says it in the environment (RANK, WORLD_SIZE, LOCAL_RANK); without it there is one process, and nothing here costs anything. Trainers bring
-their own process group; stages that sample make one here, on the CPU.
+torchrun says it in the environment (RANK, WORLD_SIZE, LOCAL_RANK); without it there is one process, and nothing here costs anything. The processes that
+switchback starts meet through a file, because the store that torch would open listens on every interface of the machine.
 """
 
 from __future__ import annotations
@@ -11,6 +11,10 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+MEETING = "SWITCHBACK_MEETING"
+"""Environment variable with the directory through which the processes of a job meet."""
 
 
 def world() -> int:
@@ -31,6 +35,20 @@ def local_rank() -> int:
 def first() -> bool:
     """Whether this process speaks for all: it alone writes files."""
     return rank() == 0
+
+
+def meet(on_gpu: bool) -> None:
+    """Make the process group before anybody else does. Nothing happens where somebody else's launcher started the processes: theirs is env://."""
+    if world() == 1 or MEETING not in os.environ:
+        return
+    import torch
+    from torch import distributed
+    from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage] - documented, but not in __all__
+
+    if on_gpu:
+        torch.cuda.set_device(local_rank())
+    store = FileStore(f"{os.environ[MEETING]}/store", world())
+    distributed.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank(), world_size=world())
 
 
 def together(mine: Mapping[int, T]) -> dict[int, T]:

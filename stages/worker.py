@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from importlib.metadata import version
@@ -68,38 +69,29 @@ def attempt(job: Job) -> int:
 
 
 def _share_out(job: Job, path: str) -> int:
-    """Start the job's processes, which meet on this machine's loopback interface, and wait for all of them."""
-    rank = [sys.executable, "-P", "-m", "stages", "--rank", path]
-    processes = str(job.execution.processes)
-    torchrun = [
-        sys.executable,
-        "-P",
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--local-addr",
-        "127.0.0.1",
-        "--nproc-per-node",
-        processes,
-        "--no-python",
-    ]
-    accelerate = [
-        sys.executable,
-        "-P",
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(job.execution.accelerate),
-        "--num_processes",
-        processes,
-        "--no_python",
-    ]
-    command = [*(accelerate if job.execution.accelerate else torchrun), *rank]
-    threads = {"OMP_NUM_THREADS": str(job.execution.threads)} if job.execution.threads else {}
-    code = subprocess.call(command, env={"GLOO_SOCKET_IFNAME": "lo", **os.environ, **threads}, close_fds=False)
+    """Start the job's processes and wait for all of them."""
+    with tempfile.TemporaryDirectory(prefix="switchback-meeting-") as meeting:
+        command = [*_launcher(job, meeting), sys.executable, "-P", "-m", "stages", "--rank", path]
+        env = {"GLOO_SOCKET_IFNAME": "lo", **os.environ}
+        if job.execution.threads:
+            env["OMP_NUM_THREADS"] = str(job.execution.threads)
+        if job.execution.accelerate is None:
+            env |= {ranks.MEETING: meeting, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        code = subprocess.call(command, env=env, close_fds=False)  # they inherit the directory's lock
     if code and (Path(job.work) / ERROR).exists():
         return 2 if json.loads((Path(job.work) / ERROR).read_text())["bad_input"] else 1
     return code
+
+
+def _launcher(job: Job, meeting: str) -> list[str]:
+    """torchrun, or accelerate where a config file says how; a command is to follow."""
+    processes = str(job.execution.processes)
+    if file := job.execution.accelerate:
+        accelerate = [sys.executable, "-P", "-m", "accelerate.commands.launch"]
+        return [*accelerate, "--config_file", file, "--num_processes", processes, "--no_python"]
+    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc-per-node", processes, "--no-python"]
+    by_file = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{meeting}/rendezvous", "--rdzv-conf", "store_type=file"]
+    return [*torchrun, *by_file, "--rdzv-id", "switchback", "--local-addr", "127.0.0.1"]
 
 
 def _run(job: Job) -> Result:
@@ -116,6 +108,7 @@ def _run(job: Job) -> Result:
     logging.disable_progress_bar()
     if job.execution.threads:
         torch.set_num_threads(job.execution.threads)
+    ranks.meet(on_gpu=torch.cuda.is_available() and job.execution.device != "cpu")
     start = time.monotonic()
     result = STAGES[job.kind].run(job)
     seen = {

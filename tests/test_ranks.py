@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import uuid
+from pathlib import Path
 
 import pytest
 import yaml
@@ -191,3 +192,36 @@ def test_a_stage_runs_under_somebody_elses_torchrun(settings, tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "result.json").read_text())["seen"]["processes"] == 2
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_processes_that_meet_open_no_port_to_the_network(settings, write, tmp_path):
+    """torch's own store listens on every interface."""
+
+    def open_to_all():
+        lines = [
+            line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()[1:]
+        ]
+        return {line[1] for line in lines if line[3] == "0A" and set(line[1].partition(":")[0]) == {"0"}}
+
+    settings["launch"]["processes"] = 2
+    stage(settings, "warmup")["epochs"] = 10_000.0
+    before = open_to_all()
+    command = [
+        str(SWITCHBACK),
+        "run",
+        str(write(settings)),
+        "--registry",
+        str(tmp_path / "r"),
+        "--no-prefect",
+        "--only",
+        "warmup",
+    ]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as launcher:
+        try:
+            assert wait_for(lambda: is_training(tmp_path / "r" / "work", "sft"), 120)
+            assert open_to_all() <= before
+        finally:
+            launcher.terminate()
+            launcher.communicate()
