@@ -17,6 +17,9 @@ from pipeline.launch import Launcher, OnMetrics
 from pipeline.plan import Planned
 from pipeline.registry import Artifact, Registry
 from pipeline.run import job_of
+from stages import loss_map as loss_map_file
+from stages import preflight as preflight_job
+from stages import probe as probe_job
 from stages.job import BadInput, Execution, Finding, Findings, Job
 
 CHECKED = ("sft", "grpo", "rejection")
@@ -27,11 +30,13 @@ def preflight(
     planned: Sequence[Planned], names: Sequence[str], registry: Registry, launcher: Launcher, execution: Execution
 ) -> list[Finding]:
     """What is known about steps before they run. Raises BadInput for what cannot work."""
-    jobs = [stand_in(one, planned, registry, execution) for one in planned if one.step.name in names]
-    config = {"jobs": [job.model_dump(mode="json") for job in jobs]}
+    looked_at = [one for one in planned if one.step.name in names]
+    jobs = [stand_in(one, planned, registry, execution) for one in looked_at]
+    there = [one.step.name for one in looked_at if _is_there(one.step.inputs["policy"].step, planned)]
+    config = {"jobs": [job.model_dump(mode="json") for job in jobs], "policies_there": there}
     with _question("preflight", config, jobs[0], {}) as job:
         launcher.launch(job)
-        return list(Findings.model_validate_json(Path(job.out, "findings.json").read_text()).findings)
+        return list(Findings.model_validate_json(Path(job.out, preflight_job.FILE).read_text()).findings)
 
 
 def checkable(planned: Sequence[Planned]) -> list[str]:
@@ -52,14 +57,14 @@ def loss_map(
     step = one.step
     if step.kind != "sft":
         raise BadInput(f"{step.name} is of kind {step.kind}; inspect shows what an sft stage trains on")
-    if (source := step.inputs.get("data")) and source.step and not _artifact(source.step, planned):
+    if (source := step.inputs.get("data")) and not _is_there(source.step, planned):
         raise BadInput(
             f"{step.name} trains on {source.step}, which has not been made yet; run it first, with --until {source.step}"
         )
     like = stand_in(one, planned, registry, Execution())
     with _question("inspect", {"stage": step.config, "row": row}, like, like.inputs) as job:
         result = launcher.launch(job)
-        return {**json.loads(Path(job.out, "loss_map.json").read_text()), "metrics": result.metrics}
+        return {**json.loads(Path(job.out, loss_map_file.FILE).read_text()), "metrics": result.metrics}
 
 
 def probe(
@@ -75,7 +80,7 @@ def probe(
     job = job_of(like.step, {}, registry, execution)
     with _question("probe", config, job, policies) as question:
         launcher.launch(question, on_metrics=on_metrics)
-        return json.loads(Path(question.out, "probe.json").read_text())["lines"]
+        return json.loads(Path(question.out, probe_job.FILE).read_text())["lines"]
 
 
 def stand_in(one: Planned, planned: Sequence[Planned], registry: Registry, execution: Execution) -> Job:
@@ -96,8 +101,9 @@ def _policy(one: Planned, planned: Sequence[Planned], made: Mapping[str, Artifac
     return _policy(next(other for other in planned if other.step.name == ref.step), planned, made, registry)
 
 
-def _artifact(name: str, planned: Sequence[Planned]) -> Artifact | None:
-    return next(other.artifact for other in planned if other.step.name == name)
+def _is_there(step: str | None, planned: Sequence[Planned]) -> bool:
+    """Whether what a step makes can be read; a base model and a file always can."""
+    return step is None or next(other.artifact for other in planned if other.step.name == step) is not None
 
 
 @contextmanager

@@ -14,12 +14,8 @@ from typing import Any
 from pydantic import ValidationError
 
 import prompts
-from pipeline.registry.artifact import MANIFEST
 from stages.config import FormatSettings
-from stages.job import BadInput, Format
-
-COMPARED = ("system_prompt", "user_template", "response_prefix", "per_row", "chat_template")
-"""What of a Format a plan can compare; the digest of the template that is really used is only known to a worker."""
+from stages.job import COMPARED, MANIFEST, BadInput, Format, different
 
 
 def of_base(settings: FormatSettings, carried: Format | None) -> Format:
@@ -40,24 +36,20 @@ def of_base(settings: FormatSettings, carried: Format | None) -> Format:
 
 
 def of_stage(name: str, settings: FormatSettings | None, policy: Format, data: tuple[str, Format] | None) -> Format:
-    """A stage's Format: its policy's, unless it says otherwise. `data` is (the stage that made its rows, the Format it made them with).
+    """A stage's Format: its policy's, with what it sets itself. `data` is (the stage that made its rows, the Format it made them with).
 
-    Raises BadInput where the rows were made with another Format and the stage does not say which one it means.
+    Raises BadInput where the rows were made with another Format and the stage does not say which one it means, field by field.
     """
-    if settings is not None:
-        return over(policy, settings)
-    for field in different(policy, data[1]) if data else ():
+    settings = settings or FormatSettings()
+    format = over(policy, settings)
+    for field in different(format, data[1]) if data else ():
         assert data is not None
-        raise BadInput(
-            f"stages.{name}: its policy has {field} {getattr(policy, field)!r}, but its data ({data[0]}) was made with {getattr(data[1], field)!r};"
-            f" set stages.{name}.format.{_field(field)} to say which one the new policy has"
-        )
-    return policy
-
-
-def different(a: Format, b: Format) -> list[str]:
-    """Fields in which two Formats dress text differently."""
-    return [name for name in COMPARED if getattr(a, name) != getattr(b, name)]
+        if getattr(settings, _field(field)) is None:
+            raise BadInput(
+                f"stages.{name}: its policy has {field} {getattr(policy, field)!r}, but its data ({data[0]}) was made with"
+                f" {getattr(data[1], field)!r}; set stages.{name}.format.{_field(field)} to say which one the new policy has"
+            )
+    return format
 
 
 def carried_by(directory: Path) -> Format | None:
@@ -74,10 +66,13 @@ def carried_by(directory: Path) -> Format | None:
 
 
 def read_template(path: str) -> str:
-    """A chat template's file. Raises BadInput when there is none."""
+    """A chat template's file. Raises BadInput when there is none, or no text in it."""
     if not Path(path).is_file():
         raise BadInput(f"format.chat_template: {path} is not there (paths count from {Path.cwd()})")
-    return Path(path).read_text()
+    try:
+        return Path(path).read_text()
+    except UnicodeDecodeError:
+        raise BadInput(f"format.chat_template: {path} is not text") from None
 
 
 def identity(format: Format) -> dict[str, Any]:
@@ -104,15 +99,12 @@ def over(format: Format, settings: FormatSettings) -> Format:
 
 
 def rule(format: Format, prompt: str | None) -> str | None:
-    """How one sees that a completion follows the prompt; None where the prompt does not say. `prompt` is its name or path where that is not the
-    Format's own."""
-    name = prompt or format.prompt
+    """How one sees that a completion follows the Format's prompt; None where its file does not say, or is not here. `prompt` is its name or path."""
     try:
-        return prompts.load(name).follow
+        found = prompts.load(prompt or format.prompt)
     except ValueError:
-        if prompt:
-            raise
-        return None  # the Format was made with a file that is not here
+        return None
+    return found.follow if found.digest == format.prompt_digest else None
 
 
 def _field(name: str) -> str:

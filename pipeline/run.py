@@ -75,6 +75,8 @@ def run_step(
             return artifact, True
         observer.started(step)
         result = launcher.launch(job, step.deadline, lambda line: observer.logged(step, line))
+        for finding in result.findings:
+            observer.found(finding)
         artifact = publish(step, job, result, made, registry, run)
     if artifact.provenance["run"] != run:  # a maker on another machine was first
         observer.reused(step, artifact)

@@ -38,6 +38,8 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
     """The prompt as text, generation prompt included. Raises BadInput when it ends in an assistant turn, or when the template refuses it."""
+    if not messages:
+        raise BadInput("a conversation starts with an assistant turn; start it with the user's")
     if messages[-1]["role"] == "assistant":
         raise BadInput(
             f"a prompt ends in an assistant turn ({messages[-1]['content'][:40]!r}); end it with the user's, and say how answers start with format.response_prefix"
@@ -103,9 +105,14 @@ def with_roles(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Pieces]) ->
     encoded: dict[str, Any] = dict(tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True))
     roles = ["".join(letter * len(piece) for letter, piece in prompt) for prompt in prompts]
     return [
-        (list(ids), "".join(letters[start] if start < end else TEMPLATE for start, end in offsets))
+        (list(ids), "".join(letters[start] if start < len(letters) else TEMPLATE for start in starts(offsets)))
         for ids, offsets, letters in zip(encoded["input_ids"], encoded["offset_mapping"], roles, strict=True)
     ]
+
+
+def starts(offsets: Sequence[tuple[int, int]]) -> list[int]:
+    """Where each token begins: where the one before it ended, because some tokenizers leave blanks out of a token's offsets."""
+    return [0, *(end for _, end in offsets[:-1])] if offsets else []
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int:

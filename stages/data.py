@@ -2,7 +2,7 @@
 
 Whatever the source, a row is ids with a role each (`stages.tokens`), and every answer in it starts with the response prefix. A file has a JSON object a
 line, as TRL takes them: `{"messages": [...]}`, trained as they are, every assistant turn an answer; or `{"prompt": ..., "completion": ...}`, of
-messages, or of plain text, which the Format dresses.
+messages, of which the completion's are answers, or of plain text, which the Format dresses. A message has a role and content, both text.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def demonstrations(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase)
 def conversations(path: Path, format: Format, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:
     """The rows of a file, identified by their line. Raises BadInput with the line that cannot be used."""
     rows: list[TokenRow] = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(
+        _text(path).split("\n"), start=1
+    ):  # and nowhere else: a JSON string may hold other ends of lines
         if line.strip():
             try:
                 ids, roles = _conversation(_object(line), format, tokenizer)
@@ -79,6 +81,13 @@ def conversations(path: Path, format: Format, tokenizer: PreTrainedTokenizerBase
                 raise BadInput(f"{path}, line {number}: {error}") from None
             rows.append(TokenRow(str(number), ids, roles))
     return rows
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 def _object(line: str) -> Mapping[str, Any]:
@@ -98,7 +107,9 @@ def _conversation(columns: Mapping[str, Any], format: Format, tokenizer: PreTrai
     prompt, completion = columns.get("prompt"), columns.get("completion")
     if _turns(prompt) and _turns(completion):
         chat.render(tokenizer, columns["prompt"])  # refuses a prompt that ends in an assistant turn
-        return prefix.conversation(tokenizer, start, [*columns["prompt"], *columns["completion"]])
+        return prefix.conversation(
+            tokenizer, start, [*columns["prompt"], *columns["completion"]], len(columns["prompt"])
+        )
     if isinstance(prompt, str) and isinstance(completion, str):
         turns = [*prefix.messages(format, columns), {"role": "assistant", "content": completion}]
         return prefix.conversation(tokenizer, start, turns)
@@ -106,11 +117,13 @@ def _conversation(columns: Mapping[str, Any], format: Format, tokenizer: PreTrai
 
 
 def _turns(value: Any) -> bool:
-    """A list of {role, content}, both text."""
+    """A list of {role, content}, both text, and nothing else in them that would be left out of training."""
+    return isinstance(value, list) and bool(value) and all(_is_turn(turn) for turn in value)
+
+
+def _is_turn(value: Any) -> bool:
     return (
-        isinstance(value, list)
-        and bool(value)
-        and all(
-            isinstance(t, dict) and isinstance(t.get("role"), str) and isinstance(t.get("content"), str) for t in value
-        )
+        isinstance(value, dict)
+        and set(value) == {"role", "content"}
+        and all(isinstance(part, str) for part in value.values())
     )

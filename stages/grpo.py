@@ -52,6 +52,11 @@ class GrpoConfig(TrainingConfig):
         "generation_batch_size": "set the stage's own prompts_per_step instead",
         "steps_per_generation": "set the stage's own prompts_per_step instead",
         "num_train_epochs": "set the stage's own steps instead",
+        "generation_kwargs": "what is sampled has to be the policy that is trained; remove it",
+        **dict.fromkeys(
+            ("top_p", "top_k", "min_p", "repetition_penalty"),
+            "what is sampled has to be the policy that is trained; remove it",
+        ),
         "reward_weights": "the problem's rewards have their weights; remove it",
     }
 
@@ -127,6 +132,8 @@ def run(job: Job) -> Result:
     with own_settings(model):
         trainer.train()
     all_steps_ran(trainer, config.steps, job)
-    models.publish(trainer, tokenizer, job)
+    findings = models.publish(trainer, tokenizer, job)
     metrics = {"steps": config.steps, "rows": len(rows), **latest(Path(job.out), LOGGED)}
-    return Result(outputs={"policy": "."}, metrics=metrics, format=prefix.seen_format(format, tokenizer))
+    return Result(
+        outputs={"policy": "."}, metrics=metrics, findings=findings, format=prefix.seen_format(format, tokenizer)
+    )

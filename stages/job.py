@@ -16,6 +16,8 @@ from stages.config import Config, FromList, Frozen, execution, identity
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Split = Literal["train", "validation", "held_out"]
+MANIFEST = "artifact.json"
+"""A published artifact's own file, written last: its existence means the artifact is whole. A copy of a policy keeps it."""
 SPLITS: tuple[Split, ...] = ("train", "validation", "held_out")
 """Training stages read `train`; `validation` decides between settings; `held_out` only reports."""
 
@@ -30,7 +32,7 @@ class Execution(Config):
     processes: int = execution(1, ge=1)
     """Processes of one stage (data parallel)."""
     threads: int | None = execution(None, ge=1)
-    """CPU threads of each process. Off: torch's default. Tiny models are fastest with 1."""
+    """CPU threads of each process. Off: torch's default, or 1 where there are several processes. Tiny models are fastest with 1."""
     device: Literal["auto", "cpu", "cuda"] = execution("auto")
     """`auto` takes the GPU where there is one."""
     accelerate: str | None = execution(None)
@@ -48,7 +50,7 @@ class Lora(Config):
     """Scale: the update is multiplied by alpha / r."""
     dropout: float = identity(0.0, ge=0, lt=1)
     """0 = off; in RL it makes the ratio noisy."""
-    targets: str | Annotated[tuple[str, ...], FromList] = identity("all-linear")
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], FromList] = identity("all-linear")
     """Modules that get an adapter: `all-linear` (all but the LM head), or names such as [q_proj, v_proj]."""
     quantize: Literal["nf4"] | None = identity(None)
     """Hold the frozen weights in 4 bits while training (QLoRA, arXiv 2305.14314); needs a GPU and bitsandbytes. What is published is the full-precision
@@ -73,6 +75,15 @@ class Format(Frozen):
     """A training template to use in place of the one the policy carries, which later policies then carry. None: the policy's own."""
     training_template: str | None = None
     """SHA-256 of the chat template everything is rendered with. The worker finds it, so it is None before a job has run."""
+
+
+COMPARED = ("system_prompt", "user_template", "response_prefix", "per_row", "chat_template")
+"""What of a Format can be compared without a tokenizer; the digest of the template that is really used is only known to a worker."""
+
+
+def different(a: Format, b: Format) -> list[str]:
+    """Fields in which two Formats dress text differently."""
+    return [name for name in COMPARED if getattr(a, name) != getattr(b, name)]
 
 
 class RowRange(Frozen):
@@ -126,12 +137,34 @@ class Job(Frozen):
         return path
 
 
+class Finding(Frozen):
+    """Something about a stage that its user should know."""
+
+    rule: str
+    """What was looked at."""
+    severity: Literal["note", "warn"]
+    """What must not be is no finding: it is refused."""
+    stage: str
+    step: int | None = None
+    """Optimiser step; None for what is known before training."""
+    evidence: dict[str, float]
+    """What was measured."""
+    advice: str
+    """One line: what it means and what to do."""
+    override: str | None = None
+    """A `--set` that would follow the advice."""
+    source: str | None = None
+    """Where the rule is from."""
+
+
 class Result(Frozen):
     """What the worker says it made; written last, by rank 0."""
 
     outputs: dict[str, str]
     """Name -> path relative to the job's `out`; a policy lies at "."."""
     metrics: dict[str, float]
+    findings: tuple[Finding, ...] = ()
+    """What its user should know."""
     format: Format | None = None
     """The job's Format, with the digest of the training template filled in."""
     seen: dict[str, Any] = Field(default_factory=dict)
@@ -169,26 +202,6 @@ class Evaluation(Frozen):
     """Share of the samples per outcome."""
     per_row: str
     """File beside this one, a line a row."""
-
-
-class Finding(Frozen):
-    """Something about a stage that its user should know."""
-
-    rule: str
-    """What was looked at."""
-    severity: Literal["note", "warn"]
-    """What must not be is no finding: it is refused."""
-    stage: str
-    step: int | None = None
-    """Optimiser step; None for what is known before training."""
-    evidence: dict[str, float]
-    """What was measured."""
-    advice: str
-    """One line: what it means and what to do."""
-    override: str | None = None
-    """A `--set` that would follow the advice."""
-    source: str | None = None
-    """Where the rule is from."""
 
 
 class Findings(Frozen):

@@ -6,6 +6,7 @@ A published policy carries two chat templates: the serving template, which yield
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +15,31 @@ from accelerate import DistributedType
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from stages import chat, lora, prefix, ranks
-from stages.job import BadInput, Dtype, Execution, Format, Job
+from stages.job import BadInput, Dtype, Execution, Finding, Format, Job
 
-HUB = "hf://"
-"""How a job's input names a model on the hub: hf://org/name@revision."""
 SAFE_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja"]
 
 
 def local_path(source: str, weights: bool = True) -> str:
     """The directory of a model; one on the hub is fetched at its revision first, so that whoever loads it again gets the same. Without `weights`,
     only what a tokenizer needs is fetched."""
-    if not source.startswith(HUB):
+    if not source.startswith(lora.HUB):
         return source
     from huggingface_hub import snapshot_download
 
-    repo, _, revision = source.removeprefix(HUB).partition("@")
+    repo, _, revision = source.removeprefix(lora.HUB).partition("@")
     patterns = SAFE_PATTERNS if weights else [pattern for pattern in SAFE_PATTERNS if pattern != "*.safetensors"]
     return snapshot_download(repo, revision=revision or None, allow_patterns=patterns)
 
 
 def pick_device(execution: Execution) -> torch.device:
-    """The device a job runs on. Raises BadInput where a GPU is asked for and there is none."""
+    """The device a job runs on. Raises BadInput where a GPU is asked for and there is none, or fewer than processes."""
     if execution.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("launch.device: cuda was asked for, but torch sees no GPU; set launch.device to auto or cpu")
+    if torch.cuda.is_available() and execution.device != "cpu" and execution.processes > torch.cuda.device_count():
+        raise BadInput(
+            f"launch.processes: {execution.processes} were asked for, but torch sees {torch.cuda.device_count()} GPUs; lower it"
+        )
     use_gpu = execution.device != "cpu" and torch.cuda.is_available()
     return torch.device("cuda", ranks.local_rank()) if use_gpu else torch.device("cpu")
 
@@ -75,7 +78,11 @@ def load_tokenizer(path: str, format: Format | None = None) -> PreTrainedTokeniz
     return tokenizer
 
 
-def publish(trainer: Any, tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
+KEPT = 0.9
+"""Share of an adapter's update that has to survive the merge; below it there is a warning."""
+
+
+def publish(trainer: Any, tokenizer: PreTrainedTokenizerBase, job: Job) -> tuple[Finding, ...]:
     """Write what a trainer has made to `job.out`, whole: an adapter is merged into the policy it was trained on, and kept beside it.
 
     All processes call it; the first one writes. Weights that are spread over processes (FSDP, DeepSpeed) are gathered first.
@@ -84,19 +91,42 @@ def publish(trainer: Any, tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
     spread = trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if spread else None
     if not ranks.first():
-        return
-    out, model = Path(job.out), trainer.accelerator.unwrap_model(trainer.model_wrapped if spread else trainer.model)
-    if job.lora is not None:
-        path = local_path(job.inputs["policy"])
-        lora.save_adapter(model, out / lora.ADAPTER, state, path)
-        model, state = lora.merged(load_policy(path, job.dtype), out / lora.ADAPTER), None
-    save_policy(model, tokenizer, job.format, out, state)
+        return ()
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped if spread else trainer.model)
+    if job.lora is None:
+        save_policy(model, tokenizer, job.format, Path(job.out), state)
+        return ()
+    lora.save_adapter(model, Path(job.out, lora.ADAPTER), state, job.inputs["policy"])
+    whole, kept = lora.merged(load_policy(local_path(job.inputs["policy"]), job.dtype), Path(job.out, lora.ADAPTER))
+    _end_turns_alike(model, whole)
+    save_policy(whole, tokenizer, job.format, Path(job.out))
+    return tuple(_lost_in_the_merge(job, kept))
+
+
+def _end_turns_alike(trained: Any, whole: Any) -> None:
+    """A trainer aligns the model's special tokens with the tokenizer's; the policy that was loaded again has its old ones."""
+    for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        setattr(whole.config, name, getattr(trained.config, name))
+        setattr(whole.generation_config, name, getattr(trained.generation_config, name))
+
+
+def _lost_in_the_merge(job: Job, kept: float) -> Iterator[Finding]:
+    if kept < KEPT:
+        yield Finding(
+            rule="merge_rounding",
+            severity="warn",
+            stage=job.name,
+            evidence={"kept": kept},
+            advice=f"{job.dtype} could hold only {kept:.0%} of what the adapter has learnt when it was merged into the policy; train in float32, or with a higher learning rate",
+            override="model.dtype=float32",
+        )
 
 
 def save_policy(
     model: Any, tokenizer: PreTrainedTokenizerBase, format: Format, out: Path, state: dict[str, Any] | None = None
 ) -> None:
-    """Write a self-contained policy, a PreTrainedModel, whose serving template yields the Format's prefix."""
+    """Write a self-contained policy, a PreTrainedModel, whose serving template yields the Format's prefix. Other named templates of its tokenizer are
+    left out: they would not yield it."""
     model.save_pretrained(out, state_dict=state)
     training = chat.training_template(tokenizer)
     tokenizer.chat_template = {"default": prefix.serving_template(training, format), chat.TRAINING: training}

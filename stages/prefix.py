@@ -99,9 +99,7 @@ def _columns(row: Columns) -> Mapping[str, Any]:
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
     """Ids up to and including the generation prompt, without the prefix."""
-    texts = [chat.render(tokenizer, conversation) for conversation in conversations]
-    encoded: Any = tokenizer(texts, add_special_tokens=False)
-    return [list(ids) for ids in encoded["input_ids"]]
+    return [ids for ids, _ in chat.with_roles(tokenizer, [chat.pieces(tokenizer, turns) for turns in conversations])]
 
 
 def prefix_ids(tokenizer: PreTrainedTokenizerBase, response_prefix: str) -> list[int]:
@@ -134,8 +132,10 @@ def demonstration(tokenizer: PreTrainedTokenizerBase, response_prefix: str, text
     return answer(prefix_ids(tokenizer, response_prefix), [*rest, chat.turn_end(tokenizer)])
 
 
-def conversation(tokenizer: PreTrainedTokenizerBase, response_prefix: str, turns: Sequence[Message]) -> Dressed:
-    """A whole conversation as one row: every assistant turn is completion and starts with the prefix.
+def conversation(
+    tokenizer: PreTrainedTokenizerBase, response_prefix: str, turns: Sequence[Message], given: int = 0
+) -> Dressed:
+    """A whole conversation as one row: every assistant turn after the first `given` turns is completion and starts with the prefix.
 
     Each turn stands where serving would put it: what the template makes of the turns before it must begin with what was trained so far. Raises
     BadInput where it does not (templates that drop earlier reasoning), and for a conversation that does not end with an assistant turn.
@@ -144,7 +144,7 @@ def conversation(tokenizer: PreTrainedTokenizerBase, response_prefix: str, turns
         raise BadInput("a conversation does not end with an assistant turn; remove what comes after the last one")
     ids, roles, context = list[int](), "", ""
     for i, turn in enumerate(turns):
-        if turn["role"] != "assistant":
+        if turn["role"] != "assistant" or i < given:
             continue
         text = chat.render(tokenizer, turns[:i])
         if not text.startswith(context):
@@ -175,7 +175,7 @@ def merges_at_boundary(tokenizer: PreTrainedTokenizerBase, row: TokenRow) -> boo
     end = start + len(row.roles[start:]) - len(row.roles[start:].lstrip(PREFIX))
     edges = {len(cast(str, tokenizer.decode(row.ids[:edge]))) for edge in {start, end}}
     encoded: Any = tokenizer(tokenizer.decode(row.ids), add_special_tokens=False, return_offsets_mapping=True)
-    return not edges <= {0, *(first for first, _ in encoded["offset_mapping"])}
+    return not edges <= set(chat.starts(encoded["offset_mapping"]))
 
 
 def completion_text(tokenizer: PreTrainedTokenizerBase, response_prefix: str, sampled: Sequence[int]) -> str:

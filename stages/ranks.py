@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -15,6 +16,9 @@ T = TypeVar("T")
 
 MEETING = "SWITCHBACK_MEETING"
 """Environment variable with the directory through which the processes of a job meet."""
+
+PATIENCE = timedelta(days=1)
+"""How long one process waits for another, which may be sampling; a deadline is the launcher's to keep."""
 
 
 def world() -> int:
@@ -47,8 +51,11 @@ def meet(on_gpu: bool) -> None:
 
     if on_gpu:
         torch.cuda.set_device(local_rank())
+    backend = (
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    )  # what processes tell each other beside tensors goes over the CPU
     store = FileStore(f"{os.environ[MEETING]}/store", world())
-    distributed.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank(), world_size=world())
+    distributed.init_process_group(backend, store=store, rank=rank(), world_size=world(), timeout=PATIENCE)
 
 
 def together(mine: Mapping[int, T]) -> dict[int, T]:

@@ -7,14 +7,14 @@ trained as it was sampled (`stages.data`). Cheap to import: torch and trl come w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence, Sized
+from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 from pydantic import model_validator
 
 from stages.config import Config, execution, identity, resolved
-from stages.job import BadInput, Job, Result
+from stages.job import BadInput, Finding, Job, Result
 from stages.tokens import ANSWERED, ROLES, TokenRow, lengths
 from stages.training import TrainingConfig, accumulation, all_steps_ran, trl_arguments
 from stages.weighting import Normaliser, prompt_share
@@ -63,6 +63,12 @@ class SftConfig(TrainingConfig):
         "dataloader_drop_last": "every row is trained; remove it",
         "loss_type": "the weighted loss is nll; remove it",
         "label_smoothing_factor": "the weighted loss has no label smoothing; remove it",
+        "chat_template_path": "set the stage's own format.chat_template instead",
+        "eos_token": "rows end in the tokenizer's eos token; remove it",
+        "pad_token": "the tokenizer's is used; remove it",
+        "truncation_mode": "rows are never cut; remove it",
+        "dataset_text_field": "data says what a line may be; remove it",
+        "average_tokens_across_devices": "the loss is normalised over all processes; remove it",
         "dataset_kwargs": "switchback prepares the rows; remove it",
     }
 
@@ -101,6 +107,12 @@ class SftConfig(TrainingConfig):
             for role, letter in ROLES.items()
         }
         return by_part | self.loss_weights.model_dump(exclude_none=True)
+
+    @model_validator(mode="after")
+    def _sequences_are_of_one_kind(self) -> SftConfig:
+        if self.padding_free and self.packing and self.packing.strategy == "wrapped":
+            raise ValueError("padding_free keeps rows apart and packing.strategy wrapped does not; remove one of them")
+        return self
 
     @model_validator(mode="after")
     def _something_is_trained(self) -> SftConfig:
@@ -155,7 +167,7 @@ def run(job: Job) -> Result:
     packed = len(cast(Sized, trainer.train_dataset))
     expected = math.ceil(config.epochs * math.ceil(packed / config.rows_per_step))
     all_steps_ran(trainer, expected, job)
-    models.publish(trainer, tokenizer, job)
+    findings = (*ragged(job, config, packed), *models.publish(trainer, tokenizer, job))
     if ranks.first():
         loss_map.write(out, loss_map.of_row(rows[0], config.weights, tokenizer))
     metrics = {
@@ -165,7 +177,9 @@ def run(job: Job) -> Result:
         **ratio(rows, config.weights),
     }
     metrics |= latest(out, ("completion_loss", "prompt_loss", "entropy"))
-    return Result(outputs={"policy": "."}, metrics=metrics, format=prefix.seen_format(job.format, tokenizer))
+    return Result(
+        outputs={"policy": "."}, metrics=metrics, findings=findings, format=prefix.seen_format(job.format, tokenizer)
+    )
 
 
 def sequences(config: SftConfig, rows: Sequence[TokenRow]) -> dict[str, Any]:
@@ -178,7 +192,19 @@ def sequences(config: SftConfig, rows: Sequence[TokenRow]) -> dict[str, Any]:
             f"packing: a row has {longest} tokens, but packing.max_length is {config.packing.max_length} and bfd would cut it; raise max_length, or choose bfd_split"
         )
     packing = {"packing": True, "packing_strategy": config.packing.strategy, "max_length": config.packing.max_length}
-    return {**packing, "padding_free": config.padding_free and config.packing.strategy != "wrapped"}
+    return {**packing, "padding_free": config.padding_free}
+
+
+def ragged(job: Job, config: SftConfig, packed: int) -> Iterator[Finding]:
+    """Packed sequences that several processes do not share out evenly."""
+    if config.packing and job.execution.processes > 1 and packed % config.rows_per_step:
+        yield Finding(
+            rule="ragged_batch",
+            severity="warn",
+            stage=job.name,
+            evidence={"sequences": packed, "rows_per_step": config.rows_per_step},
+            advice=f"packing makes {packed} sequences, which do not divide by rows_per_step={config.rows_per_step}; the last step of an epoch repeats some of them",
+        )
 
 
 def ratio(rows: Sequence[TokenRow], weights: dict[str, float]) -> dict[str, float]:

@@ -25,13 +25,23 @@ WAYS = {
     },
 }
 """Every one of them is one step over the same rows: "packed" makes 6 sequences of them."""
+RAGGED = {
+    "ragged": {"per_device_train_batch_size": 4 // WORLD, "gradient_accumulation_steps": 4},
+    "ragged padding_free": {
+        "per_device_train_batch_size": 4 // WORLD,
+        "gradient_accumulation_steps": 4,
+        "padding_free": True,
+    },
+}
+"""13 rows: the last micro-batch holds one, and accelerate fills it up."""
 
 
 def main(out: Path) -> None:
     for kind in ("weight_sum", "nonzero_count", "completion_count"):
-        for name, how in WAYS.items():
+        for name, how in (WAYS | RAGGED).items():
             more = {"ddp_backend": "gloo"} if WORLD > 1 else {}
-            found = gradient(tempfile.mkdtemp(), BY_ROLE, kind, **how, **more)
+            rows = 13 if name in RAGGED else 16
+            found = gradient(tempfile.mkdtemp(), BY_ROLE, kind, rows=rows, **how, **more)
             if os.environ.get("RANK", "0") == "0":
                 save_file(
                     {key.removeprefix("module."): value.contiguous() for key, value in found.items()},

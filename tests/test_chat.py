@@ -120,3 +120,12 @@ def test_a_single_turn_is_the_same_as_demonstration_and_as_conversation(tokenize
         ids + target,
         roles + letters,
     )
+
+
+def test_blanks_that_a_tokenizer_leaves_out_of_its_offsets_are_still_the_users(tokenizer):
+    from tokenizers import processors
+
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    turns = [{"role": "user", "content": "  What  is 1  ?"}]
+    ((ids, roles),) = chat.with_roles(tokenizer, [chat.pieces(tokenizer, turns)])
+    assert said_by("u", ids, roles, tokenizer) == "  What  is 1  ?"

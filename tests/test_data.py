@@ -81,12 +81,32 @@ def test_a_column_may_give_each_row_its_prefix(tokenizer, tmp_path):
         ({"text": "1 + 2 = 3"}, 'line 1: found text, expected {"messages": [...]} or'),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "line 1: found messages, expected"),
         ([1], "line 1: found list, expected"),
+        ({"messages": CONVERSATION[2:3]}, "line 1: a conversation starts with an assistant turn"),
+        ({"messages": [CONVERSATION[1], {**CONVERSATION[2], "tool_calls": []}]}, "line 1: found messages, expected"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named(line, said, tokenizer, tmp_path):
     with pytest.raises(BadInput) as refused:
         read([line], tmp_path, tokenizer)
     assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_earlier_assistant_turns_of_a_prompt_are_not_trained(tokenizer, tmp_path):
+    """As in TRL: a completion is what comes after the prompt. They need not start with the prefix, either."""
+    prompt = [CONVERSATION[1], {"role": "assistant", "content": "WRONG"}, CONVERSATION[3]]
+    (row,) = read([{"prompt": prompt, "completion": CONVERSATION[4:]}], tmp_path, tokenizer)
+    answered = [id for id, role in zip(row.ids, row.roles, strict=True) if role in "pc"]
+    assert tokenizer.decode(answered) == "<think>\n7<|im_end|>" and "WRONG" in tokenizer.decode(row.ids)
+
+
+def test_a_line_ends_where_jsonl_says_and_nowhere_else(tokenizer, tmp_path):
+    (row,) = read([{"prompt": "1 \u2028 2?", "completion": "<think>\n3"}], tmp_path, tokenizer)
+    path = tmp_path / "raw.jsonl"
+    path.write_text(json.dumps({"prompt": "1 \u2028 2?", "completion": "<think>\n3"}, ensure_ascii=False) + "\n")
+    assert data.conversations(path, FORMAT, tokenizer)[0].ids == row.ids
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(BadInput, match="is not UTF-8 text"):
+        data.conversations(path, FORMAT, tokenizer)
 
 
 def test_a_loss_map_says_what_each_token_decides(tokenizer, tmp_path):

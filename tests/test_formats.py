@@ -40,6 +40,10 @@ def test_data_of_another_format_than_the_policys_are_refused_until_the_stage_say
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "its policy has response_prefix '<think>\\n', but its data (harvest) was made with 'Okay'" in done.stderr
     assert "set stages.distill.format.response_prefix" in done.stderr
+    for silent in ({}, {"prompt": "plain"}):
+        stage(settings, "distill")["format"] = silent
+        with pytest.raises(BadInput, match="its policy has response_prefix"):
+            formats(settings, Registry(tmp_path))
     stage(settings, "distill")["format"] = {"response_prefix": "Okay"}
     assert run_cli("plan", write(settings), "--registry", tmp_path / "r").returncode == 0
     found = formats(settings, Registry(tmp_path))
@@ -115,3 +119,21 @@ def test_every_artifact_says_its_format_and_the_evaluation_its_digest(climbed):
         if artifact.kind == "evaluate":
             digests.add(json.loads((registry.path(artifact) / "validation.json").read_text())["format_digest"])
     assert len(digests) == 1, "all policies of a climb are evaluated in the same dress"
+
+
+def test_a_run_in_which_a_stage_changes_the_prefix(climbed, settings, write, tmp_path):
+    """From a policy that was trained with another one; the stages after it inherit the change, and nothing is refused on the way."""
+    registry = Registry(Path(shutil.copytree(climbed[1], tmp_path / "r")))
+    settings["model"] = {
+        "artifact": next(artifact.id for artifact in registry.artifacts() if artifact.stage == "warmup")
+    }
+    settings["stages"] = [
+        {**stage(settings, "rl1"), "policy": "base", "format": {"response_prefix": "<think>\nA"}},
+        {**stage(settings, "harvest"), "samples": 1},
+    ]
+    done = run_cli("run", write(settings), "--registry", registry.root, "--no-prefect")
+    assert done.returncode == 0, done.stderr
+    made = registry.artifacts()[-1]
+    assert made.kind == "rejection" and made.format is not None and made.format.response_prefix == "<think>\nA"
+    for line in (registry.path(made) / "rollouts" / "rollouts.jsonl").read_text().splitlines():
+        assert json.loads(line)["text"].startswith("<think>\nA")

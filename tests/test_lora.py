@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.registry import Registry
 from stages.job import BadInput, Lora
@@ -35,7 +36,8 @@ def test_the_merged_policy_says_what_policy_and_adapter_say_together(tmp_path):
     model = adapted().eval()
     ids = torch.randint(3, 300, (2, 9))
     save_adapter(model, tmp_path, None, "/somewhere/base-1")
-    whole = merged(make_model(TOKENIZER), tmp_path)
+    whole, kept = merged(make_model(TOKENIZER), tmp_path)
+    assert kept == pytest.approx(1.0, abs=1e-4)
     with torch.no_grad():
         together, alone, plain = (
             model(input_ids=ids).logits,
@@ -49,7 +51,8 @@ def test_the_merged_policy_says_what_policy_and_adapter_say_together(tmp_path):
 def test_a_bfloat16_policy_is_rounded_once_after_the_sum(tmp_path):
     model = adapted(dtype=torch.bfloat16)
     save_adapter(model, tmp_path, None, "base")
-    whole = merged(make_model(TOKENIZER).to(torch.bfloat16), tmp_path)
+    whole, kept = merged(make_model(TOKENIZER).to(torch.bfloat16), tmp_path)
+    assert 0.95 < kept < 1.05
     for name, module in model.base_model.model.named_modules():
         if hasattr(module, "lora_A"):
             a, b = (part["default"].weight.detach().float() for part in (module.lora_A, module.lora_B))
@@ -57,10 +60,28 @@ def test_a_bfloat16_policy_is_rounded_once_after_the_sum(tmp_path):
             assert torch.equal(whole.get_submodule(name).weight, expected), name
 
 
+@pytest.mark.parametrize(("scale", "low", "high"), [(1.0, 0.95, 1.05), (3e-5, 0.0, 0.5)])
+def test_what_rounding_leaves_of_a_small_update_is_measured(scale, low, high, tmp_path):
+    """bfloat16 has 8 bits: a small update mostly falls below them, and float32 keeps it."""
+    model = adapted()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= scale
+    save_adapter(model, tmp_path, None, "base")
+    _, kept = merged(make_model(TOKENIZER).to(torch.bfloat16), tmp_path)
+    _, exact = merged(make_model(TOKENIZER), tmp_path)
+    assert low < kept < high and exact == pytest.approx(1.0, abs=1e-2)
+
+
 def test_an_adapter_names_its_base_without_a_path_of_this_machine(tmp_path):
     save_adapter(adapted(), tmp_path, None, "/home/me/registry/artifacts/warmup-12345678")
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "warmup-12345678"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_a_hub_model_is_named_as_on_the_hub(tmp_path):
+    save_adapter(adapted(), tmp_path, None, "hf://Qwen/Qwen2.5-0.5B@abc")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "Qwen/Qwen2.5-0.5B"
 
 
 @pytest.mark.parametrize(("targets", "found"), [("all-linear", 7), (("q_proj", "v_proj"), 2)])
@@ -78,16 +99,19 @@ def test_four_bits_are_refused_without_a_gpu_and_full_precision_is_the_default()
 
 @pytest.fixture(scope="module")
 def climbed_with_adapters(tmp_path_factory):
-    """(registry, stage -> artifact) of the tiny climb in bfloat16 with adapters."""
+    """(registry, stage -> artifact) of the tiny climb with adapters, from a base whose own end of turn is another."""
     import copy
 
     import yaml
 
-    from tests.conftest import TINY
+    from tests.conftest import TINY, TINY_BASE
 
     directory = tmp_path_factory.mktemp("lora")
     settings = copy.deepcopy(TINY)
-    settings["model"] |= {"lora": {"r": 4, "alpha": 8.0}}
+    shutil.copytree(TINY_BASE, directory / "base")
+    file = directory / "base" / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": 0, "pad_token_id": None}))
+    settings["model"] = {"path": str(directory / "base"), "lora": {"r": 4, "alpha": 8.0}}
     stage(settings, "warmup")["learning_rate"] = 2e-2
     (directory / "recipe.yaml").write_text(yaml.safe_dump(settings))
     done = run_cli("run", directory / "recipe.yaml", "--registry", directory / "r", "--no-prefect")
@@ -111,6 +135,15 @@ def test_a_published_policy_is_the_one_before_it_plus_its_adapter(name, before, 
     adapter = load_file(path / "adapter" / "adapter_model.safetensors")
     learnt = any(value.abs().max() > 0 for key, value in adapter.items() if "lora_B" in key)
     assert learnt or name != "warmup", "the others have nothing to learn from here"
+
+
+def test_a_published_policy_ends_its_turns_where_its_tokenizer_says(climbed_with_adapters):
+    registry, artifacts, _ = climbed_with_adapters
+    for name in ("warmup", "rl1", "distill", "rl2"):
+        policy = AutoModelForCausalLM.from_pretrained(registry.path(artifacts[name]))
+        tokenizer = AutoTokenizer.from_pretrained(registry.path(artifacts[name]))
+        ends = policy.generation_config.eos_token_id
+        assert tokenizer.eos_token_id in (ends if isinstance(ends, list) else [ends]), name
 
 
 def test_the_first_kl_of_an_adapter_stage_is_zero(climbed_with_adapters):

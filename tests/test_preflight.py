@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from pipeline.registry import Registry
 from stages import models, tokens
 from stages.job import BadInput, Execution, Format, Job, Lora
 from stages.preflight import look_at, opened
@@ -95,12 +96,14 @@ THINKING = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
 def test_a_prefix_that_the_template_already_opens_is_refused(start, policy, tmp_path):
     with pytest.raises(BadInput, match="would open it again"):
         look_at(job(policy, GRPO, tmp_path, start, template=THINKING))
-    assert look_at(job(policy, GRPO, tmp_path, start)) == []
+    assert rules(look_at(job(policy, GRPO, tmp_path, start))) == ["prefix_merges_with_prompt"] * start.startswith("\n")
 
 
 @pytest.mark.parametrize("start", ["", "Okay", "The <think>", "a", "\n"])
 def test_another_prefix_after_an_open_template_is_fine(start, policy, tmp_path):
-    assert look_at(job(policy, GRPO, tmp_path, start, template=THINKING)) == []
+    assert rules(look_at(job(policy, GRPO, tmp_path, start, template=THINKING))) == ["prefix_merges_with_prompt"] * (
+        start == "\n"
+    )
 
 
 def test_what_opens_a_prompt_again_is_told_from_what_only_looks_like_it():
@@ -144,6 +147,71 @@ def test_a_published_policy_without_its_manifest_still_shows_its_prefix(policy, 
     with pytest.raises(BadInput, match="was trained with another response prefix than ''"):
         look_at(job(tmp_path / "published", GRPO, tmp_path, ""))
     assert look_at(job(tmp_path / "published", {**GRPO, "format": {"response_prefix": ""}}, tmp_path, "")) == []
+
+
+def test_a_file_of_rows_is_looked_at_as_a_problems_rows_are(policy, tmp_path):
+    """The template that opens <think>, and rows with a system prompt that is not the Format's."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "?", "completion": "<think>\nOkay."}) + "\n")
+    with pytest.raises(BadInput, match="would open it again"):
+        look_at(job(policy, SFT, tmp_path, "<think>\n", template=THINKING, data=path))
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Okay"}]
+    lines = [{"messages": [{"role": "system", "content": "Be kind."}, *turns]}, {"messages": turns}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (finding,) = look_at(job(policy, SFT, tmp_path, "", system="Be kind.", data=path))
+    assert finding.rule == "other_system_prompt" and finding.evidence == {"rate": 0.5, "rows": 2}
+
+
+def test_weights_that_leave_nothing_to_learn_are_refused(tmp_path):
+    nothing = {"prompt_loss_weight": 0.0, "completion_loss_weight": 0.0, "loss_weights": {"system": 1.0}}
+    with pytest.raises(BadInput, match="no token of its 50 rows has a weight above 0"):
+        look_at(job(TINY_BASE, {**SFT, **nothing}, tmp_path))
+
+
+def test_a_tokenizer_that_puts_a_blank_before_every_text_is_refused(tmp_path):
+    """As Llama 2's and Mistral's first ones do: what is trained after the prefix would not be what is served."""
+    from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+    from tokenizers import models as kinds
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<|im_start|>", "<|im_end|>", "▁", *map(chr, range(32, 127)), "\n"]
+    core = Tokenizer(kinds.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    core.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(tmp_path / "p")
+    (tmp_path / "p" / "config.json").write_text((TINY_BASE / "config.json").read_text())
+    with pytest.raises(BadInput, match="otherwise than inside another"):
+        look_at(job(tmp_path / "p", GRPO, tmp_path, "Okay"))
+
+
+def test_a_template_with_todays_date_is_a_warning(policy, tmp_path):
+    dated = "{{ strftime_now('%d %b %Y') }}" + CHATML
+    assert rules(look_at(job(policy, GRPO, tmp_path, template=dated))) == ["template_has_a_date"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"), [(("q_prj",), "q_prj"), (("embed_tokens",), "an adapter on the embeddings")]
+)
+def test_targets_that_cannot_be_adapted_are_refused(targets, said, policy, tmp_path):
+    assert look_at(job(policy, GRPO, tmp_path, lora=Lora(targets=("q_proj", "v_proj")))) == []
+    with pytest.raises(BadInput, match=said):
+        look_at(job(policy, GRPO, tmp_path, lora=Lora(targets=targets)))
+
+
+def test_a_policy_with_its_manifest_shows_all_it_was_trained_with(climbed, tmp_path):
+    registry = Registry(climbed[1])
+    path = registry.path(next(artifact for artifact in registry.artifacts() if artifact.stage == "warmup"))
+    assert look_at(job(path, GRPO, tmp_path)) == []
+    with pytest.raises(BadInput, match="was trained with another system_prompt"):
+        look_at(job(path, GRPO, tmp_path, system="A"))
+    assert look_at(job(path, {**GRPO, "format": {"prompt": "a"}}, tmp_path, system="A")) == []
+    assert look_at(job(path, GRPO, tmp_path, system="A"), policy_is_there=False) == [], (
+        "an ancestor may have had another"
+    )
 
 
 def test_rows_of_another_tokenizer_or_template_are_refused(policy, tmp_path):

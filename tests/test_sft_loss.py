@@ -100,9 +100,9 @@ class Gradients(TrainerCallback):
         self.seen = {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def gradient(tmp_path, weights, kind="weight_sum", lora=False, **settings):
-    """The gradient of one fixed set of 16 rows."""
-    made = trainer(tmp_path, weights, data=MIXED, lora=lora, normaliser=kind, max_steps=1, **settings)
+def gradient(tmp_path, weights, kind="weight_sum", lora=False, rows=16, **settings):
+    """The gradient of one fixed set of rows."""
+    made = trainer(tmp_path, weights, data=MIXED[:rows], lora=lora, normaliser=kind, max_steps=1, **settings)
     if lora:  # a fresh adapter's B is zero and so is the gradient of its A; start somewhere else
         generator = torch.Generator().manual_seed(0)
         for name, parameter in made.model.named_parameters():
@@ -221,6 +221,14 @@ def test_under_completion_count_the_response_has_the_same_gradient_whatever_the_
     assert (
         relative(at[0.0], gradient(tmp_path, (0.0, 1.0), per_device_train_batch_size=16)) < 1e-6
     )  # every normaliser agrees
+
+
+@pytest.mark.parametrize("kind", ["nonzero_count", "completion_count"])
+def test_a_step_without_what_is_counted_is_no_explosion(kind, tmp_path):
+    made = trainer(tmp_path, (0.1, 1.0) if kind == "completion_count" else (0.0, 1.0), normaliser=kind)
+    ids = torch.tensor([[10, 11, 12, 13]])
+    batch = {"input_ids": ids, "labels": torch.full_like(ids, CODES["u"]), "attention_mask": torch.ones_like(ids)}
+    assert made.compute_loss(made.model, batch).item() < 10
 
 
 def test_nothing_weighs_where_nothing_is_to_be_learned():

@@ -16,7 +16,7 @@ from pipeline.cli.tables import probe_table, show
 from pipeline.launch import Launcher
 from pipeline.plan import Planned
 from pipeline.recipe import Recipe, load
-from pipeline.registry import Registry
+from pipeline.registry import Artifact, Registry
 from stages.config import FormatSettings
 from stages.job import BadInput, Format
 
@@ -86,14 +86,17 @@ def probe(
     registry: RegistryOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Try prompts and response prefixes on a policy, before any training, and on another one after it."""
+    """Try prompts and response prefixes on a policy, before any training, and on another one after it. What is not given is as the recipe, or the
+    policy's own artifact, says."""
     loaded, place, planned = _opened(recipe, overrides, registry)
     base = planned[0]
-    where = {"policy": _policy(place, policy) if policy else base.step.inputs["policy"].source}
-    where |= {"after": _policy(place, after)} if after else {}
+    artifacts = {role: _policy(place, id) for role, id in (("policy", policy), ("after", after)) if id}
+    format = artifacts["policy"].format if policy else None
+    where = {"policy": base.step.inputs["policy"].source}
+    where |= {role: str(place.path(artifact, "policy")) for role, artifact in artifacts.items()}
     config = {
         "dresses": [
-            _dress(loaded, base.step.format, prompt, prefix)
+            _dress(loaded, format or base.step.format, prompt, prefix)
             for prompt in prompts or [None]
             for prefix in prefixes or [None]
         ],
@@ -127,11 +130,11 @@ def _named(planned: list[Planned], stage: str) -> Planned:
     raise BadInput(f"no stage is named {stage}; the sft stages are {', '.join(names) or 'none'}")
 
 
-def _policy(registry: Registry, id: str) -> str:
+def _policy(registry: Registry, id: str) -> Artifact:
     artifact = registry.open(id)
     if "policy" not in artifact.outputs:
         raise BadInput(f"{id} is of kind {artifact.kind} and holds no policy")
-    return str(registry.path(artifact, "policy"))
+    return artifact
 
 
 def _dress(recipe: Recipe, format: Format, prompt: str | None, prefix: str | None) -> dict[str, Any]:
@@ -148,9 +151,13 @@ def _dress(recipe: Recipe, format: Format, prompt: str | None, prefix: str | Non
 def _unescaped(text: str) -> str:
     r"""`\n` as a newline; every other character stays what it is."""
     try:
-        return codecs.decode(text.encode("latin-1", "backslashreplace"), "unicode_escape")
+        decoded = codecs.decode(text.encode("latin-1", "backslashreplace"), "unicode_escape")
+        decoded.encode()
     except UnicodeDecodeError as error:
         raise BadInput(f"--prefix: {text!r} ends in the middle of an escape ({error.reason})") from None
+    except UnicodeEncodeError as error:
+        raise BadInput(f"--prefix: {text!r} is no text ({error.reason})") from None
+    return decoded
 
 
 def _print_probe(lines: list[dict[str, Any]]) -> None:

@@ -11,9 +11,6 @@ from pydantic import AfterValidator
 from stages.config import Frozen
 from stages.job import Format
 
-MANIFEST = "artifact.json"
-"""Written last: its existence means the artifact is whole."""
-
 
 def _inside(path: str) -> str:
     """A path that stays below where it starts."""

@@ -15,9 +15,9 @@ import uuid
 from pathlib import Path
 
 from pipeline.identity import digest_file
-from pipeline.registry.artifact import MANIFEST, Artifact, File, now
+from pipeline.registry.artifact import Artifact, File, now
 from pipeline.registry.store import LocalStore, sync, sync_tree, write_through
-from stages.job import BadInput
+from stages.job import MANIFEST, BadInput
 
 FORMAT = {"format": 1, "hash": "sha256"}
 SAFE_SUFFIXES = (".safetensors", ".json", ".jsonl", ".parquet", ".txt", ".md", ".jinja", ".model")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pipeline.identity import digest_file, key_of
-from pipeline.registry.artifact import MANIFEST, Artifact
+from pipeline.registry.artifact import Artifact
 from pipeline.registry.registry import Registry
+from stages.job import MANIFEST
 
 
 def verify(registry: Registry, artifact: Artifact) -> list[str]:

@@ -17,6 +17,9 @@ from trl.trainer.sft_trainer import SFTTrainer
 from stages.job import BadInput
 from stages.weighting import NOTHING, Normaliser, Weights, is_answered, normaliser, token_weights
 
+LEAST: dict[Normaliser, float] = {"weight_sum": 1e-8, "nonzero_count": 1.0, "completion_count": 1.0}
+"""What a step's loss is divided by at least, where N would be 0. TRL's 1 is wrong for weights, whose sum may be less."""
+
 
 class WeightedSFTTrainer(SFTTrainer):
     """SFTTrainer whose loss weighs tokens by role. Raises BadInput for what would change that loss behind our back."""
@@ -41,11 +44,28 @@ class WeightedSFTTrainer(SFTTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """N of the optimiser step, over accumulation and processes (float64 until it is summed up)."""
+        self._forget_repeats(batch_samples)
         parts = [normaliser(batch["labels"], self.weights, self.normaliser) for batch in batch_samples]
         total = torch.stack(parts).sum().to(device, torch.float32)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             total = self.accelerator.gather(total).sum()
         return total / self.get_tp_size()
+
+    def _forget_repeats(self, batch_samples: list[dict[str, Tensor]]) -> None:
+        """Mask what accelerate put in twice: at the end of an epoch it repeats rows until every process has a whole last batch.
+
+        Packed sequences cannot be told apart once they lie end to end; there the repeats stay, as in plain TRL.
+        """
+        epoch = self.accelerator.gradient_state
+        processes, micro = self.accelerator.num_processes, self.args.per_device_train_batch_size
+        if processes == 1 or not epoch.end_of_dataloader or epoch.remainder <= 0 or self.args.packing:
+            return
+        mine = min(max(epoch.remainder - self.accelerator.process_index * micro, 0), micro)
+        last = batch_samples[-1]
+        if "position_ids" not in last:
+            last["labels"][mine:] = NOTHING
+        elif len(starts := (last["position_ids"][0] == 0).nonzero()) > mine:  # rows lie end to end
+            last["labels"][:, starts[mine] :] = NOTHING
 
     def compute_loss(
         self,
@@ -62,9 +82,8 @@ class WeightedSFTTrainer(SFTTrainer):
             scored["output_router_logits"] = True
         out = model(**scored, fused_lm_head=True)  # log_probs is 0 where the label is -100
         total = normaliser(codes, self.weights, self.normaliser) if num_items_in_batch is None else num_items_in_batch
-        loss = -(_aligned(weights, out.log_probs) * out.log_probs).sum() / total.clamp(
-            min=1e-8
-        )  # TRL clamps at 1, wrong where weights sum to less
+        weighted = -(_aligned(weights, out.log_probs) * out.log_probs).sum()
+        loss = weighted / total.clamp(min=LEAST[self.normaliser])
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         if self.aux_loss_enabled:  # of a mixture of experts; a mean per micro-batch, as TRL has it
