@@ -28,7 +28,7 @@ from stages import chat
 from stages.chat import Message
 from stages.job import BadInput, Format
 from stages.problems.base import Row
-from stages.tokens import ANSWERED, COMPLETION, PREFIX, TokenRow
+from stages.tokens import COMPLETION, PREFIX, TokenRow
 
 Columns = Row | Mapping[str, Any]
 """A row of a problem, or of a file."""
@@ -64,6 +64,11 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         return _digest(tokenizer.get_vocab())
     content = json.loads(cast(Any, tokenizer).backend_tokenizer.to_str())
     return _digest({name: part for name, part in content.items() if name not in ("padding", "truncation")})
+
+
+def card(tokenizer: PreTrainedTokenizerBase, format: Format) -> dict[str, Any]:
+    """What makes rows: kept beside them, and compared with what trains on them."""
+    return {"tokenizer": tokenizer_digest(tokenizer), "format": format.model_dump(mode="json")}
 
 
 def _digest(content: Any) -> str:
@@ -171,9 +176,7 @@ def _after(start: int, pieces: chat.Pieces) -> chat.Pieces:
 
 def merges_at_boundary(tokenizer: PreTrainedTokenizerBase, row: TokenRow) -> bool:
     """Whether the tokenizer, left to itself, would put a token across the start of the row's first answer or across the end of its prefix."""
-    start = next(i for i, role in enumerate(row.roles) if role in ANSWERED)
-    end = start + len(row.roles[start:]) - len(row.roles[start:].lstrip(PREFIX))
-    edges = {len(cast(str, tokenizer.decode(row.ids[:edge]))) for edge in {start, end}}
+    edges = {len(cast(str, tokenizer.decode(row.ids[:edge]))) for edge in row.edges}
     encoded: Any = tokenizer(tokenizer.decode(row.ids), add_special_tokens=False, return_offsets_mapping=True)
     return not edges <= set(chat.starts(encoded["offset_mapping"]))
 

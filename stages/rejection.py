@@ -58,7 +58,7 @@ class RejectionConfig(StageConfig):
 
 def run(job: Job) -> Result:
     """Write data/rows.jsonl (what is kept) and rollouts/rollouts.jsonl (all of them)."""
-    from stages import ranks, rollouts, tokens
+    from stages import prefix, ranks, rollouts, tokens
     from stages.metrics import MetricsLog
     from stages.sampling import Decoding
 
@@ -77,7 +77,7 @@ def run(job: Job) -> Result:
         for i in picks
     ]
     format = player.seen_format()
-    tokens.write(out / "data", kept, tokens.card(player.tokenizer, format))
+    tokens.write(out / "data", kept, prefix.card(player.tokenizer, format))
     _write_rollouts(out / "rollouts" / "rollouts.jsonl", rows, groups, chosen)
     judgements = [rollout.judgement for group in groups for rollout in group]
     metrics = {

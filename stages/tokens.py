@@ -15,12 +15,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from stages.job import Format
+from typing import Any
 
 FILE = "rows.jsonl"
 CARD = "card.json"
@@ -45,9 +40,15 @@ class TokenRow:
     provenance: dict[str, Any] = field(default_factory=dict)
     """Where it comes from: sample number, score, seed."""
 
+    @property
+    def edges(self) -> tuple[int, int]:
+        """Where the first answer begins, and where its prefix ends; both the row's length when there is no answer."""
+        start = min((self.roles.index(role) for role in ANSWERED if role in self.roles), default=len(self.roles))
+        return start, len(self.roles) - len(self.roles[start:].lstrip(PREFIX))
+
 
 def write(directory: Path, rows: Iterable[TokenRow], card: dict[str, Any]) -> None:
-    """One JSON line a row, and the card."""
+    """One JSON line a row, and the card (`prefix.card`)."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / FILE).write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
     (directory / CARD).write_text(json.dumps(card, indent=1))
@@ -56,13 +57,6 @@ def write(directory: Path, rows: Iterable[TokenRow], card: dict[str, Any]) -> No
 def read(directory: Path) -> list[TokenRow]:
     """The rows of a published data directory."""
     return [TokenRow(**json.loads(line)) for line in (directory / FILE).read_text().splitlines()]
-
-
-def card(tokenizer: PreTrainedTokenizerBase, format: Format) -> dict[str, Any]:
-    """What made the rows."""
-    from stages.prefix import tokenizer_digest
-
-    return {"tokenizer": tokenizer_digest(tokenizer), "format": format.model_dump(mode="json")}
 
 
 def read_card(directory: Path) -> dict[str, Any]:
