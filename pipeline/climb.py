@@ -61,11 +61,13 @@ def _conduct(
             runs.record(registry, id, "step", step=one.step.name, artifact=artifact.id, reused=reused, seconds=seconds)
             return artifact, reused
 
+        with_prefect = use_prefect and bool(to_run or api_url())
         if to_run:
             launcher.warm_up()  # its imports and the server's start go side by side
-            look_at(ask.checkable(planned), planned)
-        if use_prefect and (to_run or api_url()):
+        if with_prefect:
             stack.enter_context(own_server(work_root(registry) / "prefect"))
+        look_at(ask.checkable(planned), planned)
+        if with_prefect:
             from pipeline.flow import conduct
 
             conduct(id, planned, do)

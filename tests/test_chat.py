@@ -129,3 +129,13 @@ def test_blanks_that_a_tokenizer_leaves_out_of_its_offsets_are_still_the_users(t
     turns = [{"role": "user", "content": "  What  is 1  ?"}]
     ((ids, roles),) = chat.with_roles(tokenizer, [chat.pieces(tokenizer, turns)])
     assert said_by("u", ids, roles, tokenizer) == "  What  is 1  ?"
+
+
+@pytest.mark.parametrize("trim", [False, True])
+@pytest.mark.parametrize(("start", "merges"), [("The answer is", False), ("The answer", False), ("The ans", True)])
+def test_a_prefix_merges_with_the_answer_only_where_a_token_lies_across_its_end(start, merges, trim, tokenizer):
+    from tokenizers import processors
+
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)
+    ids, roles = prefix.conversation(tokenizer, start, [TURNS[0], {"role": "assistant", "content": "The answer is 42."}])
+    assert prefix.merges_at_boundary(tokenizer, TokenRow("1", ids, roles)) == merges
