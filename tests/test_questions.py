@@ -18,7 +18,8 @@ from tests.conftest import ROOT, SWITCHBACK, environment, printed_json, run_cli
 def made(climbed):
     """(recipe, registry, stage -> artifact)"""
     recipe, registry = climbed
-    return recipe, registry, {artifact.stage: artifact for artifact in Registry(registry).artifacts()}
+    ids = {one["step"]: one["artifact"] for one in printed_json("plan", recipe, "--registry", registry, "--json")}
+    return recipe, registry, {step: Registry(registry).open(id) for step, id in ids.items()}
 
 
 def test_inspect_shows_the_map_that_the_artifact_holds(made):
