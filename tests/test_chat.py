@@ -137,5 +137,7 @@ def test_a_prefix_merges_with_the_answer_only_where_a_token_lies_across_its_end(
     from tokenizers import processors
 
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)
-    ids, roles = prefix.conversation(tokenizer, start, [TURNS[0], {"role": "assistant", "content": "The answer is 42."}])
+    ids, roles = prefix.conversation(
+        tokenizer, start, [TURNS[0], {"role": "assistant", "content": "The answer is 42."}]
+    )
     assert prefix.merges_at_boundary(tokenizer, TokenRow("1", ids, roles)) == merges
