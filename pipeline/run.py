@@ -168,8 +168,13 @@ def _draft(step: Step, job: Job, result: Result, sources: dict[str, Source], run
         config={**step.config, "execution": job.execution.model_dump()},
         identity=step.identity,
         metrics=result.metrics,
-        provenance={"run": run, "host": socket.gethostname(), **result.seen},
+        provenance={"run": run, "host": socket.gethostname(), **result.seen, **_said(result)},
     )
+
+
+def _said(result: Result) -> dict[str, Any]:
+    """What the stage had to say about itself, where it had something."""
+    return {"findings": [finding.model_dump(mode="json") for finding in result.findings]} if result.findings else {}
 
 
 def work_root(registry: Registry) -> Path:

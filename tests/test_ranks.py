@@ -129,6 +129,30 @@ def test_a_launcher_that_starts_fewer_processes_than_it_was_told_is_noticed(sett
     assert done.returncode == 2 and "the job is for 2 processes, but the launcher started 1" in done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "said"), [("MULTI_GPU", None), ("FSDP", "asks for FSDP, but accelerate made it MULTI_CPU here")]
+)
+def test_an_accelerate_file_starts_the_processes_and_gets_what_it_asks_for_or_is_refused(
+    kind, said, settings, write, tmp_path
+):
+    """On a CPU accelerate turns both into plain data parallelism; for what was asked as FSDP that is not the same."""
+    file = tmp_path / "accelerate.yaml"
+    file.write_text(
+        yaml.safe_dump(
+            {"distributed_type": kind, "use_cpu": True, "num_processes": 2, "num_machines": 1, "mixed_precision": "no"}
+        )
+    )
+    settings["launch"] |= {"accelerate": str(file), "processes": 2}
+    done = run_cli("run", write(settings), "--registry", tmp_path / "r", "--no-prefect", "--only", "warmup")
+    if said:
+        assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
+    else:
+        assert done.returncode == 0, done.stderr
+        (artifact,) = [one for one in Registry(tmp_path / "r").artifacts() if one.kind == "sft"]
+        assert artifact.provenance["processes"] == 2
+
+
 def test_one_process_that_fails_is_one_line_and_none_is_left(settings, write, tmp_path):
     settings["launch"]["processes"] = 2
     stage(settings, "warmup")["trl"] = {"optim": "none"}
