@@ -138,11 +138,13 @@ def test_an_accelerate_file_starts_the_processes_and_gets_what_it_asks_for_or_is
 ):
     """On a CPU accelerate turns both into plain data parallelism; for what was asked as FSDP that is not the same."""
     file = tmp_path / "accelerate.yaml"
-    file.write_text(
-        yaml.safe_dump(
-            {"distributed_type": kind, "use_cpu": True, "num_processes": 2, "num_machines": 1, "mixed_precision": "no"}
-        )
-    )
+    config = {"distributed_type": kind, "use_cpu": True, "num_processes": 2, "num_machines": 1, "mixed_precision": "no"}
+    sharding = {
+        "fsdp_version": 2,
+        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_state_dict_type": "FULL_STATE_DICT",
+    }
+    file.write_text(yaml.safe_dump({**config, "fsdp_config": sharding} if kind == "FSDP" else config))
     settings["launch"] |= {"accelerate": str(file), "processes": 2}
     done = run_cli("run", write(settings), "--registry", tmp_path / "r", "--no-prefect", "--only", "warmup")
     if said:
