@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.launch import Launcher, OnMetrics
+from pipeline.launch import Launcher, OnMetrics, StageFailed
 from pipeline.plan import Planned
 from pipeline.registry import Artifact, Registry
 from pipeline.run import job_of
@@ -118,5 +118,11 @@ def _question(kind: str, config: dict[str, Any], like: Job, inputs: Mapping[str,
         "work": str(work),
         "out": str(work / "out"),
     }
-    yield like.model_copy(update={**what, "execution": execution})
+    try:
+        yield like.model_copy(update={**what, "execution": execution})
+    except StageFailed:
+        raise  # its message names the log
+    except BaseException:
+        shutil.rmtree(work)
+        raise
     shutil.rmtree(work)

@@ -29,7 +29,7 @@ def of_base(settings: FormatSettings, carried: Format | None) -> Format:
     declared = over(carried, settings)
     for name in different(carried, declared):
         raise BadInput(
-            f"format: {_field(name)} is {getattr(declared, name)!r}, but the base policy was trained with {getattr(carried, name)!r};"
+            f"format: {_field(name)} is {_short(declared, name)}, but the base policy was trained with {_short(carried, name)};"
             " remove it, or change it on purpose with a stage's own format"
         )
     return carried
@@ -46,8 +46,8 @@ def of_stage(name: str, settings: FormatSettings | None, policy: Format, data: t
         assert data is not None
         if getattr(settings, _field(field)) is None:
             raise BadInput(
-                f"stages.{name}: its policy has {field} {getattr(policy, field)!r}, but its data ({data[0]}) was made with"
-                f" {getattr(data[1], field)!r}; set stages.{name}.format.{_field(field)} to say which one the new policy has"
+                f"stages.{name}: its policy has {field} {_short(policy, field)}, but its data ({data[0]}) was made with"
+                f" {_short(data[1], field)}; set stages.{name}.format.{_field(field)} to say which one the new policy has"
             )
     return format
 
@@ -105,6 +105,11 @@ def rule(format: Format, prompt: str | None) -> str | None:
     except ValueError:
         return None
     return found.follow if found.digest == format.prompt_digest else None
+
+
+def _short(format: Format, name: str) -> str:
+    text = repr(getattr(format, name))
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _field(name: str) -> str:

@@ -73,6 +73,10 @@ def parse(name: str, text: str) -> Prompt:
     except TemplateSyntaxError as error:
         raise ValueError(f"the user template of the prompt {name}: {error}") from None
     system, user = match["system"].strip(), match["user"].strip("\n")
+    if "{{" in system or "{%" in system:
+        raise ValueError(
+            f"the system prompt of the prompt {name} holds a template, but only '# user' is one; write it out"
+        )
     digest = hashlib.sha256(f"{system}\0{user}".encode()).hexdigest()
     return Prompt(name, front.get("purpose", ""), front.get("format", ""), front.get("follow"), system, user, digest)
 

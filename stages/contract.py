@@ -44,8 +44,15 @@ def dressed(
         found.append((str(tokenizer.decode(row.ids[:first])), start))
     if job.problem is not None and job.rows is not None and not sft_rows:
         range = job.rows.model_copy(update={"stop": min(job.rows.stop, job.rows.start + LOOKED_AT)})
-        for row in problems.rows(problems.load(job.problem), range):
-            text = "".join(piece for _, piece in chat.pieces(tokenizer, prefix.messages(format, row)))
+        conversations = [
+            (prefix.messages(format, row), row) for row in problems.rows(problems.load(job.problem), range)
+        ]
+        if len(conversations) > 1 and all(turns == conversations[0][0] for turns, _ in conversations):
+            raise BadInput(
+                f"{job.name}: the prompt {format.prompt} says the same for every row; let its user template hold {{{{ prompt }}}}"
+            )
+        for turns, row in conversations:
+            text = "".join(piece for _, piece in chat.pieces(tokenizer, turns))
             found.append((text, prefix.of_row(format, row)))
     return found
 

@@ -34,7 +34,7 @@ def load(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase) -> list[T
         rows = conversations(Path(source), format, tokenizer)
     if not rows:
         raise BadInput(
-            f"{job.name}: its data has no rows; if a rejection stage kept none, lower keep.min_score or raise samples"
+            f"{job.name}: its data has no rows ({source or 'demonstrations'}); if a rejection stage kept none, lower keep.min_score or raise samples"
         )
     return rows
 
@@ -101,6 +101,7 @@ def _object(line: str) -> Mapping[str, Any]:
 
 
 def _conversation(columns: Mapping[str, Any], format: Format, tokenizer: PreTrainedTokenizerBase) -> prefix.Dressed:
+    _nothing_is_left_out(columns)
     start = prefix.of_row(format, columns)
     if _turns(columns.get("messages")):
         return prefix.conversation(tokenizer, start, columns["messages"])
@@ -114,6 +115,27 @@ def _conversation(columns: Mapping[str, Any], format: Format, tokenizer: PreTrai
         turns = [*prefix.messages(format, columns), {"role": "assistant", "content": completion}]
         return prefix.conversation(tokenizer, start, turns)
     raise BadInput(f"found {', '.join(columns) or 'nothing'}, expected {SHAPES}")
+
+
+def _nothing_is_left_out(columns: Mapping[str, Any]) -> None:
+    """Raise BadInput for a line of which a part would be ignored, and for a message that is not a role and its words."""
+    if "messages" in columns and {"prompt", "completion"} & set(columns):
+        raise BadInput(f"found messages beside prompt or completion, expected {SHAPES}")
+    for name in ("tools", "chat_template_kwargs"):
+        if columns.get(name):
+            raise BadInput(
+                f"{name} are not rendered by switchback, so the row would be trained otherwise than it says; remove them"
+            )
+    for name in ("messages", "prompt", "completion"):
+        turns: list[Any] = columns[name] if isinstance(columns.get(name), list) else []
+        for i, turn in enumerate(turns, start=1):
+            if not _is_turn(turn):
+                found = (
+                    ", ".join(f"{k}: {type(v).__name__}" for k, v in turn.items()) if isinstance(turn, dict) else turn
+                )
+                raise BadInput(
+                    f"{name}, turn {i}: found {found!r}, expected role and content, both text, and nothing else"
+                )
 
 
 def _turns(value: Any) -> bool:

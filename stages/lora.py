@@ -78,6 +78,12 @@ def refuse_targets(path: str, lora: Lora) -> None:
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        names = [name for name, _ in model.named_modules()]
+        for target in lora.targets if isinstance(lora.targets, tuple) else ():
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                raise BadInput(
+                    f"model.lora.targets: the model has no module called {target}; it ends in names such as {', '.join(_ends(names))}"
+                )
         try:
             adapted = get_peft_model(model, peft_config(lora))
         except ValueError as error:
@@ -86,6 +92,11 @@ def refuse_targets(path: str, lora: Lora) -> None:
         raise BadInput(
             "model.lora.targets: an adapter on the embeddings or the LM head is not supported; leave them out"
         )
+
+
+def _ends(names: list[str]) -> list[str]:
+    """The last part of each name, once each, numbers left out."""
+    return list(dict.fromkeys(end for name in names if (end := name.rpartition(".")[2]) and not end.isdigit()))[:16]
 
 
 def save_adapter(model: Any, directory: Path, state: dict[str, Any] | None, base: str) -> None:

@@ -91,7 +91,9 @@ def of_row(format: Format, row: Columns) -> str:
     if format.per_row is None:
         return format.response_prefix
     columns = _columns(row)
-    if not isinstance(found := columns.get(format.per_row), str):
+    if format.per_row not in columns:
+        raise BadInput(f"format.per_row: there is no column {format.per_row!r}; a row has {', '.join(columns)}")
+    if not isinstance(found := columns[format.per_row], str):
         raise BadInput(
             f"format.per_row: found {found!r} in column {format.per_row!r}, expected text; a row has {', '.join(columns)}"
         )
@@ -109,6 +111,10 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Seque
 
 def prefix_ids(tokenizer: PreTrainedTokenizerBase, response_prefix: str) -> list[int]:
     """The prefix on its own. Raises BadInput when the tokenizer cannot write it down and read it back."""
+    if response_prefix and str(tokenizer.eos_token) in response_prefix:
+        raise BadInput(
+            f"format.response_prefix: {response_prefix!r} holds {tokenizer.eos_token!r}, which ends the turn it would start"
+        )
     ids = encode(tokenizer, response_prefix) if response_prefix else []
     if (back := tokenizer.decode(ids) if ids else "") != response_prefix:
         raise BadInput(
@@ -129,6 +135,10 @@ def answer(start: Sequence[int], rest: Sequence[int]) -> Dressed:
 
 def demonstration(tokenizer: PreTrainedTokenizerBase, response_prefix: str, text: str) -> Dressed:
     """Prefix ids + the rest of a completion's text + turn end: the SFT target. Raises BadInput when the text does not start with the prefix."""
+    if str(tokenizer.eos_token) in text:
+        raise BadInput(
+            f"an answer holds {tokenizer.eos_token!r}, which ends a turn and is added where it does; remove it: {text[-40:]!r}"
+        )
     if not text.startswith(response_prefix):
         raise BadInput(
             f"the response prefix is {response_prefix!r}, but a demonstration starts with {text[:40]!r}; make them agree"

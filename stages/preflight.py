@@ -6,11 +6,13 @@ what was measured. A policy that is not made yet has the tokenizer and template 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from stages.config import Config, FromList, identity
+from stages.grpo import GrpoConfig
 from stages.job import BadInput, Finding, Findings, Job, Result
 from stages.sft import SftConfig, ratio, sequences
 from stages.tokens import TokenRow
@@ -62,6 +64,8 @@ def look_at(job: Job, policy_is_there: bool = True) -> list[Finding]:
         *contract.template(job, tokenizer),
         *contract.prefixes(job, tokenizer, dressed),
         *_weights(job, rows),
+        *_positions(job, path, rows),
+        *_warm_up(job, rows),
         *contract.words(job, tokenizer, rows),
     ]
 
@@ -89,6 +93,44 @@ def _weights(job: Job, rows: Sequence[TokenRow]) -> Iterator[Finding]:
             f"{job.name}: no token of its {len(rows)} rows has a weight above 0, so nothing would be trained; look at loss_weights"
         )
     yield from generation_ratio(job.name, config, rows)
+
+
+def _positions(job: Job, path: str, rows: Sequence[TokenRow]) -> Iterator[Finding]:
+    """Rows that the model has positions for."""
+    from transformers import AutoConfig
+
+    most = getattr(AutoConfig.from_pretrained(path, trust_remote_code=False), "max_position_embeddings", None)
+    longest = max((len(row.ids) for row in rows), default=0)
+    if most and longest > most:
+        yield Finding(
+            rule="row_longer_than_positions",
+            severity="warn",
+            stage=job.name,
+            evidence={"longest": longest, "positions": most},
+            advice=f"a row has {longest} tokens, and the model has positions for {most}; rows are never cut, so shorten it or remove it",
+        )
+
+
+def _warm_up(job: Job, rows: Sequence[TokenRow]) -> Iterator[Finding]:
+    """Steps beyond the warm-up, whose first one has a learning rate of 0."""
+    if job.kind not in TRL_CONFIGS or (job.kind == "sft" and not rows) or job.config.get("packing"):
+        return
+    config = SftConfig.model_validate(job.config) if job.kind == "sft" else GrpoConfig.model_validate(job.config)
+    steps = (
+        config.steps
+        if isinstance(config, GrpoConfig)
+        else math.ceil(config.epochs * math.ceil(len(rows) / config.rows_per_step))
+    )
+    warm_up = config.warmup_steps if config.warmup_steps >= 1 else math.ceil(steps * config.warmup_steps)
+    if steps <= warm_up:
+        yield Finding(
+            rule="only_warm_up",
+            severity="warn",
+            stage=job.name,
+            evidence={"steps": steps, "warmup_steps": warm_up},
+            advice=f"{steps} optimiser steps do not go beyond the {warm_up:g} of the warm-up, whose first has a learning rate of 0; run more steps, or set warmup_steps to 0",
+            override=f"stages.{job.name}.warmup_steps=0",
+        )
 
 
 def generation_ratio(stage: str, config: SftConfig, rows: Sequence[TokenRow]) -> Iterator[Finding]:

@@ -189,7 +189,7 @@ def sequences(config: SftConfig, rows: Sequence[TokenRow]) -> dict[str, Any]:
     longest = max(len(row.ids) for row in rows)
     if config.packing.strategy == "bfd" and longest > config.packing.max_length:
         raise BadInput(
-            f"packing: a row has {longest} tokens, but packing.max_length is {config.packing.max_length} and bfd would cut it; raise max_length, or choose bfd_split"
+            f"stages.{config.name}.packing: a row has {longest} tokens, but packing.max_length is {config.packing.max_length} and bfd would cut it; raise max_length, or choose bfd_split"
         )
     packing = {"packing": True, "packing_strategy": config.packing.strategy, "max_length": config.packing.max_length}
     return {**packing, "padding_free": config.padding_free}

@@ -79,10 +79,17 @@ def test_a_column_may_give_each_row_its_prefix(tokenizer, tmp_path):
             "line 1: the response prefix is '<think>",
         ),
         ({"text": "1 + 2 = 3"}, 'line 1: found text, expected {"messages": [...]} or'),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "line 1: found messages, expected"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "line 1: messages, turn 1: found 'role: str, content: list'",
+        ),
+        ({"messages": CONVERSATION, "tools": [{"name": "f"}]}, "line 1: tools are not rendered"),
+        ({"messages": CONVERSATION, "completion": "3"}, "line 1: found messages beside prompt or completion"),
+        ({"prompt": "?", "completion": "<think>\n3<|im_end|>"}, "line 1: an answer holds '<|im_end|>'"),
+        ({"messages": []}, "line 1: found messages, expected"),
         ([1], "line 1: found list, expected"),
         ({"messages": CONVERSATION[2:3]}, "line 1: a conversation starts with an assistant turn"),
-        ({"messages": [CONVERSATION[1], {**CONVERSATION[2], "tool_calls": []}]}, "line 1: found messages, expected"),
+        ({"messages": [CONVERSATION[1], {**CONVERSATION[2], "tool_calls": []}]}, "line 1: messages, turn 2: found"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named(line, said, tokenizer, tmp_path):

@@ -253,7 +253,7 @@ def test_a_row_that_packing_would_cut_is_refused(policy, tmp_path):
 
 
 def test_a_prefix_of_each_row_needs_the_column(tmp_path):
-    with pytest.raises(BadInput, match="found None in column 'start', expected text; a row has id, prompt"):
+    with pytest.raises(BadInput, match="there is no column 'start'; a row has id, prompt"):
         look_at(job(TINY_BASE, GRPO, tmp_path, "", per_row="start"))
 
 
@@ -272,3 +272,39 @@ def test_a_run_is_refused_before_anything_trains_and_warns_of_stages_it_will_run
     )
     again = run_cli("run", write(settings), "--registry", tmp_path / "r", "--no-prefect", "--only", "warmup")
     assert "warn" not in again.stdout
+
+
+def test_a_prompt_that_is_the_same_for_every_row_is_refused(tmp_path):
+    one = job(TINY_BASE, GRPO, tmp_path)
+    for template in ("{events}", ""):
+        same = one.model_copy(update={"format": one.format.model_copy(update={"user_template": template})})
+        with pytest.raises(BadInput, match="says the same for every row"):
+            look_at(same)
+
+
+def test_a_prefix_that_ends_the_turn_it_starts_is_refused(policy, tmp_path):
+    with pytest.raises(BadInput, match="which ends the turn it would start"):
+        look_at(job(policy, GRPO, tmp_path, "<|im_end|>"))
+
+
+def test_rows_longer_than_the_model_has_positions_are_a_warning(policy, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "what? " * 300, "completion": "Okay"}) + "\n")
+    found = look_at(job(policy, {**SFT, "epochs": 100.0}, tmp_path, "", data=path))
+    assert rules(found) == ["row_longer_than_positions"] and found[0].evidence["positions"] == 512
+
+
+@pytest.mark.parametrize(
+    ("config", "warned"),
+    [
+        ({**GRPO, "steps": 1}, True),
+        ({**GRPO, "steps": 1, "warmup_steps": 0.0}, False),
+        ({**GRPO, "steps": 2}, False),
+        ({**GRPO, "steps": 5, "warmup_steps": 5.0}, True),
+        ({**SFT, "epochs": 1.0, "rows_per_step": 64}, True),
+        ({**SFT, "epochs": 1.0, "rows_per_step": 32}, False),
+    ],
+)
+def test_a_stage_that_is_nothing_but_warm_up_is_a_warning(config, warned, tmp_path):
+    """Its first step has a learning rate of 0: one step alone publishes the policy it started from."""
+    assert rules(look_at(job(TINY_BASE, config, tmp_path))) == ["only_warm_up"] * warned

@@ -41,6 +41,7 @@ def test_front_matter_is_for_people_and_for_the_probe_and_not_for_the_model():
         (GOOD.replace("'yes'", "[a, b]"), "expected text under"),
         (GOOD.replace("{{ prompt }}", "{{ prompt"), "user template"),
         (GOOD.replace("# user", "# nobody"), "needs front matter"),
+        (GOOD.replace("Be brief.", "About {{ prompt }}"), "but only '# user' is one"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said(wrong, said):
