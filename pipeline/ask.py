@@ -18,9 +18,8 @@ from pipeline.plan import Planned
 from pipeline.registry import Artifact, Registry
 from pipeline.run import job_of
 from stages import loss_map as loss_map_file
-from stages import preflight as preflight_job
 from stages import probe as probe_job
-from stages.job import BadInput, Execution, Finding, Findings, Job
+from stages.job import BadInput, Execution, Finding, Job
 
 CHECKED = ("sft", "grpo", "rejection")
 """Kinds of step that a preflight looks at."""
@@ -35,8 +34,7 @@ def preflight(
     there = [one.step.name for one in looked_at if _is_there(one.step.inputs["policy"].step, planned)]
     config = {"jobs": [job.model_dump(mode="json") for job in jobs], "policies_there": there}
     with _question("preflight", config, jobs[0], {}) as job:
-        launcher.launch(job)
-        return list(Findings.model_validate_json(Path(job.out, preflight_job.FILE).read_text()).findings)
+        return list(launcher.launch(job).findings)
 
 
 def checkable(planned: Sequence[Planned]) -> list[str]:

@@ -71,9 +71,8 @@ def demonstrations(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase)
 def conversations(path: Path, format: Format, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:
     """The rows of a file, identified by their line. Raises BadInput with the line that cannot be used."""
     rows: list[TokenRow] = []
-    for number, line in enumerate(
-        _text(path).split("\n"), start=1
-    ):  # and nowhere else: a JSON string may hold other ends of lines
+    # split there and nowhere else: a JSON string may hold other ends of lines
+    for number, line in enumerate(_text(path).split("\n"), start=1):
         if line.strip():
             try:
                 ids, roles = _conversation(_object(line), format, tokenizer)

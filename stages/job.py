@@ -204,12 +204,6 @@ class Evaluation(Frozen):
     """File beside this one, a line a row."""
 
 
-class Findings(Frozen):
-    """What a preflight job has found."""
-
-    findings: tuple[Finding, ...]
-
-
 def read_evaluation(path: Path) -> Evaluation:
     """An Evaluation from its file. Raises pydantic's ValidationError on anything else."""
     return Evaluation.model_validate_json(path.read_text())

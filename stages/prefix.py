@@ -40,9 +40,8 @@ def serving_template(training: str, format: Format) -> str:
     """The training template, with the Format's prefix at the end of its generation prompt."""
     if not format.response_prefix:
         return training
-    ending = training.removesuffix(
-        "\n"
-    )  # jinja2 drops one newline at the end of a template, but not one before more text
+    # jinja2 drops one newline at the end of a template, but not one before more text
+    ending = training.removesuffix("\n")
     literal = json.dumps(format.response_prefix, ensure_ascii=False)
     return f"{ending}{{{{ {literal} if add_generation_prompt else '' }}}}"  # an expression: a block would trim blanks around it
 

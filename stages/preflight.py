@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from stages.config import Config, FromList, identity
 from stages.grpo import GrpoConfig
-from stages.job import BadInput, Finding, Findings, Job, Result
-from stages.sft import SftConfig, ratio, sequences
+from stages.job import BadInput, Finding, Job, Result
+from stages.sft import SftConfig, optimiser_steps, ratio, sequences
 from stages.tokens import TokenRow
 from stages.training import TRL_CONFIGS, refuse_unknown_settings
 from stages.weighting import row_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-FILE = "findings.json"
 
 
 class PreflightConfig(Config):
@@ -35,11 +32,10 @@ class PreflightConfig(Config):
 
 
 def run(job: Job) -> Result:
-    """Write `findings.json`. Raises BadInput for the first thing that cannot work."""
+    """What was found. Raises BadInput for the first thing that cannot work."""
     config = PreflightConfig.model_validate(job.config)
     found = [finding for one in config.jobs for finding in look_at(one, one.name in config.policies_there)]
-    Path(job.out, FILE).write_text(Findings(findings=tuple(found)).model_dump_json(indent=1))
-    return Result(outputs={"findings": FILE}, metrics={"findings": len(found)})
+    return Result(outputs={}, metrics={"findings": len(found)}, findings=tuple(found))
 
 
 def look_at(job: Job, policy_is_there: bool = True) -> list[Finding]:
@@ -116,11 +112,7 @@ def _warm_up(job: Job, rows: Sequence[TokenRow]) -> Iterator[Finding]:
     if job.kind not in TRL_CONFIGS or (job.kind == "sft" and not rows) or job.config.get("packing"):
         return
     config = SftConfig.model_validate(job.config) if job.kind == "sft" else GrpoConfig.model_validate(job.config)
-    steps = (
-        config.steps
-        if isinstance(config, GrpoConfig)
-        else math.ceil(config.epochs * math.ceil(len(rows) / config.rows_per_step))
-    )
+    steps = config.steps if isinstance(config, GrpoConfig) else optimiser_steps(config, len(rows))
     warm_up = config.warmup_steps if config.warmup_steps >= 1 else math.ceil(steps * config.warmup_steps)
     if steps <= warm_up:
         yield Finding(

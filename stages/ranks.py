@@ -51,9 +51,8 @@ def meet(on_gpu: bool) -> None:
 
     if on_gpu:
         torch.cuda.set_device(local_rank())
-    backend = (
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    )  # what processes tell each other beside tensors goes over the CPU
+    # what processes tell each other beside tensors goes over the CPU
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     store = FileStore(f"{os.environ[MEETING]}/store", world())
     distributed.init_process_group(backend, store=store, rank=rank(), world_size=world(), timeout=PATIENCE)
 

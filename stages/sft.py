@@ -165,7 +165,7 @@ def run(job: Job) -> Result:
     listen(trainer, job)
     trainer.train()
     packed = len(cast(Sized, trainer.train_dataset))
-    expected = math.ceil(config.epochs * math.ceil(packed / config.rows_per_step))
+    expected = optimiser_steps(config, packed)
     all_steps_ran(trainer, expected, job)
     findings = (*ragged(job, config, packed), *models.publish(trainer, tokenizer, job))
     if ranks.first():
@@ -193,6 +193,11 @@ def sequences(config: SftConfig, rows: Sequence[TokenRow]) -> dict[str, Any]:
         )
     packing = {"packing": True, "packing_strategy": config.packing.strategy, "max_length": config.packing.max_length}
     return {**packing, "padding_free": config.padding_free}
+
+
+def optimiser_steps(config: SftConfig, count: int) -> int:
+    """Steps that `count` sequences make; the last of an epoch may be short."""
+    return math.ceil(config.epochs * math.ceil(count / config.rows_per_step))
 
 
 def ragged(job: Job, config: SftConfig, packed: int) -> Iterator[Finding]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from trl.trainer.sft_trainer import SFTTrainer
 
 from stages.job import BadInput
@@ -24,9 +23,8 @@ LEAST: dict[Normaliser, float] = {"weight_sum": 1e-8, "nonzero_count": 1.0, "com
 class WeightedSFTTrainer(SFTTrainer):
     """SFTTrainer whose loss weighs tokens by role. Raises BadInput for what would change that loss behind our back."""
 
-    loss_is_scaled_for_ga = (
-        True  # we divide by a number of the whole step; Trainer must not divide by the accumulation again
-    )
+    # we divide by a number of the whole step; Trainer must not divide by the accumulation again
+    loss_is_scaled_for_ga = True
 
     def __init__(self, *args: Any, weights: Weights, normaliser: Normaliser = "weight_sum", **kwargs: Any) -> None:
         self.weights, self.normaliser = weights, normaliser
@@ -80,16 +78,16 @@ class WeightedSFTTrainer(SFTTrainer):
         scored = {**inputs, "use_cache": False, "labels": inputs["input_ids"].masked_fill(weights == 0, NOTHING)}
         if self.aux_loss_enabled:
             scored["output_router_logits"] = True
-        out = model(**scored, fused_lm_head=True)  # log_probs is 0 where the label is -100
+        out = model(**scored, fused_lm_head=True)  # log_probs is (B, T-1), 0 where the label is -100
         total = normaliser(codes, self.weights, self.normaliser) if num_items_in_batch is None else num_items_in_batch
-        weighted = -(_aligned(weights, out.log_probs) * out.log_probs).sum()
+        weighted = -(weights[:, 1:] * out.log_probs).sum()
         loss = weighted / total.clamp(min=LEAST[self.normaliser])
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         if self.aux_loss_enabled:  # of a mixture of experts; a mean per micro-batch, as TRL has it
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * out.aux_loss / steps
-        self._log_parts(out, _aligned(is_answered(codes), out.log_probs), inputs)
+        self._log_parts(out, is_answered(codes)[:, 1:], inputs)
         return (loss, out) if return_outputs else loss
 
     @torch.no_grad()
@@ -113,9 +111,3 @@ class WeightedSFTTrainer(SFTTrainer):
             log["prompt_loss"].append(nll_prompt / n_prompt)
         self._total_train_tokens += int(n_tokens) // self._tp_size
         log["num_tokens"] = [self._total_train_tokens]
-
-
-def _aligned(per_token: Tensor, log_probs: Tensor) -> Tensor:
-    """(B, T) per token -> like `log_probs`: shifted by one; PEFT prompt learning puts virtual tokens in front."""
-    width = log_probs.size(1)
-    return per_token[:, -width:] if width < per_token.size(1) else pad(per_token, (width - per_token.size(1), 0))
