@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import uuid
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -82,22 +83,15 @@ def test_the_climb_in_two_processes_with_adapters(settings, write, tmp_path):
 
 def test_rollouts_do_not_depend_on_how_many_processes_sample(settings, write, tmp_path):
     """Every batch has a seed of its own, and the first or the second process samples it the same."""
-    settings["stages"] = [
-        stage(settings, "warmup"),
-        {**stage(settings, "harvest"), "policy": "warmup", "rows": "train[0:24]", "samples": 64, "name": "harvest"},
-    ]
+    settings["stages"] = [{**stage(settings, "harvest"), "policy": "base", "rows": "train[0:24]", "samples": 64}]
     rollouts = []
     for processes in (1, 2):
         settings["launch"]["processes"] = processes
-        registry = tmp_path / "r"
-        done = run_cli("run", write(settings), "--registry", registry, "--no-prefect", "--only", "harvest") if processes == 2 else run_cli(
-            "run", write(settings), "--registry", registry, "--no-prefect"
-        )  # fmt: skip
+        registry = Registry(tmp_path / str(processes))
+        done = run_cli("run", write(settings), "--registry", registry.root, "--no-prefect")
         assert done.returncode == 0, done.stderr
-        made = next(artifact for artifact in Registry(registry).artifacts() if artifact.kind == "rejection")
-        rollouts.append((Registry(registry).path(made) / "rollouts" / "rollouts.jsonl").read_text())
-        Registry(registry).void(made, "to be made again")
-        Registry(registry).store.path(f"artifacts/{made.id}/artifact.json").unlink()
+        made = next(artifact for artifact in registry.artifacts() if artifact.kind == "rejection")
+        rollouts.append((registry.path(made) / "rollouts" / "rollouts.jsonl").read_text())
     assert rollouts[0] == rollouts[1] and len(rollouts[0].splitlines()) == 24 * 64
 
 
@@ -163,38 +157,32 @@ def test_one_process_that_fails_is_one_line_and_none_is_left(settings, write, tm
     assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_no_process_of_a_stage_outlives_the_launcher(number, settings, write, tmp_path):
+@contextmanager
+def endless_training(settings, write, tmp_path):
+    """(the launcher, what marks all its processes) of a warm-up in two processes that has logged a step; nothing of it is left afterwards."""
     settings["launch"]["processes"] = 2
     stage(settings, "warmup")["epochs"] = 10_000.0
     mark = f"{TOKEN}={uuid.uuid4().hex}"
-    command = [
-        str(SWITCHBACK),
-        "run",
-        str(write(settings)),
-        "--registry",
-        str(tmp_path / "r"),
-        "--no-prefect",
-        "--only",
-        "warmup",
-    ]
+    command = [SWITCHBACK, "run", write(settings), "--registry", tmp_path / "r", "--no-prefect", "--only", "warmup"]
+    env = environment(**dict([mark.split("=")]))
     launcher = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment(**dict([mark.split("=")])),
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+        [str(part) for part in command], cwd=ROOT, env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )  # fmt: skip
     try:
         assert wait_for(lambda: is_training(tmp_path / "r" / "work", "sft"), 120)
+        yield launcher, mark
+    finally:
+        kill_marked(mark)
+        launcher.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_no_process_of_a_stage_outlives_the_launcher(number, settings, write, tmp_path):
+    with endless_training(settings, write, tmp_path) as (launcher, mark):
         assert len(marked(mark)) >= 6, "launcher, server, job, torchrun and two ranks"
         os.kill(launcher.pid, number)
         assert wait_for(lambda: not marked(mark), 5.0), f"still alive: {marked(mark)}"
-        launcher.communicate()
-    finally:
-        kill_marked(mark)
 
 
 def test_a_stage_runs_under_somebody_elses_torchrun(settings, tmp_path):
@@ -229,25 +217,6 @@ def test_processes_that_meet_open_no_port_to_the_network(settings, write, tmp_pa
         ]
         return {line[1] for line in lines if line[3] == "0A" and set(line[1].partition(":")[0]) == {"0"}}
 
-    settings["launch"]["processes"] = 2
-    stage(settings, "warmup")["epochs"] = 10_000.0
     before = open_to_all()
-    command = [
-        str(SWITCHBACK),
-        "run",
-        str(write(settings)),
-        "--registry",
-        str(tmp_path / "r"),
-        "--no-prefect",
-        "--only",
-        "warmup",
-    ]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as launcher:
-        try:
-            assert wait_for(lambda: is_training(tmp_path / "r" / "work", "sft"), 120)
-            assert open_to_all() <= before
-        finally:
-            launcher.terminate()
-            launcher.communicate()
+    with endless_training(settings, write, tmp_path):
+        assert open_to_all() <= before
