@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.launch import Launcher, OnMetrics, StageFailed
 from pipeline.plan import Planned
 from pipeline.registry import Artifact, Registry
-from pipeline.run import job_of
+from pipeline.run import job_of, place_of
 from stages import loss_map as loss_map_file
 from stages import probe as probe_job
 from stages.job import BadInput, Execution, Finding, Job
@@ -92,10 +92,8 @@ def stand_in(one: Planned, planned: Sequence[Planned], registry: Registry, execu
 def _policy(one: Planned, planned: Sequence[Planned], made: Mapping[str, Artifact], registry: Registry) -> str:
     """Where the step's policy lies, or the nearest one before it that is there."""
     ref = one.step.inputs["policy"]
-    if ref.step is None:
-        return ref.source
-    if ref.step in made:
-        return str(registry.path(made[ref.step], ref.output))
+    if ref.step is None or ref.step in made:
+        return place_of(ref, made, registry)
     return _policy(next(other for other in planned if other.step.name == ref.step), planned, made, registry)
 
 

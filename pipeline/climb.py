@@ -34,6 +34,7 @@ def run(recipe: Recipe, planned: list[Planned], registry: Registry, observer: Ob
 def _conduct(
     id: str, recipe: Recipe, planned: list[Planned], registry: Registry, observer: Observer, use_prefect: bool
 ) -> None:
+    """Step after step; what the run has held is let go when all are done. A run that ends in another way holds on, to be resumed."""
     made: dict[str, Artifact] = {}
     to_run = any(one.action == "run" for one in planned)
     with ExitStack() as stack:
@@ -74,3 +75,5 @@ def _conduct(
         else:
             for one in planned:
                 do(one)
+    for artifact in made.values():
+        registry.release(artifact.id, id)

@@ -42,7 +42,7 @@ def plan(recipe: Recipe, registry: Registry, selection: Selection = ALL) -> list
     """What `run` would do. Raises BadInput for a recipe that does not hold together, or when a selected step needs one that is not there."""
     checks.check(recipe)
     chosen = _chosen(recipe, selection)
-    artifacts = cache(registry.artifacts)  # read once, and only when something has to be explained
+    artifacts = cache(registry.artifacts)  # read once a stage, and only when something has to be explained
     planned = [
         _decide(step, registry, artifacts, step.name.partition(".")[0] in chosen) for step in steps(recipe, registry)
     ]
@@ -51,7 +51,7 @@ def plan(recipe: Recipe, registry: Registry, selection: Selection = ALL) -> list
         missing = [ref.step for ref in one.step.inputs.values() if ref.step and ref.step not in there]
         if one.action == "run" and missing:
             raise BadInput(
-                f"{one.step.name} reads {missing[0]}, which is neither in {registry.root} nor selected to run; run {missing[0]} first"
+                f"{one.step.name} reads {missing[0]}, which is neither in {registry.url} nor selected to run; run {missing[0]} first"
             )
     return planned
 
@@ -103,12 +103,12 @@ def _index(recipe: Recipe, name: str) -> int:
     return names.index(name)
 
 
-def _decide(step: Step, registry: Registry, artifacts: Callable[[], list[Artifact]], may_run: bool) -> Planned:
+def _decide(step: Step, registry: Registry, artifacts: Callable[[str], list[Artifact]], may_run: bool) -> Planned:
     if artifact := registry.find(step.key):
         return Planned(step=step, action="reuse", artifact=artifact, why=artifact.id)
     if not may_run:
         return Planned(step=step, action="skip", artifact=None, why="not selected")
-    return Planned(step=step, action="run", artifact=None, why=reason(step, artifacts()))
+    return Planned(step=step, action="run", artifact=None, why=reason(step, artifacts(step.name)))
 
 
 def reason(step: Step, artifacts: Sequence[Artifact]) -> str:

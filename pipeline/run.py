@@ -18,9 +18,11 @@ from pydantic import ValidationError
 
 from pipeline.launch import Launcher, StageFailed
 from pipeline.plan import Planned
-from pipeline.registry import Artifact, Registry, Source, UnsafeFile
-from pipeline.steps import Step
+from pipeline.registry import Artifact, Published, Registry, Source, UnsafeFile
+from pipeline.registry.verify import verify
+from pipeline.steps import InputRef, Step
 from stages.job import Execution, Finding, Job, Result
+from stages.metrics import FILE as METRICS
 
 WORK = "SWITCHBACK_WORK"
 """Environment variable that moves work in progress to another disk."""
@@ -65,24 +67,77 @@ def run_step(
     Raises StageFailed when the stage did not end well, BadInput when it refused what it was given.
     """
     step = planned.step
-    if artifact := registry.find(step.key):
+    if artifact := _held(registry, step, run):
         observer.reused(step, artifact)
         return artifact, True
+    sources = sources_of(step, made, registry)
     job = job_of(step, made, registry, execution)
     with alone(Path(job.work), lambda pid: observer.waiting(step, pid)):
-        if artifact := registry.find(step.key) or registry.recover(step.key):  # another run has made it since
-            observer.reused(step, artifact)
+        if artifact := _held(registry, step, run) or registry.recover(step.key, step.name, run):
+            observer.reused(step, artifact)  # another run has made it since
             return artifact, True
+        refuse_damaged(step, sources, registry)
         observer.started(step)
         result = launcher.launch(job, step.deadline, lambda line: observer.logged(step, line))
         for finding in result.findings:
             observer.found(finding)
-        artifact = publish(step, job, result, made, registry, run)
-    if artifact.provenance["run"] != run:  # a maker on another machine was first
+        artifact, lost = publish(step, job, result, sources, registry, run)
+    if lost is not None:  # a maker on another machine was first
+        for finding in differences(artifact, lost):
+            observer.found(finding)
         observer.reused(step, artifact)
         return artifact, True
     observer.finished(step, artifact)
     return artifact, False
+
+
+def _held(registry: Registry, step: Step, run: str) -> Artifact | None:
+    """What the registry has for a step, held by this run; None when it has nothing."""
+    found = registry.find(step.key)
+    return found if found and registry.hold(found, run) else None
+
+
+def sources_of(step: Step, made: Mapping[str, Artifact], registry: Registry) -> dict[str, Source]:
+    """What a step reads, as its artifact will remember it."""
+    return {role: _source(ref, _artifact(ref, made, registry)) for role, ref in step.inputs.items()}
+
+
+def _source(ref: InputRef, artifact: Artifact | None) -> Source:
+    if artifact is None:
+        return Source(id=None, output=ref.output, key=ref.key, name=ref.source)
+    return Source(id=artifact.id, output=ref.output, key=ref.key, name=artifact.stage, digest=artifact.digest)
+
+
+def _artifact(ref: InputRef, made: Mapping[str, Artifact], registry: Registry) -> Artifact | None:
+    """The artifact that an input is; None for a model or a file from elsewhere."""
+    if ref.step:
+        return made[ref.step]
+    return registry.open(ref.artifact) if ref.artifact else None
+
+
+def refuse_damaged(step: Step, sources: Mapping[str, Source], registry: Registry) -> None:
+    """Raise StageFailed when an input is no longer what was published; its key is then void, so that it can be made again."""
+    for source in sources.values():
+        artifact = registry.open(source.id) if source.id else None
+        if artifact and (wrong := verify(registry, artifact)):
+            registry.void(artifact, "failed verification")
+            raise StageFailed(
+                f"{step.name}: its input is damaged: {wrong[0]}; {artifact.id} is void now, so run the same command again to make it again"
+            )
+
+
+def differences(winner: Artifact, lost: Artifact) -> Iterator[Finding]:
+    """What two makers of one key did not agree on; the log of metrics holds times, and is not compared."""
+    theirs, ours = ({file.path: file.sha256 for file in one.files if file.path != METRICS} for one in (winner, lost))
+    differing = sorted(path for path in theirs.keys() | ours.keys() if theirs.get(path) != ours.get(path))
+    if differing:
+        yield Finding(
+            rule="two_makers",
+            severity="warn",
+            stage=winner.stage,
+            evidence={"files": len(differing)},
+            advice=f"two runs made this step at once and their results differ ({', '.join(differing[:3])}); {winner.id} was first and is used",
+        )
 
 
 @contextmanager
@@ -108,10 +163,7 @@ def alone(work: Path, on_wait: Callable[[str], None]) -> Iterator[None]:
 def job_of(step: Step, made: Mapping[str, Artifact], registry: Registry, execution: Execution) -> Job:
     """The step as marching orders, with places filled in."""
     work = work_root(registry) / step.key[:12]
-    inputs = {
-        role: str(registry.path(made[ref.step], ref.output)) if ref.step else ref.source
-        for role, ref in step.inputs.items()
-    }
+    inputs = {role: place_of(ref, made, registry) for role, ref in step.inputs.items()}
     return Job(
         kind=step.kind,
         name=step.name,
@@ -129,6 +181,12 @@ def job_of(step: Step, made: Mapping[str, Artifact], registry: Registry, executi
     )
 
 
+def place_of(ref: InputRef, made: Mapping[str, Artifact], registry: Registry) -> str:
+    """Where a worker can read an input."""
+    artifact = _artifact(ref, made, registry)
+    return str(registry.path(artifact, ref.output)) if artifact else ref.source
+
+
 def _execution(execution: Execution) -> Execution:
     """With a path that does not depend on where the job runs."""
     file = execution.accelerate
@@ -136,19 +194,15 @@ def _execution(execution: Execution) -> Execution:
 
 
 def publish(
-    step: Step, job: Job, result: Result, made: Mapping[str, Artifact], registry: Registry, run: str
-) -> Artifact:
+    step: Step, job: Job, result: Result, sources: dict[str, Source], registry: Registry, run: str
+) -> Published:
     """Check what the worker says it made, and hand it to the registry."""
     out = Path(job.out)
     for name, path in result.outputs.items():
         if not (out / path).exists():
             raise StageFailed(f"{step.name}: it says that {name} lies at {path}, but nothing is there")
-    sources = {
-        role: Source(id=made[ref.step].id if ref.step else None, output=ref.output, key=ref.key, name=ref.source)
-        for role, ref in step.inputs.items()
-    }
     try:
-        return registry.publish(out, _draft(step, job, result, sources, run))
+        return registry.publish(out, _draft(step, job, result, sources, run), run)
     except (UnsafeFile, ValidationError) as error:
         raise StageFailed(f"{step.name}: {' '.join(str(error).split())}") from None
 
@@ -179,4 +233,4 @@ def _said(result: Result) -> dict[str, Any]:
 
 def work_root(registry: Registry) -> Path:
     """Where work in progress lies: SWITCHBACK_WORK, else `work/` in the registry."""
-    return Path(os.environ.get(WORK) or registry.root / "work").absolute()
+    return Path(os.environ.get(WORK) or registry.store.work).absolute()

@@ -40,6 +40,8 @@ class InputRef(Frozen):
     """The step's key, or what identifies the base model or the file."""
     source: str
     """Where a base model or a file is from; the step's name otherwise."""
+    artifact: str | None = None
+    """Id of a base model that is an artifact; None for any other."""
 
 
 class Step(Frozen):
@@ -179,7 +181,13 @@ def base_of(recipe: Recipe, registry: Registry) -> Base:
         if "policy" not in artifact.outputs:
             raise BadInput(f"model.artifact: {artifact.id} is of kind {artifact.kind} and holds no policy")
         return Base(
-            InputRef(step=None, output="policy", key=artifact.key, source=str(registry.path(artifact, "policy"))),
+            InputRef(
+                step=None,
+                output="policy",
+                key=artifact.key,
+                source=registry.location(artifact, "policy"),
+                artifact=artifact.id,
+            ),
             settings,
             artifact.format,
         )

@@ -73,7 +73,7 @@ def _stage(registry: Registry, name: str, kind: str, done: dict[str, dict[str, A
         name=name,
         kind=kind,
         artifact=artifact.id if artifact else None,
-        path=str(registry.path(artifact)) if artifact else None,
+        path=registry.location(artifact) if artifact else None,
         reused=event["reused"] if event else None,
         seconds=event["seconds"] if event else None,
         evaluation=_evaluation(registry, name, done, split),

@@ -131,7 +131,7 @@ def test_a_run_in_which_a_stage_changes_the_prefix(climbed, settings, write, tmp
         {**stage(settings, "rl1"), "policy": "base", "format": {"response_prefix": "<think>\nA"}},
         {**stage(settings, "harvest"), "samples": 1},
     ]
-    done = run_cli("run", write(settings), "--registry", registry.root, "--no-prefect")
+    done = run_cli("run", write(settings), "--registry", registry.store.root, "--no-prefect")
     assert done.returncode == 0, done.stderr
     made = registry.artifacts()[-1]
     assert made.kind == "rejection" and made.format is not None and made.format.response_prefix == "<think>\nA"

@@ -155,7 +155,7 @@ def test_the_first_kl_of_an_adapter_stage_is_zero(climbed_with_adapters):
 
 def test_adapters_reuse_and_move_keys_as_everything_else_does(climbed_with_adapters):
     registry, _, recipe = climbed_with_adapters
-    again = printed_json("plan", recipe, "--registry", registry.root, "--json")
+    again = printed_json("plan", recipe, "--registry", registry.store.root, "--json")
     assert {one["action"] for one in again} == {"reuse"}
-    other = printed_json("plan", recipe, "--registry", registry.root, "--set", "model.lora.r=8", "--json")
+    other = printed_json("plan", recipe, "--registry", registry.store.root, "--set", "model.lora.r=8", "--json")
     assert [one["action"] for one in other] == ["reuse"] + ["run"] * 9

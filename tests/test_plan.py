@@ -21,14 +21,14 @@ def made(settings, registry, *names):
     for step in steps_of(recipe.Recipe.model_validate(settings), registry):
         if names and step.name not in names:
             continue
-        out = registry.root / "work" / "out"
+        out = registry.store.root / "work" / "out"
         out.mkdir(parents=True)
         (out / "x.json").write_text("{}")
         draft = Artifact(
             id="", key=step.key, kind=step.kind, stage=step.name, created="", outputs={"policy": ".", "data": "."}, files=(), inputs={}, format=None,
             config={}, identity=step.identity, metrics={}, provenance={},
         )  # fmt: skip
-        registry.publish(out, draft)
+        registry.publish(out, draft, "user")
 
 
 def planned(settings, registry, **selection):
@@ -46,7 +46,7 @@ def test_an_empty_registry_runs_everything_as_new(settings, registry):
         "base.evaluate", "warmup", "warmup.evaluate", "rl1", "rl1.evaluate", "harvest", "distill", "distill.evaluate", "rl2", "rl2.evaluate",
     ]  # fmt: skip
     assert {(one.action, one.why) for one in found.values()} == {("run", "new")}
-    assert not registry.root.exists(), "planning writes nothing"
+    assert not registry.store.root.exists(), "planning writes nothing"
 
 
 def test_what_is_there_is_reused_by_name(settings, registry):

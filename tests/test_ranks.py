@@ -88,7 +88,7 @@ def test_rollouts_do_not_depend_on_how_many_processes_sample(settings, write, tm
     for processes in (1, 2):
         settings["launch"]["processes"] = processes
         registry = Registry(tmp_path / str(processes))
-        done = run_cli("run", write(settings), "--registry", registry.root, "--no-prefect")
+        done = run_cli("run", write(settings), "--registry", registry.store.root, "--no-prefect")
         assert done.returncode == 0, done.stderr
         made = next(artifact for artifact in registry.artifacts() if artifact.kind == "rejection")
         rollouts.append((registry.path(made) / "rollouts" / "rollouts.jsonl").read_text())

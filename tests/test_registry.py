@@ -31,6 +31,9 @@ def draft(name: str = "k", stage: str = "warmup", inputs: dict[str, Source] | No
     )  # fmt: skip
 
 
+OWNER = "user"
+
+
 @pytest.fixture
 def registry(tmp_path):
     return Registry(tmp_path / "registry")
@@ -38,7 +41,7 @@ def registry(tmp_path):
 
 def test_what_is_published_is_found_by_key_and_by_id_and_leaves_where_it_was(registry, tmp_path):
     out = finished(tmp_path / "out")
-    artifact = registry.publish(out, draft())
+    artifact = registry.publish(out, draft(), OWNER).artifact
     assert not out.exists()
     assert registry.find(artifact.key) == registry.open(artifact.id) == artifact
     assert (registry.path(artifact, "data") / "rows.jsonl").read_text() == "{}\n"
@@ -47,7 +50,7 @@ def test_what_is_published_is_found_by_key_and_by_id_and_leaves_where_it_was(reg
 
 
 def test_without_a_manifest_a_directory_is_no_artifact(registry, tmp_path):
-    artifact = registry.publish(finished(tmp_path / "out"), draft())
+    artifact = registry.publish(finished(tmp_path / "out"), draft(), OWNER).artifact
     (registry.path(artifact) / "artifact.json").unlink()
     assert registry.find(artifact.key) is None and registry.artifacts() == []
     with pytest.raises(BadInput, match="there is no artifact"):
@@ -55,17 +58,17 @@ def test_without_a_manifest_a_directory_is_no_artifact(registry, tmp_path):
 
 
 def test_the_first_maker_of_a_key_wins_and_the_other_leaves_nothing(registry, tmp_path):
-    first = registry.publish(finished(tmp_path / "a"), draft())
-    second = registry.publish(finished(tmp_path / "b", "other"), draft())
+    first = registry.publish(finished(tmp_path / "a"), draft(), OWNER).artifact
+    second = registry.publish(finished(tmp_path / "b", "other"), draft(), OWNER).artifact
     assert second == first
     assert [artifact.id for artifact in registry.artifacts()] == [first.id]
 
 
 def test_a_key_whose_artifact_is_gone_or_void_can_be_made_again(registry, tmp_path):
-    first = registry.publish(finished(tmp_path / "a"), draft())
+    first = registry.publish(finished(tmp_path / "a"), draft(), OWNER).artifact
     registry.store.append(f"keys/{first.key}", {"void": first.id, "reason": "a test"})
     assert registry.find(first.key) is None
-    again = registry.publish(finished(tmp_path / "b"), draft())
+    again = registry.publish(finished(tmp_path / "b"), draft(), OWNER).artifact
     assert again.id != first.id and registry.find(first.key) == again
 
 
@@ -74,7 +77,7 @@ def test_an_unsafe_kind_of_file_is_never_published(name, registry, tmp_path):
     out = finished(tmp_path / "out")
     (out / name).write_text("x")
     with pytest.raises(UnsafeFile, match=name):
-        registry.publish(out, draft())
+        registry.publish(out, draft(), OWNER)
     assert out.exists() and registry.artifacts() == []
 
 
@@ -82,30 +85,30 @@ def test_a_link_is_never_published(registry, tmp_path):
     out = finished(tmp_path / "out")
     (out / "link.json").symlink_to("/etc/passwd")
     with pytest.raises(UnsafeFile, match="link"):
-        registry.publish(out, draft())
+        registry.publish(out, draft(), OWNER)
 
 
 def test_a_directory_from_another_file_system_is_copied_and_leaves_nothing_behind(registry):
     with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
         out = finished(Path(elsewhere, "out"))
-        assert out.stat().st_dev != registry.root.parent.stat().st_dev, "the test needs two file systems"
-        artifact = registry.publish(out, draft())
+        assert out.stat().st_dev != registry.store.root.parent.stat().st_dev, "the test needs two file systems"
+        artifact = registry.publish(out, draft(), OWNER).artifact
         assert not out.exists()
     assert verify(registry, artifact) == []
-    assert [path.name for path in (registry.root / "artifacts").iterdir()] == [artifact.id]
+    assert [path.name for path in (registry.store.root / "artifacts").iterdir()] == [artifact.id]
 
 
 def test_an_artifact_whose_maker_was_killed_before_it_was_recorded_is_recovered(registry, tmp_path):
-    artifact = registry.publish(finished(tmp_path / "out"), draft())
-    (registry.root / "keys" / artifact.key / "000001.json").unlink()
+    artifact = registry.publish(finished(tmp_path / "out"), draft(), OWNER).artifact
+    (registry.store.root / "keys" / artifact.key / "000001.json").unlink()
     assert registry.find(artifact.key) is None
-    assert registry.recover(artifact.key) == artifact == registry.find(artifact.key)
+    assert registry.recover(artifact.key, artifact.stage, OWNER) == artifact == registry.find(artifact.key)
 
 
 def test_a_void_artifact_is_not_recovered(registry, tmp_path):
-    artifact = registry.publish(finished(tmp_path / "out"), draft())
+    artifact = registry.publish(finished(tmp_path / "out"), draft(), OWNER).artifact
     registry.void(artifact, "a test")
-    assert registry.recover(artifact.key) is None is registry.find(artifact.key)
+    assert registry.recover(artifact.key, artifact.stage, OWNER) is None is registry.find(artifact.key)
 
 
 @pytest.mark.parametrize("path", ["../x", "/etc", "a/../../x"])
@@ -115,7 +118,7 @@ def test_an_output_that_leaves_the_artifact_is_refused(path):
 
 
 def test_verify_names_every_file_that_changed_went_or_came(registry, tmp_path):
-    artifact = registry.publish(finished(tmp_path / "out"), draft())
+    artifact = registry.publish(finished(tmp_path / "out"), draft(), OWNER).artifact
     assert verify(registry, artifact) == []
     directory = registry.path(artifact)
     (directory / "model.safetensors").write_text("weightz")
@@ -132,9 +135,9 @@ def test_verify_names_every_file_that_changed_went_or_came(registry, tmp_path):
 
 def test_lineage_goes_down_to_the_base_and_says_what_is_gone(registry, tmp_path):
     base = Source(id=None, output="policy", key="base-key", name="/models/tiny")
-    first = registry.publish(finished(tmp_path / "a"), draft("1", "warmup", {"policy": base}))
+    first = registry.publish(finished(tmp_path / "a"), draft("1", "warmup", {"policy": base}), OWNER).artifact
     source = Source(id=first.id, output="policy", key=first.key, name="warmup")
-    second = registry.publish(finished(tmp_path / "b"), draft("2", "rl1", {"policy": source}))
+    second = registry.publish(finished(tmp_path / "b"), draft("2", "rl1", {"policy": source}), OWNER).artifact
     tree = lineage(registry, second)
     assert tree.inputs[0].id == first.id and tree.inputs[0].inputs[0].name == "/models/tiny"
     (registry.path(first) / "artifact.json").unlink()

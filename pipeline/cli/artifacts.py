@@ -64,7 +64,7 @@ def verify(ids: Ids = None, registry: RegistryOption = None, json: JsonOption = 
 
 
 def _listed(registry: Registry, artifact: Artifact) -> dict[str, Any]:
-    path = str(registry.path(artifact))
+    path = registry.location(artifact)
     what = {"id": artifact.id, "stage": artifact.stage, "kind": artifact.kind}
     return {**what, "path": path, "created": artifact.created, "size": artifact.size}
 

@@ -11,7 +11,6 @@ import typer
 
 from pipeline.recipe import Recipe
 from pipeline.registry import Registry
-from stages.job import BadInput
 
 REGISTRY = "SWITCHBACK_REGISTRY"
 
@@ -33,7 +32,9 @@ SetOption = Annotated[
 RegistryOption = Annotated[
     str | None,
     typer.Option(
-        "--registry", help=f"Registry directory. Default: the recipe's, {REGISTRY}, ./registry.", show_default=False
+        "--registry",
+        help=f"Registry: a directory, or a URL of an object store. Default: the recipe's, {REGISTRY}, ./registry.",
+        show_default=False,
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -42,11 +43,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def open_registry(option: str | None, recipe: Recipe | None = None) -> Registry:
     """--registry, the recipe's, the environment's, ./registry: the first that is given. Relative paths count from the working directory."""
     root = option or (recipe.registry if recipe else None) or os.environ.get(REGISTRY) or "registry"
-    if "://" in root:
-        raise BadInput(
-            f"registry: {root} is a URL; object stores come in a later version of switchback, so give a directory"
-        )
-    return Registry(Path(root))
+    return Registry(root)
 
 
 def print_json(content: Any) -> None:

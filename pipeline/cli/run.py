@@ -74,4 +74,4 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def _report(registry: Registry, run: str) -> None:
     show(run_table(summarise(registry, run)))
     print("scores are x 100, on held-out rows; mean of the samples with a 95 % interval over rows")
-    print(f"run {run} in {registry.root}: switchback show {run} --registry {registry.root}")
+    print(f"run {run} in {registry.url}: switchback show {run} --registry {registry.url}")

@@ -46,12 +46,12 @@ def _show_run(registry: Registry, run: str, json: bool) -> None:
         print_json(as_json(summary))
     else:
         tables.show(tables.run_table(summary))
-        print(f"run {run}: {summary.state}; in {registry.root}; scores are x 100, on held-out rows")
+        print(f"run {run}: {summary.state}; in {registry.url}; scores are x 100, on held-out rows")
 
 
 def _show_artifact(registry: Registry, artifact: Artifact, json: bool) -> None:
     if json:
-        print_json({**artifact.model_dump(mode="json"), "path": str(registry.path(artifact))})
+        print_json({**artifact.model_dump(mode="json"), "path": registry.location(artifact)})
     else:
         tables.show(tables.artifact_table(registry, artifact))
 
@@ -59,4 +59,4 @@ def _show_artifact(registry: Registry, artifact: Artifact, json: bool) -> None:
 def _newest(registry: Registry) -> str:
     if found := all_runs(registry):
         return found[0].run
-    raise BadInput(f"there is no run in {registry.root}; switchback run makes one")
+    raise BadInput(f"there is no run in {registry.url}; switchback run makes one")

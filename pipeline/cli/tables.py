@@ -63,7 +63,7 @@ def artifacts_table(registry: Registry, artifacts: Sequence[Artifact]) -> Table:
     """Artifacts, a line each."""
     made = table("id", "kind", "created", "size", "path", right=("size",))
     for one in artifacts:
-        path = str(registry.path(one))
+        path = registry.location(one)
         made.add_row(one.id, one.kind, _moment(one.created), decimal(one.size), escape(path))
     return made
 
@@ -72,7 +72,7 @@ def artifact_table(registry: Registry, artifact: Artifact) -> Table:
     """One artifact, a line a fact."""
     made = table("artifact", artifact.id)
     made.add_row("kind", artifact.kind)
-    made.add_row("path", escape(str(registry.path(artifact))))
+    made.add_row("path", escape(registry.location(artifact)))
     made.add_row("created", _moment(artifact.created))
     made.add_row("size", f"{decimal(artifact.size)} in {len(artifact.files)} files")
     for role, source in artifact.inputs.items():

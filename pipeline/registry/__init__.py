@@ -1,6 +1,7 @@
 """The registry's public face."""
 
 from pipeline.registry.artifact import Artifact, File, Source
-from pipeline.registry.registry import Registry, UnsafeFile
+from pipeline.registry.files import UnsafeFile
+from pipeline.registry.registry import Published, Registry
 
-__all__ = ["Artifact", "File", "Registry", "Source", "UnsafeFile"]
+__all__ = ["Artifact", "File", "Published", "Registry", "Source", "UnsafeFile"]

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
+from pipeline.identity import key_of
 from stages.config import Frozen
 from stages.job import Format
 
@@ -42,6 +43,8 @@ class Source(Frozen):
     """The artifact's key, or the base model's."""
     name: str
     """The stage that made it, or where the base model is from."""
+    digest: str | None = None
+    """Of the artifact's files as they were read (`Artifact.digest`); None for what is no artifact."""
 
 
 class Artifact(Frozen):
@@ -70,6 +73,11 @@ class Artifact(Frozen):
     def size(self) -> int:
         """Bytes of all files."""
         return sum(file.size for file in self.files)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the names and digests of all files."""
+        return key_of({file.path: file.sha256 for file in self.files})
 
 
 def now() -> str:

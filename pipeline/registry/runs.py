@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipeline.registry.artifact import now
-from pipeline.registry.registry import FORMAT, Registry
+from pipeline.registry.registry import Registry
 from stages.config import Frozen
 from stages.job import BadInput
 from stages.process import started_at
@@ -35,14 +35,9 @@ def start(registry: Registry, recipe_name: str, recipe_yaml: str, plan: dict[str
     """Remember a new run; returns its id."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     run = f"{recipe_name}-{stamp}-{secrets.token_hex(2)}"
-    try:
-        registry.store.put_new("format.json", FORMAT)
-    except OSError as error:
-        raise BadInput(
-            f"registry: {registry.root} cannot be written: {error.strerror}; choose another directory"
-        ) from None
+    registry.initialise()
     registry.store.put_new(f"runs/{run}/plan.json", {"recipe": recipe_name, **plan})
-    registry.store.path(f"runs/{run}/recipe.yaml").write_text(recipe_yaml)
+    registry.store.put(f"runs/{run}/recipe.yaml", recipe_yaml.encode())
     pid = os.getpid()
     record(registry, run, "started", pid=pid, process=started_at(pid), host=socket.gethostname())
     return run
@@ -57,7 +52,7 @@ def events(registry: Registry, run: str) -> list[dict[str, Any]]:
     """Oldest first. Raises BadInput when there is no such run."""
     if found := registry.store.entries(f"runs/{run}/events"):
         return found
-    raise BadInput(f"there is no run {run} in {registry.root}; switchback runs shows what there is")
+    raise BadInput(f"there is no run {run} in {registry.url}; switchback runs shows what there is")
 
 
 def planned(registry: Registry, run: str) -> dict[str, Any]:
