@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from stages.disk import digest_file
+
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*.jinja")
 """What of a model's directory `from_pretrained` may read; a README or a script beside it is not the model."""
 
@@ -28,12 +30,6 @@ def canonical(value: Any) -> str:
 def key_of(payload: Payload) -> str:
     """64 hex digits."""
     return hashlib.sha256(canonical(payload).encode()).hexdigest()
-
-
-def digest_file(path: Path) -> str:
-    """SHA-256 of the bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest_model(directory: Path) -> str:

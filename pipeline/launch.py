@@ -1,7 +1,8 @@
 """The launcher: a Job becomes a process tree of our own, and a Result comes back.
 
-A local job is forked from a serving worker (`stages.serve`) that imported torch and trl once. The tree dies with its deadline, with an exception here
-(Ctrl-C and SIGTERM are exceptions), and with the launcher itself, however that dies. Every attempt has its own log.
+A local job is forked from a serving worker (`stages.serve`) that imported torch and trl once. The tree dies with its deadline, with an exception here,
+and with the launcher itself, however that dies. Ctrl-C and SIGTERM are exceptions that leave the job a grace time, to save what it has. Every attempt has
+its own log.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,7 +23,9 @@ from typing import Any
 
 from stages.job import BadInput, Job, Result
 from stages.metrics import FILE as METRICS
+from stages.metrics import WORDS
 from stages.process import adopt_orphans, kill_marked, kill_tree
+from stages.stopping import STOPPED
 from stages.worker import BUSY, ERROR, RESULT
 
 WORKER = [sys.executable, "-P", "-m", "stages"]
@@ -34,6 +38,7 @@ MARK = "SWITCHBACK_LAUNCHER"
 """Environment variable that every process of a launcher carries."""
 
 OnMetrics = Callable[[dict[str, Any]], None]
+OnWord = Callable[[str], None]
 
 
 class StageFailed(RuntimeError):
@@ -60,8 +65,16 @@ class Launcher:
         if self._worker is None:
             self._worker = _ServingWorker(self._threads, self._preload)
 
-    def launch(self, job: Job, deadline: float | None = None, on_metrics: OnMetrics = lambda line: None) -> Result:
-        """Run a job to its end; `on_metrics` hears each line it logs. Raises BadInput or StageFailed.
+    def launch(
+        self,
+        job: Job,
+        deadline: float | None = None,
+        on_metrics: OnMetrics = lambda line: None,
+        on_word: OnWord = lambda text: None,
+        on_tick: Callable[[], None] = lambda: None,
+    ) -> Result:
+        """Run a job to its end; `on_metrics` hears each line it logs, `on_word` what it says about itself, and `on_tick` is called again and again.
+        Raises BadInput or StageFailed.
 
         Whatever is raised, nothing of the job lives on. `deadline` is in seconds.
         """
@@ -69,23 +82,34 @@ class Launcher:
         assert self._worker is not None
         path, log = job.save(), _next_log(Path(job.work))
         metrics = Path(job.out, METRICS)
-        for stale in (metrics, Path(job.work, RESULT), Path(job.work, ERROR)):
+        for stale in (metrics, Path(job.work, RESULT), Path(job.work, ERROR), Path(job.work, WORDS)):
             stale.unlink(missing_ok=True)  # an earlier attempt's
-        lines = _new_lines(metrics)
+        lines, words = _new_lines(metrics), _new_lines(Path(job.work, WORDS))
         try:
             self._worker.start(path, log)
             ends_at = time.monotonic() + (deadline or float("inf"))
             status = None
             while status is None:
                 status = self._worker.status(TICK)
+                for word in next(words):
+                    on_word(word["text"])
                 for line in next(lines):
                     on_metrics(line)
+                on_tick()
                 if status is None and time.monotonic() > ends_at:
                     raise StageFailed(f"{job.name}: killed after its deadline of {deadline:g} s; its log is {log}")
-        except BaseException:
+        except BaseException as error:
+            if not isinstance(error, Exception):  # Ctrl-C, SIGTERM
+                self._let_it_save(job)
             self.close()
             raise
         return _result(job, status, log)
+
+    def _let_it_save(self, job: Job) -> None:
+        """Ask the job to stop, and give it its grace time; another Ctrl-C ends that."""
+        assert self._worker is not None
+        with suppress(KeyboardInterrupt, StageFailed):
+            self._worker.stop(job.execution.grace)
 
     def close(self) -> None:
         """Leave no process behind."""
@@ -115,6 +139,7 @@ class _ServingWorker:
         )
         self._buffer = b""
         self._ready = False
+        self._job: int | None = None
 
     def start(self, job: Path, log: Path) -> None:
         """Order a job; returns once it has been forked."""
@@ -127,12 +152,22 @@ class _ServingWorker:
             self._process.stdin.flush()
         except BrokenPipeError:
             raise self._gone() from None
-        self._wanted_answer(FORK_PATIENCE)
+        self._job = self._wanted_answer(FORK_PATIENCE)["pid"]
 
     def status(self, seconds: float) -> int | None:
         """The job's exit status (negative: the signal that killed it); None when it is still running after `seconds`."""
         answer = self._answer(seconds)
-        return None if answer is None else answer["status"]
+        if answer is None:
+            return None
+        self._job = None
+        return answer["status"]
+
+    def stop(self, seconds: float) -> None:
+        """Ask the job to stop (SIGTERM); returns when it has ended, or after `seconds`."""
+        if self._job and seconds:
+            with suppress(ProcessLookupError):
+                os.kill(self._job, signal.SIGTERM)
+            self.status(seconds)
 
     def kill(self) -> None:
         """Kill the job, all it started, and the worker."""
@@ -156,9 +191,10 @@ class _ServingWorker:
         line, _, self._buffer = self._buffer.partition(b"\n")
         return json.loads(line)
 
-    def _wanted_answer(self, seconds: float) -> None:
-        if self._answer(seconds) is None:
-            raise StageFailed(f"the serving worker did not answer within {seconds:g} s")
+    def _wanted_answer(self, seconds: float) -> dict[str, Any]:
+        if answer := self._answer(seconds):
+            return answer
+        raise StageFailed(f"the serving worker did not answer within {seconds:g} s")
 
     def _gone(self) -> StageFailed:
         return StageFailed(f"the serving worker is gone (exit {self._process.wait()}): {self._last_error()}")
@@ -202,5 +238,7 @@ def _result(job: Job, status: int, log: Path) -> Result:
         raise StageFailed(f"{job.name}: {error['message']} (log: {log})")
     if status == BUSY:
         raise StageFailed(f"{job.name}: another job still works in {work}; wait for it or stop it")
+    if status == STOPPED:
+        raise StageFailed(f"{job.name}: it was asked to stop; the same command goes on with what it saved (log: {log})")
     how = f"killed by signal {-status}" if status < 0 else f"exited with {status}"
     raise StageFailed(f"{job.name}: {how} without a word; its log is {log}")

@@ -18,9 +18,10 @@ from pydantic import ValidationError
 
 from pipeline.launch import Launcher, StageFailed
 from pipeline.plan import Planned
-from pipeline.registry import Artifact, Published, Registry, Source, UnsafeFile
+from pipeline.registry import Artifact, Published, Registry, Source, UnsafeFile, runs
 from pipeline.registry.verify import verify
 from pipeline.steps import InputRef, Step
+from stages import checkpoints
 from stages.job import Execution, Finding, Job, Result
 from stages.metrics import FILE as METRICS
 
@@ -45,6 +46,9 @@ class Observer(Protocol):
 
     def started(self, step: Step) -> None:
         """Its job begins."""
+
+    def said(self, step: Step, text: str) -> None:
+        """Its job has something to say, such as where it goes on."""
 
     def logged(self, step: Step, line: dict[str, Any]) -> None:
         """Its job has written a line of metrics."""
@@ -74,14 +78,21 @@ def run_step(
     job = job_of(step, made, registry, execution)
     with alone(Path(job.work), lambda pid: observer.waiting(step, pid)):
         if artifact := _held(registry, step, run) or registry.recover(step.key, step.name, run):
+            checkpoints.clear(Path(job.work))
             observer.reused(step, artifact)  # another run has made it since
             return artifact, True
         refuse_damaged(step, sources, registry)
         observer.started(step)
-        result = launcher.launch(job, step.deadline, lambda line: observer.logged(step, line))
+
+        def said(text: str) -> None:
+            observer.said(step, text)
+            runs.record(registry, run, "said", step=step.name, text=text)
+
+        result = launcher.launch(job, step.deadline, lambda line: observer.logged(step, line), said)
         for finding in result.findings:
             observer.found(finding)
         artifact, lost = publish(step, job, result, sources, registry, run)
+        checkpoints.clear(Path(job.work))
     if lost is not None:  # a maker on another machine was first
         for finding in differences(artifact, lost):
             observer.found(finding)

@@ -84,14 +84,14 @@ def _plain(value: Any) -> Any:
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-def _seconds(value: Any) -> Any:
+def seconds(value: Any) -> Any:
     """Turn 90s, 10m or 1.5h into seconds; anything else is left for pydantic to judge."""
     if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", value.strip())):
         return float(match[1]) * UNITS[match[2]]
     return value
 
 
-Seconds = Annotated[float, BeforeValidator(_seconds)]
+Seconds = Annotated[float, BeforeValidator(seconds)]
 """A duration: a number of seconds, or a number with s, m, h or d."""
 
 

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 from stages.config import Config, identity, resolved
 from stages.job import Job, Result
-from stages.training import TrainingConfig, accumulation, all_steps_ran, trl_arguments
+from stages.training import TrainingConfig, accumulation, trl_arguments
 
 LOGGED = (
     "reward",
@@ -93,6 +93,7 @@ def run(job: Job) -> Result:
     from stages.metrics import latest
     from stages.rewards import reward_functions
     from stages.sampling import own_settings
+    from stages.trl import resume
     from stages.trl.callbacks import listen
     from stages.trl.prefill import PrefillGRPOTrainer, prefilled
 
@@ -128,10 +129,10 @@ def run(job: Job) -> Result:
         processing_class=tokenizer,
         peft_config=lora.peft_config(job.lora) if job.lora else None,
     )
+    checkpoint = resume.find(trainer, job)
     listen(trainer, job)
     with own_settings(model):
-        trainer.train()
-    all_steps_ran(trainer, config.steps, job)
+        resume.train(trainer, job, config, checkpoint, config.steps)
     findings = models.publish(trainer, tokenizer, job)
     metrics = {"steps": config.steps, "rows": len(rows), **latest(Path(job.out), LOGGED)}
     return Result(

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import ConfigDict, Field
 
-from stages.config import Config, FromList, Frozen, execution, identity
+from stages.config import Config, FromList, Frozen, Seconds, execution, identity
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Split = Literal["train", "validation", "held_out"]
@@ -37,6 +37,8 @@ class Execution(Config):
     """`auto` takes the GPU where there is one."""
     accelerate: str | None = execution(None)
     """An accelerate config file (FSDP, DeepSpeed) that starts the processes, as `accelerate launch` takes it. Off: torchrun starts them."""
+    grace: Seconds = execution(20.0, ge=0)
+    """Seconds (or "1m") that a stage has, after Ctrl-C or SIGTERM, to save at its next optimiser step. 0 = it is killed at once."""
     micro_batch: int | None = execution(None, ge=1)
     """Rows (sft) or completions (grpo) of one forward pass in one process; the rest of the step's batch is accumulated. Off: the whole batch at once."""
 

@@ -13,22 +13,39 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from stages import ranks
+from stages.job import Job
 
 FILE = "metrics.jsonl"
+WORDS = "said.jsonl"
+"""What a stage has to say about itself while it runs, in `work`: a JSON line {"text"} each."""
 
 
 class MetricsLog:
     """Appends to one file for the life of a job. Of several processes, only the first one writes."""
 
     def __init__(self, out: Path) -> None:
-        self._file = (out / FILE if ranks.first() else Path(os.devnull)).open("a", buffering=1)
-        self._start = time.monotonic()
+        path = out / FILE if ranks.first() else Path(os.devnull)
+        self._start = time.monotonic() - _seconds_so_far(path)
+        self._file = path.open("a", buffering=1)
 
     def write(self, step: int, total: int, values: dict[str, float] | None = None) -> None:
         """One line. Values that JSON has no number for (nan, inf) become null."""
         finite = {k: v if math.isfinite(v) else None for k, v in (values or {}).items()}
         seconds = round(time.monotonic() - self._start, 3)
         self._file.write(json.dumps({"step": step, "total": total, "seconds": seconds, **finite}) + "\n")
+
+
+def _seconds_so_far(path: Path) -> float:
+    """Of the log that a resumed stage goes on with."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return json.loads(lines[-1])["seconds"] if lines else 0.0
+
+
+def say(job: Job, text: str) -> None:
+    """Tell the user something, now. A line in the stage's log too."""
+    print(text, flush=True)
+    with Path(job.work, WORDS).open("a") as file:
+        file.write(json.dumps({"text": text}) + "\n")
 
 
 def latest(out: Path, wanted: Iterable[str]) -> dict[str, float]:

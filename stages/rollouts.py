@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages import models, prefix, problems, sampling
+from stages.chunks import Chunks
 from stages.job import Format, Job, RowRange
 from stages.prefix import Dressed
 from stages.problems.base import Judgement, Problem, Row
@@ -41,6 +43,8 @@ class Player:
     format: Format
     problem: Problem
     seed: int
+    chunks: Chunks
+    """Where what it has sampled is kept, should it be killed."""
 
     def rows(self, range: RowRange) -> list[Row]:
         """The problem's rows."""
@@ -54,7 +58,7 @@ class Player:
         starts = [prefix.of_row(self.format, row) for row in rows]
         start_ids = [prefix.prefix_ids(self.tokenizer, start) for start in starts]
         given = [[*ids, *start] for (ids, _), start in zip(prompts, start_ids, strict=True)]
-        sampled = sampling.sample(self.model, self.tokenizer, given, decoding, self.seed, on_progress)
+        sampled = sampling.sample(self.model, self.tokenizer, given, decoding, self.seed, on_progress, self.chunks)
         ends = sampling.turn_ends(self.model, self.tokenizer)
 
         def rollout(i: int, ids: list[int]) -> Rollout:
@@ -77,4 +81,5 @@ def player(job: Job) -> Player:
     path = models.local_path(job.inputs["policy"])
     tokenizer = models.load_tokenizer(path, job.format)
     model = models.load_policy(path, job.dtype, models.pick_device(job.execution))
-    return Player(model, tokenizer, job.format, problems.load(job.problem), job.seed)
+    chunks = Chunks(Path(job.work), job.inputs["policy"])
+    return Player(model, tokenizer, job.format, problems.load(job.problem), job.seed, chunks)

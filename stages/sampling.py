@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from stages import ranks
+from stages.chunks import Chunks, commit, read
 
 SEQUENCES = 512
 """Sequences that are generated side by side."""
@@ -41,16 +42,17 @@ def sample(
     decoding: Decoding,
     seed: int,
     on_progress: Callable[[int], None] = lambda done: None,
+    chunks: Chunks | None = None,
 ) -> list[list[list[int]]]:
     """`samples` completions of each prompt, in the order of the prompts, each with its turn end where it came to one.
 
     The same seed, prompts and model give the same completions, however many processes share the work. `on_progress` hears how many prompts are
-    done.
+    done. What was sampled is committed to `chunks`, batch by batch, and not sampled again.
     """
     model.eval()
     config, ends = _generation_config(model, tokenizer, decoding)
     with own_settings(model, config):
-        completions = ranks.together(_generate(model, prompts, decoding, config, ends, seed, on_progress))
+        completions = ranks.together(_generate(model, prompts, decoding, config, ends, seed, on_progress, chunks))
     return [completions[i] for i in range(len(prompts))]
 
 
@@ -78,6 +80,7 @@ def _generate(
     ends: set[int],
     seed: int,
     on_progress: Callable[[int], None],
+    chunks: Chunks | None,
 ) -> dict[int, list[list[int]]]:
     """Prompt's number -> its completions, of this process's share: every world-th batch, each with a seed of its own."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -85,14 +88,36 @@ def _generate(
     completions: dict[int, list[list[int]]] = {}
     for start in range(per_batch * ranks.rank(), len(order), per_batch * ranks.world()):
         batch = order[start : start + per_batch]
-        torch.manual_seed(SEED_STRIDE * seed + start)
-        ids, mask = _left_padded([prompts[i] for i in batch], config.pad_token_id, model.device)
-        generated = cast(Any, model).generate(input_ids=ids, attention_mask=mask, generation_config=config)
-        sequences = [_until_end(sequence, ends) for sequence in generated[:, ids.size(1) :].tolist()]
+        sequences = _batch(
+            model, [prompts[i] for i in batch], decoding, config, ends, SEED_STRIDE * seed + start, chunks
+        )
         for j, i in enumerate(batch):
             completions[i] = sequences[j * decoding.samples : (j + 1) * decoding.samples]
         on_progress(min(len(order), start + per_batch * ranks.world()))
     return completions
+
+
+def _batch(
+    model: PreTrainedModel,
+    prompts: list[Sequence[int]],
+    decoding: Decoding,
+    config: GenerationConfig,
+    ends: set[int],
+    seed: int,
+    chunks: Chunks | None,
+) -> list[list[int]]:
+    """`samples` completions of each prompt, one prompt's after another's."""
+    asked = {"prompts": [list(prompt) for prompt in prompts], "seed": seed, "ends": sorted(ends), **asdict(decoding)}
+    place = chunks.place(asked) if chunks else None
+    if place and (committed := read(place)):
+        return committed
+    torch.manual_seed(seed)
+    ids, mask = _left_padded(prompts, config.pad_token_id, model.device)
+    generated = cast(Any, model).generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    sequences = [_until_end(sequence, ends) for sequence in generated[:, ids.size(1) :].tolist()]
+    if place:
+        commit(place, sequences)
+    return sequences
 
 
 def _generation_config(

@@ -16,7 +16,7 @@ from pydantic import model_validator
 from stages.config import Config, execution, identity, resolved
 from stages.job import BadInput, Finding, Job, Result
 from stages.tokens import ANSWERED, ROLES, TokenRow, lengths
-from stages.training import TrainingConfig, accumulation, all_steps_ran, trl_arguments
+from stages.training import TrainingConfig, accumulation, trl_arguments
 from stages.weighting import Normaliser, prompt_share
 
 DEMONSTRATIONS = "demonstrations"
@@ -133,6 +133,7 @@ def run(job: Job) -> Result:
 
     from stages import data, lora, loss_map, models, prefix, ranks, tokens
     from stages.metrics import latest
+    from stages.trl import resume
     from stages.trl.callbacks import listen
     from stages.trl.sft_loss import WeightedSFTTrainer
 
@@ -162,11 +163,11 @@ def run(job: Job) -> Result:
         weights=config.weights,
         normaliser=config.normaliser,
     )
+    checkpoint = resume.find(trainer, job)
     listen(trainer, job)
-    trainer.train()
     packed = len(cast(Sized, trainer.train_dataset))
     expected = optimiser_steps(config, packed)
-    all_steps_ran(trainer, expected, job)
+    resume.train(trainer, job, config, checkpoint, expected)
     findings = (*ragged(job, config, packed), *models.publish(trainer, tokenizer, job))
     if ranks.first():
         loss_map.write(out, loss_map.of_row(rows[0], config.weights, tokenizer))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from stages.config import StageConfig, identity
+from stages.config import StageConfig, execution, identity
 from stages.job import BadInput, Job
 
 if TYPE_CHECKING:
@@ -49,6 +49,12 @@ class TrainingConfig(StageConfig):
     """AdamW's weight decay. 0 = off (TRL's default)."""
     max_grad_norm: float = identity(1.0, ge=0)
     """Gradients are scaled down to this norm. 0 = off. TRL's default."""
+    save_every: Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=r"^\d+(\.\d+)?[smhd]$")] | None = execution(
+        "10m"
+    )
+    """How often a resume checkpoint is written: optimiser steps (50), or a time ("10m"). Off: only when the stage is asked to stop."""
+    keep_last: int = execution(2, ge=1)
+    """How many resume checkpoints are kept until the stage is published."""
     trl: dict[str, Any] = identity({})
     """Further settings, passed unchanged to SFTConfig or GRPOConfig."""
 
@@ -110,7 +116,7 @@ def trl_arguments(job: Job, config: TrainingConfig, device: torch.device, config
     refuse_unknown_settings(job.name, job.kind, config.trl)
     on_cpu = device.type == "cpu"
     settings = {
-        "output_dir": f"{job.work}/trainer",
+        "output_dir": job.work,
         "seed": job.seed,
         "data_seed": job.seed,
         "use_cpu": on_cpu,

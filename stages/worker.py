@@ -19,9 +19,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
-from stages import ranks
+from stages import checkpoints, chunks, ranks, stopping
+from stages.disk import replace
 from stages.job import BadInput, Job, Result
+from stages.metrics import WORDS, say
 from stages.process import die_with_parent
+from stages.training import TRL_CONFIGS
 
 RESULT, ERROR, LOCK = "result.json", "error.json", "lock"
 BUSY = 75
@@ -43,6 +46,9 @@ def main(path: str) -> int:
             )
             return BUSY
         _empty(job)
+        if there := chunks.count(work):
+            say(job, f"resumed with {there} batches that were sampled already")
+        stopping.listen(job, saves=job.kind in TRL_CONFIGS)
         return _share_out(job, path) if job.execution.processes > 1 or job.execution.accelerate else attempt(job)
 
 
@@ -56,6 +62,9 @@ def attempt(job: Job) -> int:
     """The stage, and its result or what went wrong; returns the exit code."""
     try:
         result = _run(job)
+    except stopping.Stopped as stopped:
+        print(f"{job.name}: {stopped}", file=sys.stderr)
+        return stopping.STOPPED
     except Exception as error:
         traceback.print_exc()
         bad_input = isinstance(error, BadInput)
@@ -80,7 +89,7 @@ def _share_out(job: Job, path: str) -> int:
         code = subprocess.call(command, env=env, close_fds=False)  # they inherit the directory's lock
     if code and (Path(job.work) / ERROR).exists():
         return 2 if json.loads((Path(job.work) / ERROR).read_text())["bad_input"] else 1
-    return code
+    return stopping.STOPPED if code and stopping.asked(job) else code
 
 
 def _launcher(job: Job, meeting: str) -> list[str]:
@@ -148,16 +157,13 @@ def _holder(lock: IO[str]) -> str:
 
 
 def _empty(job: Job) -> None:
-    """A stage starts from nothing: what an earlier attempt left would be published with it."""
-    for leftover in (Path(job.out), Path(job.work, "trainer")):
-        shutil.rmtree(leftover, ignore_errors=True)
-    for name in (RESULT, ERROR):
+    """What an earlier attempt left would be published with it; only what says that it is whole is taken up again."""
+    shutil.rmtree(job.out, ignore_errors=True)
+    for name in (RESULT, ERROR, WORDS, stopping.FILE):
         Path(job.work, name).unlink(missing_ok=True)
+    checkpoints.sweep(Path(job.work))
     Path(job.out).mkdir(parents=True)
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    """All or nothing."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=1))
-    partial.replace(path)
+    replace(path, json.dumps(content, indent=1).encode())

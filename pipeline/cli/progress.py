@@ -71,6 +71,10 @@ class Progress:
         if self._live:
             self._live.update(Text(f"{step.name:<{self._width}} starting"), refresh=True)
 
+    def said(self, step: Step, text: str) -> None:
+        """A job says where it goes on."""
+        self._console.print(f"{step.name}: {escape(text)}", soft_wrap=True)
+
     def logged(self, step: Step, line: dict[str, Any]) -> None:
         """A job has logged."""
         self._last = line

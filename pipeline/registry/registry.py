@@ -22,7 +22,8 @@ from pydantic import ValidationError
 from pipeline.registry.artifact import Artifact, now
 from pipeline.registry.files import list_files
 from pipeline.registry.places import open_store
-from pipeline.registry.store import inside, write_through
+from pipeline.registry.store import inside
+from stages.disk import write_through
 from stages.job import MANIFEST, BadInput
 
 FORMAT = {"format": 1, "hash": "sha256"}

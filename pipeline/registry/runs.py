@@ -44,7 +44,7 @@ def start(registry: Registry, recipe_name: str, recipe_yaml: str, plan: dict[str
 
 
 def record(registry: Registry, run: str, event: str, **facts: Any) -> None:
-    """Append an event: started, findings, step, done, failed or stopped."""
+    """Append an event: started, findings, said, step, done, failed or stopped."""
     registry.store.append(f"runs/{run}/events", {"event": event, "at": now(), **facts})
 
 

@@ -22,6 +22,7 @@ from typing import Any
 from typing_extensions import override
 
 from pipeline.registry.artifact import File
+from stages.disk import sync, sync_tree, write_through
 from stages.job import BadInput
 
 JSON_LIMIT = 64 * 2**20
@@ -261,26 +262,3 @@ def _free(directory: Path) -> bool:
         return True
     finally:
         os.close(descriptor)
-
-
-def write_through(path: Path, content: bytes) -> None:
-    """Write and wait until the disk has it."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync(path: Path) -> None:
-    """Wait until the disk has a file's bytes or a directory's entries."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_tree(directory: Path) -> None:
-    """Wait until the disk has all files and entries below a directory."""
-    for path in [directory, *directory.rglob("*")]:
-        sync(path)

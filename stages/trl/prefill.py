@@ -13,6 +13,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from stages import prefix
 from stages.chat import Message
+from stages.trl.resume import ExactResume
 
 START = "response_prefix"
 """Key of a prompt's last turn that holds its prefix; templates do not look at it."""
@@ -25,7 +26,7 @@ def prefilled(messages: list[Message], response_prefix: str) -> list[Message]:
     return [*messages[:-1], {**messages[-1], START: response_prefix}]
 
 
-class PrefillGRPOTrainer(GRPOTrainer):
+class PrefillGRPOTrainer(ExactResume, GRPOTrainer):
     """GRPOTrainer that renders with the training template and samples after the prefix. Prompts are made by `prefilled`."""
 
     def _tokenize_prompts(self, prompts: list[list[Message]]) -> tuple[list[list[int]], None, dict[str, Any]]:

@@ -14,13 +14,14 @@ from torch import Tensor
 from trl.trainer.sft_trainer import SFTTrainer
 
 from stages.job import BadInput
+from stages.trl.resume import ExactResume
 from stages.weighting import NOTHING, Normaliser, Weights, is_answered, normaliser, token_weights
 
 LEAST: dict[Normaliser, float] = {"weight_sum": 1e-8, "nonzero_count": 1.0, "completion_count": 1.0}
 """What a step's loss is divided by at least, where N would be 0. TRL's 1 is wrong for weights, whose sum may be less."""
 
 
-class WeightedSFTTrainer(SFTTrainer):
+class WeightedSFTTrainer(ExactResume, SFTTrainer):
     """SFTTrainer whose loss weighs tokens by role. Raises BadInput for what would change that loss behind our back."""
 
     # we divide by a number of the whole step; Trainer must not divide by the accumulation again

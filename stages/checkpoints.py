@@ -1,0 +1,183 @@
+"""Resume checkpoints: what of a stage's training survives its process. Files only; what is in them is the trainer's (`stages.trl.resume`).
+
+    work/checkpoint-<step>/   model, optimiser, random state, logs up to that step, and complete.json
+    work/set-aside/           checkpoints that cannot be used, until the stage is published
+
+Trainers write checkpoints in place. A checkpoint is whole only when its own record says so: complete.json, written last, names every file with size
+and digest, what was asked and in which execution. The newest whole one is used.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from stages import chunks
+from stages.config import Frozen, identity_values
+from stages.disk import digest_file, replace, sync_tree
+from stages.job import Job
+
+COMPLETE = "complete.json"
+LOGS = "logs"
+"""What a stage has logged, inside a checkpoint."""
+SET_ASIDE = "set-aside"
+TEMPORARY = (chunks.DIRECTORY, SET_ASIDE)
+"""What else lies in `work` until a stage is published."""
+
+
+class Entry(Frozen):
+    """One file of a checkpoint."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+class Record(Frozen):
+    """complete.json: that a checkpoint is whole, and what it belongs to."""
+
+    step: int
+    """Optimiser steps that were done."""
+    asked: str
+    """Digest of the job but for its places (`asked`)."""
+    execution: dict[str, Any]
+    """What the bits depend on beside that: processes, micro-batch, device."""
+    files: tuple[Entry, ...]
+
+
+class Found(NamedTuple):
+    """Where a stage can go on, and what was said on the way."""
+
+    checkpoint: Path | None
+    """None: at its start."""
+    words: list[str]
+
+
+def asked(job: Job) -> str:
+    """SHA-256 of what is to be done, wherever it lies and however it is run: two jobs of which it is equal make the same."""
+    from stages import STAGES
+
+    config = identity_values(STAGES[job.kind].config.model_validate(job.config))
+    inputs = {role: Path(path).parts[-2:] for role, path in job.inputs.items()}
+    what = job.model_dump(mode="json", exclude={"name", "config", "inputs", "work", "out", "execution"})
+    return sha256(json.dumps({**what, "config": config, "inputs": inputs}, sort_keys=True).encode()).hexdigest()
+
+
+def directory(work: Path, step: int) -> Path:
+    """Where a step's checkpoint lies."""
+    return work / f"checkpoint-{step}"
+
+
+def seal(checkpoint: Path, step: int, job: Job, execution: dict[str, Any]) -> None:
+    """Say that a checkpoint is whole. The disk has all of it when this returns."""
+    paths = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+    files = tuple(
+        Entry(path=path.relative_to(checkpoint).as_posix(), size=path.stat().st_size, sha256=digest_file(path))
+        for path in paths
+    )
+    record = Record(step=step, asked=asked(job), execution=execution, files=files)
+    sync_tree(checkpoint)
+    replace(checkpoint / COMPLETE, record.model_dump_json(indent=1).encode())
+
+
+def newest(job: Job, execution: dict[str, Any]) -> Found:
+    """The newest checkpoint that this job can go on from. Those that are newer and cannot be used are set aside, and named."""
+    words: list[str] = []
+    for checkpoint in reversed(_all(Path(job.work))):
+        if not (wrong := what_is_wrong(checkpoint, job, execution)):
+            return Found(checkpoint, words)
+        _set_aside(checkpoint)
+        words.append(f"set aside {checkpoint.name}: {wrong}")
+    return Found(None, [*words, "starts from its beginning"] if words else [])
+
+
+def what_is_wrong(checkpoint: Path, job: Job, execution: dict[str, Any]) -> str:
+    """Why a checkpoint cannot be used; "" when it can."""
+    try:
+        record = Record.model_validate_json((checkpoint / COMPLETE).read_bytes())
+    except FileNotFoundError:
+        return "it was not finished"
+    except (OSError, ValidationError):
+        return f"its {COMPLETE} cannot be read"
+    if record.asked != asked(job):
+        return "it was made from another job, such as other inputs"
+    if record.execution != execution:
+        return _other(record.execution, execution)
+    return next(_damage(checkpoint, record), "")
+
+
+def _other(then: dict[str, Any], now: dict[str, Any]) -> str:
+    names = [name for name in then | now if then.get(name) != now.get(name)]
+    return "it was made with " + ", ".join(f"{name} {then.get(name)}, not {now.get(name)}" for name in names)
+
+
+def _damage(checkpoint: Path, record: Record) -> Iterator[str]:
+    for file in record.files:
+        path = checkpoint / file.path
+        if not path.is_file() or path.stat().st_size != file.size or digest_file(path) != file.sha256:
+            yield f"{file.path} is not what was saved"
+
+
+def keep(work: Path, last: int) -> None:
+    """Remove all whole checkpoints but the newest ones."""
+    whole = [checkpoint for checkpoint in _all(work) if (checkpoint / COMPLETE).exists()]
+    for checkpoint in whole[: max(0, len(whole) - last)]:
+        _remove(checkpoint)
+
+
+def clear(work: Path) -> None:
+    """Remove what is of no use once the stage has been published: all checkpoints, optimiser states with them."""
+    for checkpoint in _all(work):
+        _remove(checkpoint)
+    for name in TEMPORARY:
+        _remove(work / name)
+
+
+def sweep(work: Path) -> None:
+    """Finish removals that were cut short."""
+    for left in work.glob(".removed-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _all(work: Path) -> list[Path]:
+    """Every checkpoint, whole or not, by step."""
+    found = [path for path in work.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def _remove(path: Path) -> None:
+    """Under another name first, so that what is left of it is never taken for a torn checkpoint."""
+    if path.is_dir():
+        gone = path.with_name(f".removed-{path.name}")
+        shutil.rmtree(gone, ignore_errors=True)
+        path.rename(gone)
+        shutil.rmtree(gone)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _set_aside(checkpoint: Path) -> None:
+    place = checkpoint.parent / SET_ASIDE / checkpoint.name
+    shutil.rmtree(place, ignore_errors=True)
+    place.parent.mkdir(exist_ok=True)
+    checkpoint.rename(place)
+
+
+def save_logs(out: Path, checkpoint: Path) -> None:
+    """Put what has been logged so far into a checkpoint."""
+    for log in out.rglob("*.jsonl"):
+        place = checkpoint / LOGS / log.relative_to(out)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(log, place)
+
+
+def restore_logs(checkpoint: Path, out: Path) -> None:
+    """Cut the logs back to a checkpoint's step."""
+    if (checkpoint / LOGS).is_dir():
+        shutil.copytree(checkpoint / LOGS, out, dirs_exist_ok=True)

@@ -1,0 +1,44 @@
+"""What it takes for bytes to be on a disk, whatever happens next: whole files, in directories that know them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of the bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_through(path: Path, content: bytes) -> None:
+    """Write and wait until the disk has it."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write all or nothing, in the place of what was there."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    write_through(partial, content)
+    partial.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has a file's bytes or a directory's entries."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(directory: Path) -> None:
+    """Wait until the disk has all files and entries below a directory."""
+    for path in [directory, *directory.rglob("*")]:
+        sync(path)

@@ -1,0 +1,167 @@
+"""Exact resume: a trainer that is killed and goes on from a checkpoint ends where it would have ended.
+
+transformers saves model, optimiser, schedule and random state. What TRL keeps beside that (the rollouts that are still to be trained on, where in a
+generation it is, the tokens it has seen) is added here, in one file a process; `held` and `take_up` are where more of a trainer's state joins.
+A checkpoint counts once all processes have written and the first has sealed it (`stages.checkpoints`).
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from stages import checkpoints, randomness, ranks, stopping
+from stages.config import seconds
+from stages.job import Job
+from stages.metrics import say
+from stages.training import TrainingConfig, all_steps_ran
+
+PICKLE = "training_args.bin"
+"""A pickle of the arguments that transformers writes into every checkpoint, and nobody reads."""
+GO_ON, SAVE, SAVE_AND_STOP = 0, 1, 2
+
+
+class ExactResume(Trainer):
+    """Goes before a TRL trainer in the order of bases: `class Mine(ExactResume, GRPOTrainer)`."""
+
+    job: Job | None = None
+    """Whose checkpoints are sealed; None for a trainer on its own, whose checkpoints are complete all the same."""
+
+    def held(self) -> dict[str, Any]:
+        """State of this process that transformers does not save: tensors, numbers, strings, and lists and dicts of them."""
+        state: dict[str, Any] = {"tokens": self._total_train_tokens}
+        if hasattr(self, "_buffered_inputs"):
+            state |= {"micro_step": self._step, "rollouts": self._rollouts_to_come()}
+        return state
+
+    def take_up(self, state: dict[str, Any]) -> None:
+        """Take up what `held` gave."""
+        self._total_train_tokens = state["tokens"]
+        if hasattr(self, "_buffered_inputs"):
+            self._step, self._buffered_inputs = state["micro_step"], state["rollouts"]
+
+    def _rollouts_to_come(self) -> list[dict[str, Any]] | None:
+        """The rollouts that are trained on after this step; None between two generations."""
+        cycle = self.args.steps_per_generation * self.num_iterations
+        return self._buffered_inputs if self._step % cycle else None
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluation does not move the random state of training."""
+        with randomness.kept():
+            return super().evaluate(*args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL writes one at every checkpoint; ours is written when a policy is exported."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        checkpoint = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        torch.save(self.held(), checkpoint / _file_of_rank())
+        self.accelerator.wait_for_everyone()
+        if ranks.first() and self.job is not None:
+            (checkpoint / PICKLE).unlink(missing_ok=True)
+            checkpoints.save_logs(Path(self.job.out), checkpoint)
+            checkpoints.seal(checkpoint, self.state.global_step, self.job, execution(self))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            file = Path(checkpoint, _file_of_rank())
+            self.take_up(torch.load(file, map_location=self.args.device, weights_only=True))
+
+
+def _file_of_rank() -> str:
+    return f"switchback_{ranks.rank()}.pt"
+
+
+def execution(trainer: Trainer) -> dict[str, Any]:
+    """What of the execution a checkpoint is bound to."""
+    args = trainer.args
+    kind = str(trainer.accelerator.distributed_type.value)
+    return {
+        "processes": args.world_size,
+        "micro-batch": args.per_device_train_batch_size,
+        "device": args.device.type,
+        "distribution": kind,
+    }
+
+
+def find(trainer: ExactResume, job: Job) -> str | None:
+    """Where the job can go on, its logs cut back to there; None: at its start. All processes call it. What was found is said."""
+    trainer.job = job
+    mine = {0: _newest(trainer, job)} if ranks.first() else {}
+    return ranks.together(mine)[0]
+
+
+def _newest(trainer: ExactResume, job: Job) -> str | None:
+    checkpoint, words = checkpoints.newest(job, execution(trainer))
+    for text in words:
+        say(job, text)
+    if checkpoint is None:
+        return None
+    say(job, f"resumed from {checkpoint.name}")
+    checkpoints.restore_logs(checkpoint, Path(job.out))
+    return str(checkpoint)
+
+
+def train(trainer: ExactResume, job: Job, config: TrainingConfig, checkpoint: str | None, expected: int) -> None:
+    """Train to the end, with checkpoints on the way. Raises Stopped when the job was asked to stop, RuntimeError when TRL ran another number of
+    optimiser steps than expected."""
+    saver = SaveCallback(job, config)
+    trainer.add_callback(saver)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if saver.stopped:
+        raise stopping.Stopped(f"asked to stop; checkpoint-{trainer.state.global_step} was saved")
+    all_steps_ran(trainer, expected, job)
+
+
+class SaveCallback(TrainerCallback):
+    """When to save: every so many steps, every so many minutes, and when the job is asked to stop. The first process decides for all."""
+
+    def __init__(self, job: Job, config: TrainingConfig) -> None:
+        self.stopped = False
+        self._job, self._every, self._keep_last = job, seconds(config.save_every), config.keep_last
+        self._saved = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Ask for a checkpoint."""
+        decision = _of_first(self._decide(state), args.device)
+        control.should_save = control.should_save or decision != GO_ON
+        if decision == SAVE_AND_STOP:
+            self.stopped = control.should_training_stop = True
+        return control
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """There is one more."""
+        self._saved = time.monotonic()
+        if ranks.first():
+            checkpoints.keep(Path(self._job.work), self._keep_last)
+        return control
+
+    def _decide(self, state: TrainerState) -> int:
+        if state.global_step >= state.max_steps:
+            return GO_ON  # to the end
+        if stopping.asked(self._job):
+            return SAVE_AND_STOP
+        if self._every is None:
+            return GO_ON
+        if isinstance(self._every, int):
+            return SAVE if state.global_step % self._every == 0 else GO_ON
+        return SAVE if time.monotonic() - self._saved >= self._every else GO_ON
+
+
+def _of_first(decision: int, device: torch.device) -> int:
+    """The first process's decision, in all of them."""
+    if ranks.world() == 1:
+        return decision
+    return int(broadcast(torch.tensor([decision], device=device)).item())
