@@ -6,21 +6,36 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import Path
 
 from pipeline import ask
 from pipeline import recipe as recipes
 from pipeline.launch import Launcher
-from pipeline.plan import Planned, said
+from pipeline.plan import ALL, Planned, Selection, said
 from pipeline.prefect_server import api_url, own_server
 from pipeline.recipe import Recipe
 from pipeline.registry import Artifact, Registry, runs
 from pipeline.run import Observer, run_step, work_root
 
 
-def run(recipe: Recipe, planned: list[Planned], registry: Registry, observer: Observer, use_prefect: bool) -> str:
-    """Run the plan; returns the run's id. Raises StageFailed or BadInput; the run's last event says how it ended, whatever it was."""
-    remembered = {"base": planned[0].step.inputs["policy"].source, "steps": [said(one) for one in planned]}
-    id = runs.start(registry, recipe.name, recipes.dump(recipe), remembered)
+def run(
+    recipe: Recipe,
+    planned: list[Planned],
+    registry: Registry,
+    observer: Observer,
+    use_prefect: bool,
+    selection: Selection = ALL,
+    resumes: str | None = None,
+) -> str:
+    """Run the plan, of which `selection` was asked for; returns the run's id. Raises StageFailed or BadInput; the run's last event says how it ended,
+    whatever it was. `resumes` is the run that this one goes on from."""
+    remembered = {
+        "base": planned[0].step.inputs["policy"].source,
+        "steps": [said(one) for one in planned],
+        "selection": selection._asdict(),
+        "directory": str(Path.cwd()),
+    }
+    id = runs.start(registry, recipe.name, recipes.dump(recipe), remembered, resumes)
     try:
         _conduct(id, recipe, planned, registry, observer, use_prefect)
     except BaseException as error:

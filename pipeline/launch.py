@@ -100,14 +100,15 @@ class Launcher:
                     raise StageFailed(f"{job.name}: killed after its deadline of {deadline:g} s; its log is {log}")
         except BaseException as error:
             if not isinstance(error, Exception):  # Ctrl-C, SIGTERM
-                self._let_it_save(job)
+                self._let_it_save(job, on_word)
             self.close()
             raise
         return _result(job, status, log)
 
-    def _let_it_save(self, job: Job) -> None:
+    def _let_it_save(self, job: Job, on_word: OnWord) -> None:
         """Ask the job to stop, and give it its grace time; another Ctrl-C ends that."""
         assert self._worker is not None
+        on_word(f"asked to stop; it has {job.execution.grace:g} s to save what it has (Ctrl-C: none)")
         with suppress(KeyboardInterrupt, StageFailed):
             self._worker.stop(job.execution.grace)
 

@@ -133,15 +133,20 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: cannot be read as text: {error}") from None
-    data = _yaml(text, str(path))
+    return parse(text, str(path), overrides)
+
+
+def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
+    """`load` of a recipe's text; `where` names it in errors."""
+    data = _yaml(text, where)
     if not isinstance(data, dict):
-        raise BadInput(f"{path}: found {type(data).__name__}, expected a mapping that starts with name: and model:")
+        raise BadInput(f"{where}: found {type(data).__name__}, expected a mapping that starts with name: and model:")
     for override in overrides:
         _override(data, override)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise BadInput(f"{path}: {_first(error, data)}") from None
+        raise BadInput(f"{where}: {_first(error, data)}") from None
 
 
 def dump(recipe: Recipe) -> str:

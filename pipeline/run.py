@@ -44,8 +44,8 @@ class Observer(Protocol):
     def waiting(self, step: Step, pid: str) -> None:
         """Another run, process `pid`, is making it."""
 
-    def started(self, step: Step) -> None:
-        """Its job begins."""
+    def started(self, step: Step, why: str) -> None:
+        """Its job begins, and why it has to."""
 
     def said(self, step: Step, text: str) -> None:
         """Its job has something to say, such as where it goes on."""
@@ -82,7 +82,7 @@ def run_step(
             observer.reused(step, artifact)  # another run has made it since
             return artifact, True
         refuse_damaged(step, sources, registry)
-        observer.started(step)
+        observer.started(step, planned.why)
 
         def said(text: str) -> None:
             observer.said(step, text)

@@ -65,9 +65,11 @@ class Progress:
         """Another run is making it."""
         self._line(step, f"waits for process {pid}, which is making it", "dim")
 
-    def started(self, step: Step) -> None:
-        """A job begins."""
+    def started(self, step: Step, why: str) -> None:
+        """A job begins; what the user has changed is named."""
         self._printed, self._last = time.monotonic(), {}
+        if " -> " in why:
+            self._line(step, f"runs, because {why}", "dim")
         if self._live:
             self._live.update(Text(f"{step.name:<{self._width}} starting"), refresh=True)
 

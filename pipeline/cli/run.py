@@ -1,8 +1,10 @@
-"""run: the whole climb, or a part of it."""
+"""run, resume: the whole climb, or a part of it; and on from where it was."""
 
 from __future__ import annotations
 
+import os
 import signal
+from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
@@ -14,8 +16,8 @@ from pipeline.cli.common import RecipeArgument, RegistryOption, SetOption, Termi
 from pipeline.cli.progress import Progress
 from pipeline.cli.recipes import Fresh, From, Only, Until
 from pipeline.cli.tables import run_table, show
-from pipeline.recipe import load
-from pipeline.registry import Registry
+from pipeline.recipe import Recipe, load, parse
+from pipeline.registry import Registry, runs
 from pipeline.summary import summarise
 
 NoPrefect = Annotated[bool, typer.Option("--no-prefect", help="Run the same steps without a Prefect server.")]
@@ -30,8 +32,9 @@ class Stopped(Exception):
 
 
 def add_to(app: typer.Typer) -> None:
-    """Register the command."""
+    """Register the commands."""
     app.command()(run)
+    app.command()(resume)
 
 
 def run(
@@ -54,11 +57,37 @@ def run(
         loaded = planning.freshen(loaded, place, fresh, selection)
         replicate = next(stage.replicate for stage in loaded.stages if stage.name == fresh)
         print(f"{fresh}: replicate {replicate}; later runs use it with --set stages.{fresh}.replicate={replicate}")
-    planned = planning.plan(loaded, place, selection)
+    _run(loaded, place, selection, not no_prefect, runs.unfinished(place, loaded.name))
+
+
+def resume(
+    run: Annotated[str, typer.Argument(help="A run that was stopped, failed or killed.", show_default=False)],
+    overrides: SetOption = None,
+    registry: RegistryOption = None,
+    no_prefect: NoPrefect = False,
+) -> None:
+    """Go on with a run where it was, as a new run that names it. Relative paths count from the directory that it was started in."""
+    place = open_registry(registry)
+    loaded = parse(runs.recipe_of(place, run), f"recipe.yaml of {run}", overrides or ())
+    remembered = runs.planned(place, run)
+    if (directory := Path(remembered.get("directory", "."))).is_dir():
+        os.chdir(directory)
+    checks.check(loaded)
+    checks.refuse_unbuilt(loaded)
+    _run(loaded, place, planning.Selection(**remembered.get("selection", {})), not no_prefect, run)
+
+
+def _run(
+    recipe: Recipe, place: Registry, selection: planning.Selection, use_prefect: bool, resumes: str | None
+) -> None:
+    """Plan, run, report."""
+    planned = planning.plan(recipe, place, selection)
+    if resumes:
+        print(f"goes on with run {resumes}, which is {runs.state(place, resumes)}")
     signal.signal(signal.SIGTERM, _terminate)
     try:
         with Progress() as progress:
-            id = climb.run(loaded, planned, place, progress, use_prefect=not no_prefect)
+            id = climb.run(recipe, planned, place, progress, use_prefect, selection, resumes)
     except KeyboardInterrupt:
         raise Stopped(
             "interrupted; run the same command to go on with what is done", 130

@@ -6,6 +6,7 @@ A run's state is read off its last event; one that never ended and whose process
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import socket
 from datetime import UTC, datetime
@@ -13,6 +14,7 @@ from typing import Any
 
 from pipeline.registry.artifact import now
 from pipeline.registry.registry import Registry
+from pipeline.registry.store import inside
 from stages.config import Frozen
 from stages.job import BadInput
 from stages.process import started_at
@@ -31,15 +33,17 @@ class Run(Frozen):
     started: str
 
 
-def start(registry: Registry, recipe_name: str, recipe_yaml: str, plan: dict[str, Any]) -> str:
-    """Remember a new run; returns its id."""
+def start(
+    registry: Registry, recipe_name: str, recipe_yaml: str, plan: dict[str, Any], resumes: str | None = None
+) -> str:
+    """Remember a new run, and which one it goes on from; returns its id."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     run = f"{recipe_name}-{stamp}-{secrets.token_hex(2)}"
     registry.initialise()
     registry.store.put_new(f"runs/{run}/plan.json", {"recipe": recipe_name, **plan})
     registry.store.put(f"runs/{run}/recipe.yaml", recipe_yaml.encode())
     pid = os.getpid()
-    record(registry, run, "started", pid=pid, process=started_at(pid), host=socket.gethostname())
+    record(registry, run, "started", pid=pid, process=started_at(pid), host=socket.gethostname(), resumes=resumes)
     return run
 
 
@@ -65,6 +69,21 @@ def runs(registry: Registry) -> list[Run]:
     """All runs, newest first."""
     found = [_run(registry, run) for run in registry.store.names("runs") if registry.store.names(f"runs/{run}/events")]
     return sorted(found, key=lambda run: run.started, reverse=True)
+
+
+def recipe_of(registry: Registry, run: str) -> str:
+    """The run's recipe.yaml. Raises BadInput when there is no such run."""
+    if content := registry.store.read(f"runs/{inside(run)}/recipe.yaml"):
+        return content.decode()
+    raise BadInput(f"there is no run {run} in {registry.url}; switchback runs shows what there is")
+
+
+def unfinished(registry: Registry, recipe_name: str) -> str | None:
+    """The newest run of a recipe, where that did not come to its end and is not running."""
+    of_recipe = re.compile(rf"{re.escape(recipe_name)}-(\d{{8}}-\d{{6}})-[0-9a-f]{{4}}")
+    found = {match[1]: match[0] for name in registry.store.names("runs") if (match := of_recipe.fullmatch(name))}
+    newest = found[max(found)] if found else None
+    return newest if newest and state(registry, newest) not in ("done", "running") else None
 
 
 def state(registry: Registry, run: str) -> str:
