@@ -45,6 +45,16 @@ class ExactResume(Trainer):
         self._total_train_tokens = state["tokens"]
         if hasattr(self, "_buffered_inputs"):
             self._step, self._buffered_inputs = state["micro_step"], state["rollouts"]
+            self._shuffle_as_often(int(self.state.epoch))
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        self._sampler = super()._get_train_sampler(*args, **kwargs)
+        return self._sampler
+
+    def _shuffle_as_often(self, epochs: int) -> None:
+        """TRL's RepeatSampler shuffles at every epoch, from where its generator is: a resumed one would see the first epoch's order again."""
+        for _ in range(epochs if self._sampler.shuffle else 0):
+            torch.randperm(self._sampler.num_samples, generator=self._sampler.generator)
 
     def _rollouts_to_come(self) -> list[dict[str, Any]] | None:
         """The rollouts that are trained on after this step; None between two generations."""

@@ -1,0 +1,114 @@
+"""Stages that are killed and go on, in a process of its own that imports torch and trl once: python -m tests.stage_crashes DIRECTORY < scenarios.json
+
+Each scenario runs its job three times: uninterrupted; killed at a point; and again. Prints a JSON line each: what differs, what was said, what was logged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stages import checkpoints, worker
+from stages.disk import digest_file
+from stages.job import Job
+from stages.metrics import FILE, WORDS
+from stages.serve import PRELOAD
+from tests.crashes import crash_at, is_write, points
+
+Scenario = dict[str, Any]
+"""name, job (path of a job.json), config (over its own), lora, micro_batch, kill: the start of a point's name (the last one of it), "every", or "torn"."""
+
+
+def main(directory: Path, scenarios: list[Scenario]) -> None:
+    """Answer scenarios, a line each crash."""
+    for name in PRELOAD:
+        importlib.import_module(name)
+    for scenario in scenarios:
+        place = directory / scenario["name"]
+        never = {"save_every": None} if "save_every" in scenario["config"] else {}
+        alone = job_of({**scenario, "config": {**scenario["config"], **never}}, place / "alone")
+        points(lambda alone=alone: run(alone), place / "nowhere")
+        whole, lines = digests(alone), logged(alone)
+        for n, point in chosen(scenario, job_of(scenario, place / "listing")):
+            mode = "torn" if scenario["kill"] == "torn" else "before"
+            print(json.dumps(crashed(scenario, place / f"{n}", n, mode) | {"point": point} | against(whole, lines, place / f"{n}")), flush=True)
+            shutil.rmtree(place / f"{n}")
+
+
+def chosen(scenario: Scenario, job: Job) -> Iterator[tuple[int, str]]:
+    """(number, name) of the points to kill at: of those that are named alike, the one in the middle."""
+    listed = points(lambda: run(job), Path(job.work))
+    if scenario["kill"] in ("every", "torn"):
+        alike: dict[str, list[int]] = {}
+        for n, point in enumerate(listed):
+            if scenario["kill"] == "every" or is_write(point):
+                alike.setdefault(point, []).append(n)
+        for point, numbers in alike.items():
+            yield numbers[len(numbers) // 2], point
+    else:
+        n = max(n for n, point in enumerate(listed) if point.startswith(scenario["kill"]))
+        yield n, listed[n]
+
+
+def crashed(scenario: Scenario, place: Path, n: int, mode: Any) -> dict[str, Any]:
+    """Kill the job at a point, then run it again, in another execution where the scenario says so."""
+    job = job_of(scenario, place)
+    killed = crash_at(lambda: run(job), Path(job.work), n, mode)
+    whole = [path.name for path in Path(job.work).glob("checkpoint-*") if (path / checkpoints.COMPLETE).exists()]
+    again = job_of({**scenario, **scenario.get("again", {})}, place)
+    points(lambda: run(again), place / "nowhere")
+    return {"scenario": scenario["name"], "killed": killed, "whole": sorted(whole)}
+
+
+def against(whole: dict[str, str], lines: list[dict[str, Any]], place: Path) -> dict[str, Any]:
+    """What is other than in the uninterrupted run."""
+    job = Job.model_validate_json((place / "job.json").read_text())
+    found, said = digests(job), Path(job.work, WORDS)
+    return {
+        "differs": sorted(path for path in whole.keys() | found.keys() if whole.get(path) != found.get(path)),
+        "log": logged(job) == lines,
+        "said": [json.loads(line)["text"] for line in said.read_text().splitlines()] if said.exists() else [],
+    }
+
+
+def job_of(scenario: Scenario, place: Path) -> Job:
+    """The scenario's job, in a place of its own."""
+    base = json.loads(Path(scenario["job"]).read_text())
+    base |= {"work": str(place), "out": str(place / "out"), "config": {**base["config"], **scenario["config"]}}
+    base["lora"] = scenario.get("lora")
+    base["execution"]["micro_batch"] = scenario.get("micro_batch")
+    job = Job.model_validate(base)
+    job.save()
+    return job
+
+
+def run(job: Job) -> None:
+    """The job, its log beside it."""
+    log = os.open(Path(job.work).parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    code = worker.main(str(Path(job.work, "job.json")))
+    assert code == 0, f"exit {code}"
+
+
+def digests(job: Job) -> dict[str, str]:
+    """Of everything that would be published, but for the log, which holds times."""
+    files = [path for path in Path(job.out).rglob("*") if path.is_file() and path.name != FILE]
+    return {path.relative_to(job.out).as_posix(): digest_file(path) for path in files}
+
+
+def logged(job: Job) -> list[dict[str, Any]]:
+    """The lines of metrics, without their times."""
+    lines = [json.loads(line) for line in Path(job.out, FILE).read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in ("seconds", "step_time")} for line in lines]
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        main(Path(sys.argv[1]), json.load(sys.stdin))
