@@ -2,13 +2,16 @@
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-full check format clean
 
 demo: .venv/user
 	$(BIN)/switchback run configs/demo.yaml
 
 test: .venv/dev
 	$(BIN)/python -m pytest
+
+test-full: .venv/dev
+	$(BIN)/python -m pytest -m full -s
 
 check: .venv/dev
 	$(BIN)/ruff check .

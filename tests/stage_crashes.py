@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from typing import Any
 
 from stages import checkpoints, worker
 from stages.disk import digest_file
-from stages.job import Job
+from stages.job import Job, parse_rows
 from stages.metrics import FILE, WORDS
 from stages.serve import PRELOAD
 from tests.crashes import crash_at, is_write, points
@@ -38,7 +39,7 @@ def main(directory: Path, scenarios: list[Scenario]) -> None:
         whole, lines = digests(alone), logged(alone)
         for n, point in chosen(scenario, job_of(scenario, place / "listing")):
             mode = "torn" if scenario["kill"] == "torn" else "before"
-            print(json.dumps(crashed(scenario, place / f"{n}", n, mode) | {"point": point} | against(whole, lines, place / f"{n}")), flush=True)
+            print(json.dumps({"point": point, **crashed(scenario, place / f"{n}", n, mode, whole, lines)}), flush=True)
             shutil.rmtree(place / f"{n}")
 
 
@@ -49,7 +50,7 @@ def chosen(scenario: Scenario, job: Job) -> Iterator[tuple[int, str]]:
         alike: dict[str, list[int]] = {}
         for n, point in enumerate(listed):
             if scenario["kill"] == "every" or is_write(point):
-                alike.setdefault(point, []).append(n)
+                alike.setdefault(re.sub(r"checkpoint-\d+", "checkpoint-N", point), []).append(n)
         for point, numbers in alike.items():
             yield numbers[len(numbers) // 2], point
     else:
@@ -57,23 +58,24 @@ def chosen(scenario: Scenario, job: Job) -> Iterator[tuple[int, str]]:
         yield n, listed[n]
 
 
-def crashed(scenario: Scenario, place: Path, n: int, mode: Any) -> dict[str, Any]:
-    """Kill the job at a point, then run it again, in another execution where the scenario says so."""
+def crashed(
+    scenario: Scenario, place: Path, n: int, mode: Any, whole: dict[str, str], lines: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Kill the job at a point, then run it again, in another execution where the scenario says so; what is other than in the uninterrupted run."""
     job = job_of(scenario, place)
-    killed = crash_at(lambda: run(job), Path(job.work), n, mode)
-    whole = [path.name for path in Path(job.work).glob("checkpoint-*") if (path / checkpoints.COMPLETE).exists()]
-    again = job_of({**scenario, **scenario.get("again", {})}, place)
-    points(lambda: run(again), place / "nowhere")
-    return {"scenario": scenario["name"], "killed": killed, "whole": sorted(whole)}
-
-
-def against(whole: dict[str, str], lines: list[dict[str, Any]], place: Path) -> dict[str, Any]:
-    """What is other than in the uninterrupted run."""
-    job = Job.model_validate_json((place / "job.json").read_text())
-    found, said = digests(job), Path(job.work, WORDS)
+    killed = crash_at(lambda: run(job), place, n, mode)
+    saved = sorted(path for path in place.glob("checkpoint-*") if (path / checkpoints.COMPLETE).exists())
+    so_far = (saved[-1] / checkpoints.LOGS / FILE).read_text() if saved else ""
+    job_of({**scenario, **scenario.get("again", {})}, place)
+    points(lambda: run(job), place / "nowhere")
+    found, said = digests(job), place / WORDS
     return {
+        "scenario": scenario["name"],
+        "killed": killed,
+        "whole": [path.name for path in saved],
         "differs": sorted(path for path in whole.keys() | found.keys() if whole.get(path) != found.get(path)),
         "log": logged(job) == lines,
+        "kept": (place / "out" / FILE).read_text().startswith(so_far),
         "said": [json.loads(line)["text"] for line in said.read_text().splitlines()] if said.exists() else [],
     }
 
@@ -82,6 +84,8 @@ def job_of(scenario: Scenario, place: Path) -> Job:
     """The scenario's job, in a place of its own."""
     base = json.loads(Path(scenario["job"]).read_text())
     base |= {"work": str(place), "out": str(place / "out"), "config": {**base["config"], **scenario["config"]}}
+    if rows := scenario["config"].get("rows"):
+        base["rows"] = parse_rows(rows, 0).model_dump()
     base["lora"] = scenario.get("lora")
     base["execution"]["micro_batch"] = scenario.get("micro_batch")
     job = Job.model_validate(base)

@@ -25,8 +25,10 @@ from tests.templates import TEMPLATES
 PREFIX = "<think>\n"
 
 
-def trained(policy, tmp_path, response_prefix=PREFIX, kind=PrefillGRPOTrainer, template=None, lora=None, **settings):
-    """(trainer, what the reward saw, parameters) after two steps."""
+def trained(
+    policy, tmp_path, response_prefix=PREFIX, kind=PrefillGRPOTrainer, template=None, lora=None, resume=None, **settings
+):
+    """(trainer, what the reward saw, parameters) after two steps; `resume` is a checkpoint to go on from."""
     settings = {
         "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 12, "max_steps": 2, "learning_rate": 1e-2, "beta": 0.0,
         "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1, "gradient_checkpointing": False,
@@ -47,9 +49,9 @@ def trained(policy, tmp_path, response_prefix=PREFIX, kind=PrefillGRPOTrainer, t
     data = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
     trainer = kind(
         model=models.load_policy(str(policy), "float32"), reward_funcs=variety, args=GRPOConfig(output_dir=str(tmp_path), **settings),
-        train_dataset=data, processing_class=tokenizer, peft_config=lora,
+        train_dataset=data, eval_dataset=data.select(range(4)) if "eval_strategy" in settings else None, processing_class=tokenizer, peft_config=lora,
     )  # fmt: skip
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer, seen, {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
 
 

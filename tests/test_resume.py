@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,16 +22,21 @@ import yaml
 
 from pipeline.registry import Registry, runs
 from stages import checkpoints, randomness
-from stages.job import Job
-from tests.conftest import LEARNED, ROOT, SWITCHBACK, environment, printed_json, run_cli
+from stages.disk import digest_file
+from stages.job import Execution, Job
+from tests.conftest import LEARNED, ROOT, SWITCHBACK, environment, printed_json, run_cli, stage
 from tests.models import save
 from tests.test_grpo import trained
+from tests.test_processes import wait_for
 
 LORA = {"r": 4, "alpha": 8.0, "dropout": 0.1, "targets": "all-linear"}
 SFT = {"rows": "train[0:64]", "epochs": 2.0, "rows_per_step": 16, "save_every": 2}
+SMALL = {"rows": "train[0:16]", "epochs": 1.0, "rows_per_step": 4, "save_every": 1, "keep_last": 1}
 GRPO = {"steps": 8, "prompts_per_step": 4, "group_size": 4, "temperature": 1.0, "save_every": 2}
 MIDDLE = "open checkpoint-6/trainer_state.json"
 """A point in the middle of training: six steps are done, and what they made is being saved."""
+PUBLISHING = "open out/config.json"
+CHUNK = "os.rename chunks/"
 
 SCENARIOS = {
     "sft": {"stage": "warmup", "config": SFT, "micro_batch": 8},
@@ -37,10 +44,12 @@ SCENARIOS = {
     "sft-packed": {"stage": "warmup", "config": {**SFT, "packing": {"strategy": "bfd", "max_length": 256}, "epochs": 8.0, "rows_per_step": 4}},
     "grpo": {"stage": "rl1", "config": {**GRPO, "kl": {"beta": 0.05}}, "micro_batch": 8},
     "grpo-no-kl": {"stage": "rl1", "config": {**GRPO, "kl": {"beta": 0.0}}},
-    "grpo-iterations": {"stage": "rl1", "config": {**GRPO, "kl": {"beta": 0.05}, "trl": {"num_iterations": 2}, "save_every": 3}, "micro_batch": 4},
+    "grpo-iterations": {"stage": "rl1", "config": {**GRPO, "kl": {"beta": 0.05}, "trl": {"num_iterations": 2}, "steps": 13, "save_every": 11},
+                        "micro_batch": 4, "kill": PUBLISHING},
     "grpo-lora": {"stage": "rl1", "config": {**GRPO, "kl": {"beta": 0.05}}, "lora": LORA},
-    "rejection": {"stage": "harvest", "config": {"samples": 128}},
+    "rejection": {"stage": "harvest", "config": {"samples": 128}, "kill": CHUNK},
 }  # fmt: skip
+"""What is killed in the middle; 16 rows of rl1 are 4 steps an epoch, so that those stages are in their second epoch by then."""
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +72,18 @@ def crash(jobs, directory: Path, *scenarios) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def middles(jobs, tmp_path_factory):
+def quick():
+    """A directory in memory: what is asked here is what survives a process, not a disk."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        yield Path(directory)
+
+
+@pytest.fixture(scope="module")
+def middles(jobs, quick):
     """Every scenario, killed in the middle."""
-    kills = {name: {"kill": MIDDLE} for name in SCENARIOS}
-    kills["rejection"] = {"kill": "os.rename chunks/"}
-    scenarios = [{"name": name, **one, **kills[name]} for name, one in SCENARIOS.items()]
-    return {one["scenario"]: one for one in crash(jobs, tmp_path_factory.mktemp("middles"), *scenarios)}
+    return {
+        one["scenario"]: one for one in crash(jobs, quick, *({"name": name, **one} for name, one in SCENARIOS.items()))
+    }
 
 
 @pytest.mark.slow
@@ -78,11 +93,347 @@ def test_a_stage_killed_in_the_middle_ends_bit_for_bit_where_it_would_have_ended
     assert one["killed"]
     assert one["differs"] == []
     assert one["log"], "the log holds every step once, with the same numbers"
+    assert one["kept"], (
+        "no step before the checkpoint was run again: their lines are those of the first attempt, times and all"
+    )
 
 
 @pytest.mark.slow
 def test_it_goes_on_from_its_newest_whole_checkpoint_and_names_the_torn_one(middles):
     torn = "set aside checkpoint-6: it was not finished"
     assert middles["sft"]["said"] == [torn, "resumed from checkpoint-4"]
-    assert middles["grpo-iterations"]["said"] == [torn, "resumed from checkpoint-3"]
+    assert middles["grpo-iterations"]["said"] == ["resumed from checkpoint-11"]
     assert middles["rejection"]["said"] == ["resumed with 3 batches that were sampled already"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", ["every", "torn"])
+def test_a_stage_may_be_killed_at_any_change_to_its_files(kill, jobs, quick):
+    """Everything that a training stage writes, renames and removes; `torn` leaves half a line in each file that was to be written."""
+    killed = crash(jobs, quick, {"name": f"small-{kill}", "stage": "warmup", "config": SMALL, "kill": kill})
+    assert all(one["killed"] for one in killed) and len(killed) >= 25, [one["point"] for one in killed]
+    for one in killed:
+        assert (one["differs"], one["log"], one["kept"]) == ([], True, True), one
+        if one["whole"]:
+            assert one["said"][-1] == f"resumed from {max(one['whole'])}", one
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kill", ["every", "torn"])
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_every_stage_may_be_killed_at_any_change_to_its_files(name, kill, jobs, quick):
+    """The cross product: make test-full."""
+    killed = crash(jobs, quick, {**SCENARIOS[name], "name": f"{name}-{kill}", "kill": kill})
+    print(f"{name}, {kill}: {len(killed)} points")
+    for one in killed:
+        assert (one["killed"], one["differs"], one["log"]) == (True, [], True), one
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_execution_is_set_aside_and_named(jobs, quick):
+    other = {"name": "other", **SCENARIOS["sft"], "kill": MIDDLE, "again": {"micro_batch": 16}}
+    (one,) = crash(jobs, quick, other)
+    assert one["said"] == [
+        "set aside checkpoint-6: it was not finished",
+        "set aside checkpoint-4: it was made with micro-batch 8, not 16",
+        "set aside checkpoint-2: it was made with micro-batch 8, not 16",
+        "starts from its beginning",
+    ]
+
+
+@pytest.mark.parametrize("at", [5, 11])
+def test_a_trainer_resumes_exactly_inside_a_generation_of_several_steps(at, tmp_path):
+    """steps_per_generation 4 at one micro-step a step, 8 steps an epoch: both checkpoints are inside a generation, the second in another epoch."""
+    policy = save(tmp_path / "policy")
+    settings = {"steps_per_generation": 4, "max_steps": 14, "beta": 0.1, "save_strategy": "steps", "save_steps": at}
+    _, _, whole = trained(policy, tmp_path / "a", **settings)
+    trainer, seen, resumed = trained(
+        policy, tmp_path / "b", resume=str(tmp_path / "a" / f"checkpoint-{at}"), **settings
+    )
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert trainer.state.global_step == 14 and len(seen) == 32 * (4 - (at + 3) // 4), (
+        "what was sampled before is not sampled again"
+    )
+
+
+def test_looking_moves_no_random_state():
+    def draws():
+        return random.random(), float(np.random.rand()), float(torch.rand(1))
+
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(3)
+    expected = draws()
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(3)
+    with randomness.kept():
+        draws()
+    assert draws() == expected
+
+
+def test_evaluation_inside_training_does_not_change_the_training(tmp_path):
+    policy = save(tmp_path / "policy")
+    _, _, plain = trained(policy, tmp_path / "a", max_steps=4)
+    _, _, watched = trained(
+        policy, tmp_path / "b", max_steps=4, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=8
+    )
+    assert all(torch.equal(plain[name], watched[name]) for name in plain)
+
+
+# what a checkpoint's record says, on files alone
+
+
+EXECUTION = {"processes": 1, "micro-batch": 8, "device": "cpu"}
+
+
+@pytest.fixture
+def job(tmp_path):
+    return Job(
+        kind="sft", name="warmup", config={"name": "warmup", "kind": "sft", "policy": "base"}, inputs={"policy": "/models/tiny"}, work=str(tmp_path),
+        out=str(tmp_path / "out"), problem=None, rows=None, format=None, seed=0, dtype="float32", execution=Execution(),
+    )  # fmt: skip
+
+
+def make(job, *steps):
+    for step in steps:
+        checkpoint = checkpoints.directory(Path(job.work), step)
+        (checkpoint / "logs").mkdir(parents=True)
+        (checkpoint / "optimizer.pt").write_bytes(b"state")
+        (checkpoint / "logs" / "metrics.jsonl").write_text("{}\n")
+        checkpoints.seal(checkpoint, step, job, EXECUTION)
+
+
+def test_the_newest_whole_checkpoint_is_used_by_step_and_not_by_name(job, tmp_path):
+    make(job, 9, 10, 2)
+    assert checkpoints.newest(job, EXECUTION) == (tmp_path / "checkpoint-10", [])
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda one: (one / "optimizer.pt").unlink(), "optimizer.pt is not what was saved"),
+        (lambda one: (one / "optimizer.pt").write_bytes(b"stale"), "optimizer.pt is not what was saved"),
+        (lambda one: (one / "logs" / "metrics.jsonl").write_text(""), "logs/metrics.jsonl is not what was saved"),
+        (lambda one: (one / "complete.json").unlink(), "it was not finished"),
+        (lambda one: (one / "complete.json").write_text("{"), "its complete.json cannot be read"),
+        (lambda one: (one / "complete.json").write_bytes(b"\xff"), "its complete.json cannot be read"),
+    ],
+)
+def test_a_torn_checkpoint_is_set_aside_and_the_one_before_it_is_used(damage, said, job, tmp_path):
+    make(job, 2, 4)
+    damage(tmp_path / "checkpoint-4")
+    assert checkpoints.newest(job, EXECUTION) == (tmp_path / "checkpoint-2", [f"set aside checkpoint-4: {said}"])
+    assert not (tmp_path / "checkpoint-4").exists() and (tmp_path / "set-aside" / "checkpoint-4").is_dir()
+
+
+@pytest.mark.parametrize("field", ["processes", "micro-batch", "device"])
+def test_a_checkpoint_of_another_execution_is_not_used(field, job):
+    make(job, 4)
+    _, said = checkpoints.newest(job, {**EXECUTION, field: "other"})
+    assert said == [
+        f"set aside checkpoint-4: it was made with {field} {EXECUTION[field]}, not other",
+        "starts from its beginning",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "used"),
+    [
+        ({"config": {"name": "renamed", "kind": "sft", "policy": "base", "save_every": 7, "deadline": 60.0}}, True),
+        ({"inputs": {"policy": "/elsewhere/models/tiny"}}, True),
+        ({"execution": Execution(threads=2)}, True),
+        ({"config": {"name": "warmup", "kind": "sft", "policy": "base", "epochs": 9.0}}, False),
+        ({"inputs": {"policy": "/models/other"}}, False),
+        ({"seed": 1}, False),
+    ],
+)
+def test_a_checkpoint_belongs_to_what_was_asked_wherever_it_lies(change, used, job):
+    make(job, 4)
+    found, said = checkpoints.newest(job.model_copy(update=change), EXECUTION)
+    assert (found is not None) == used
+    assert used or said[0] == "set aside checkpoint-4: it was made from another job, such as other inputs"
+
+
+def test_old_checkpoints_go_and_unfinished_ones_do_not_count(job, tmp_path):
+    make(job, 1, 2, 3)
+    (tmp_path / "checkpoint-4").mkdir()
+    checkpoints.keep(tmp_path, last=2)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-3",
+        "checkpoint-4",
+    ]
+
+
+# the command line
+
+
+LONG = {"steps": 60, "prompts_per_step": 4, "group_size": 4, "temperature": 1.0}
+
+
+@pytest.fixture(scope="module")
+def long_recipe(tmp_path_factory):
+    """A climb with an rl1 that takes some seconds, and a step in none."""
+    settings = copy.deepcopy(LEARNED)
+    stage(settings, "rl1").update(LONG)
+    path = tmp_path_factory.mktemp("long") / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(long_recipe, climbed, tmp_path_factory):
+    """Digests of its rl1."""
+    registry = Path(shutil.copytree(climbed[1], tmp_path_factory.mktemp("uninterrupted") / "r"))
+    assert run_cli("run", long_recipe, "--registry", registry, "--no-prefect", "--only", "rl1").returncode == 0
+    return published(registry)
+
+
+def published(registry: Path) -> dict[str, str]:
+    """Digests of the newest rl1, but for its log, which holds times."""
+    newest = Registry(registry).artifacts("rl1")[-1]
+    return {file.path: file.sha256 for file in newest.files if file.path != "metrics.jsonl"}
+
+
+class Running:
+    """`switchback run --only rl1` in a process of its own, and its job."""
+
+    def __init__(self, recipe: Path, registry: Path, **how) -> None:
+        command = [str(SWITCHBACK), "run", str(recipe), "--registry", str(registry), "--no-prefect", "--only", "rl1"]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **how
+        )  # fmt: skip
+        self.registry = registry
+
+    def after(self, steps: int) -> Running:
+        """Wait until rl1 has done so many steps."""
+        assert wait_for(lambda: self.steps() >= steps, 90), self.process.communicate()
+        return self
+
+    def steps(self) -> int:
+        logs = [path for path in self.registry.glob("work/*/out/metrics.jsonl") if '"reward"' in path.read_text()]
+        return len(logs[0].read_text().splitlines()) if logs else 0
+
+    @property
+    def job(self) -> int:
+        """The pid of the job, which holds its directory."""
+        (log,) = [path for path in self.registry.glob("work/*/out/metrics.jsonl") if '"reward"' in path.read_text()]
+        return int((log.parent.parent / "lock").read_text())
+
+    def end(self) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=60)
+        return self.process.returncode, out, err
+
+
+@pytest.fixture
+def registry(climbed, tmp_path):
+    return Path(shutil.copytree(climbed[1], tmp_path / "r"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_at_the_next_step_and_the_same_command_goes_on(
+    number, code, long_recipe, registry, uninterrupted
+):
+    """Without any checkpoint on the way: save_every is 10 minutes."""
+    running = Running(long_recipe, registry).after(10)
+    os.kill(running.process.pid, number)
+    ended, out, err = running.end()
+    assert ended == code and len(err.splitlines()) == 1, err
+    assert "rl1: asked to stop" in out
+    (checkpoint,) = registry.glob("work/*/checkpoint-*")
+    stopped = runs.unfinished(Registry(registry), "tiny")
+    done = run_cli("run", long_recipe, "--registry", registry, "--no-prefect", "--only", "rl1")
+    assert f"goes on with run {stopped}, which is stopped" in done.stdout
+    assert f"rl1: resumed from {checkpoint.name}" in done.stdout
+    assert published(registry) == uninterrupted
+    assert not list(registry.glob("work/*/checkpoint-*")), "optimiser states go once the stage is published"
+    started = runs.events(Registry(registry), runs.runs(Registry(registry))[0].run)[0]
+    assert started["resumes"] == stopped
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_at_once_what_does_not_stop(long_recipe, registry):
+    running = Running(long_recipe, registry).after(3)
+    os.kill(running.job, signal.SIGSTOP)
+    os.kill(running.process.pid, signal.SIGINT)
+    time.sleep(1.0)
+    assert running.process.poll() is None, "it waits for the job to save"
+    os.kill(running.process.pid, signal.SIGINT)
+    asked = time.monotonic()
+    ended, _, err = running.end()
+    assert ended == 130 and len(err.splitlines()) == 1 and time.monotonic() - asked < 3.0, err
+    assert not list(registry.glob("work/*/checkpoint-*"))
+
+
+@pytest.mark.slow
+def test_a_job_killed_for_want_of_memory_fails_in_one_line_and_is_resumed(long_recipe, registry, uninterrupted):
+    command = (
+        "run",
+        long_recipe,
+        "--registry",
+        registry,
+        "--no-prefect",
+        "--only",
+        "rl1",
+        "--set",
+        "stages.rl1.save_every=4",
+    )
+    running = Running(long_recipe, registry).after(2)
+    os.kill(running.job, signal.SIGTERM)  # a checkpoint to go on from
+    assert running.end()[0] == 1
+    running = Running(long_recipe, registry).after(12)
+    os.kill(running.job, signal.SIGKILL)
+    ended, _, err = running.end()
+    assert ended == 1 and len(err.splitlines()) == 1 and "rl1: killed by signal 9" in err, err
+    done = run_cli(*command)
+    assert "rl1: resumed from checkpoint-" in done.stdout
+    assert published(registry) == uninterrupted
+
+
+@pytest.mark.slow
+def test_a_full_disk_fails_in_one_line_and_nothing_half_is_used(long_recipe, registry, uninterrupted):
+    """The optimiser's state is larger than the process may write; the model is not."""
+    limit = (1_200_000, 1_200_000)
+    command = [str(SWITCHBACK), "run", str(long_recipe), "--registry", str(registry), "--no-prefect", "--only", "rl1"]
+    full = subprocess.run(
+        [*command, "--set", "stages.rl1.save_every=5"], cwd=ROOT, env=environment(), capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+    )  # fmt: skip
+    assert full.returncode == 1 and len(full.stderr.splitlines()) == 1 and "rl1: " in full.stderr, full.stderr
+    done = run_cli(*command[1:])
+    assert done.returncode == 0, done.stderr
+    assert (
+        "rl1: set aside checkpoint-5: it was not finished" in done.stdout
+        and "rl1: starts from its beginning" in done.stdout
+    )
+    assert published(registry) == uninterrupted
+
+
+def test_resume_runs_what_a_changed_field_needs_and_names_the_field(climbed, registry):
+    run = printed_json("runs", "--registry", registry, "--json")[0]["run"]
+    done = run_cli(
+        "resume", run, "--registry", registry, "--no-prefect", "--set", "stages.rl2.kl.beta=0.01", cwd=registry
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rl2                runs, because kl.beta: 0.001 -> 0.01" in done.stdout
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines if " done in " in line] == ["rl2", "rl2.evaluate"]
+    assert run in lines[0]
+
+
+def test_a_run_that_is_not_there_cannot_be_resumed(registry):
+    done = run_cli("resume", "nothing", "--registry", registry)
+    assert done.returncode == 2 and "there is no run nothing" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_single_stage_goes_on_from_its_job_file(long_recipe, registry, uninterrupted):
+    running = Running(long_recipe, registry).after(5)
+    os.kill(running.process.pid, signal.SIGTERM)
+    running.end()
+    (checkpoint,) = registry.glob("work/*/checkpoint-*")
+    alone = [sys.executable, "-m", "stages", str(checkpoint.parent / "job.json")]
+    done = subprocess.run(alone, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and f"resumed from {checkpoint.name}" in done.stdout, done.stderr
+    found = {path: digest_file(checkpoint.parent / "out" / path) for path in uninterrupted}
+    assert found == uninterrupted
