@@ -70,12 +70,14 @@ class Registry:
 
     def path(self, artifact: Artifact, output: str | None = None) -> Path:
         """A local directory with the artifact, or where in it one of its outputs lies; from an object store it is fetched first."""
-        directory = self.store.fetch(f"artifacts/{artifact.id}", artifact.files)
+        directory = self.store.fetch(f"artifacts/{artifact.id}", artifact.files, MANIFEST)
         return directory / artifact.outputs[output] if output else directory
 
     def get(self, id: str) -> Artifact | None:
         """An artifact by id; None when it is not there or not whole. Raises BadInput when its manifest is not one."""
-        content = self.store.read(f"artifacts/{inside(id)}/{MANIFEST}")
+        return self._parsed(id, self.store.read(f"artifacts/{inside(id)}/{MANIFEST}"))
+
+    def _parsed(self, id: str, content: bytes | None) -> Artifact | None:
         if content is None:
             return None
         try:
@@ -105,7 +107,8 @@ class Registry:
     def artifacts(self, stage: str | None = None) -> list[Artifact]:
         """All whole artifacts, or those of one stage, oldest first."""
         ids = [id for id in self.store.names("artifacts") if stage is None or id.rpartition("-")[0] == stage]
-        found = (self.get(id) for id in ids)
+        contents = self.store.read_each([f"artifacts/{id}/{MANIFEST}" for id in ids])
+        found = (self._parsed(id, content) for id, content in zip(ids, contents, strict=True))
         return sorted(
             (artifact for artifact in found if artifact), key=lambda artifact: (artifact.created, artifact.id)
         )

@@ -21,6 +21,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from pipeline.identity import digest_file
 from pipeline.registry.artifact import File
 from stages.disk import sync, sync_tree, write_through
 from stages.job import BadInput
@@ -62,8 +63,17 @@ class Store(ABC):
         """Move a finished directory in, under a name that must not exist. Whoever sees its `manifest` sees all of it; `directory` is gone afterwards."""
 
     @abstractmethod
-    def fetch(self, name: str, files: Sequence[File]) -> Path:
-        """A local directory with these files of a directory of the store. What is fetched from elsewhere is verified; what is local already is not."""
+    def fetch(self, name: str, files: Sequence[File], manifest: str) -> Path:
+        """A local directory with these files and the manifest of a directory of the store. What is fetched from elsewhere is verified; what is local
+        already is not. Raises BadInput, with its name, for a file that is not what it should be."""
+
+    @abstractmethod
+    def files(self, name: str) -> dict[str, int]:
+        """Path -> size of every file below a directory, as the place itself has them, whatever was fetched; -1 for a link, which is never followed."""
+
+    @abstractmethod
+    def digest(self, name: str) -> str:
+        """SHA-256 of the bytes under a name, as the place itself has them. Raises FileNotFoundError when there are none."""
 
     @abstractmethod
     def remove_tree(self, name: str, manifest: str) -> None:
@@ -77,9 +87,16 @@ class Store(ABC):
         """`put` of JSON."""
         return self.put(name, json.dumps(content, indent=1).encode())
 
+    def read_each(self, names: Sequence[str]) -> list[bytes | None]:
+        """`read` of many names; a store that is far away reads several at a time."""
+        return [self.read(name) for name in names]
+
     def get(self, name: str) -> Any:
         """The JSON under a name; None when there is none. Raises BadInput when it is no JSON."""
-        if (content := self.read(name)) is None:
+        return self._parsed(name, self.read(name))
+
+    def _parsed(self, name: str, content: bytes | None) -> Any:
+        if content is None:
             return None
         try:
             return json.loads(content)
@@ -99,7 +116,8 @@ class Store(ABC):
 
     def entries(self, log: str) -> list[Any]:
         """A log's entries, oldest first."""
-        return [self.get(f"{log}/{name}") for name in self.names(log)]
+        names = [f"{log}/{name}" for name in self.names(log)]
+        return [self._parsed(name, content) for name, content in zip(names, self.read_each(names), strict=True)]
 
     def last(self, log: str) -> int:
         """The number of a log's newest entry; 0 when it has none. Raises BadInput on a name that is no number."""
@@ -204,7 +222,7 @@ class LocalStore(Store):
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-            with _held(path.with_name(f".{path.name}")) as partial:
+            with held(path.with_name(f".{path.name}")) as partial:
                 shutil.copytree(directory, partial, dirs_exist_ok=True)
                 sync_tree(partial)
                 partial.rename(path)
@@ -212,8 +230,18 @@ class LocalStore(Store):
         sync(path.parent)
 
     @override
-    def fetch(self, name: str, files: Sequence[File]) -> Path:
+    def fetch(self, name: str, files: Sequence[File], manifest: str) -> Path:
         return self.path(name)
+
+    @override
+    def files(self, name: str) -> dict[str, int]:
+        root = self.path(name)
+        found = sorted(path for path in root.rglob("*") if path.is_symlink() or not path.is_dir())
+        return {path.relative_to(root).as_posix(): -1 if path.is_symlink() else path.stat().st_size for path in found}
+
+    @override
+    def digest(self, name: str) -> str:
+        return digest_file(self.path(name))
 
     @override
     def remove_tree(self, name: str, manifest: str) -> None:
@@ -234,7 +262,7 @@ class LocalStore(Store):
 
 
 @contextmanager
-def _held(directory: Path) -> Iterator[Path]:
+def held(directory: Path) -> Iterator[Path]:
     """A new directory that is locked as long as this block lasts; the kernel frees it whatever ends its holder."""
     while True:
         directory.mkdir(exist_ok=True)
