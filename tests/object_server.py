@@ -16,7 +16,8 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 Answer = list[bytes]
-Door = Callable[[dict[str, Any], Callable[[], Answer], Any], Answer]
+StartResponse = Callable[..., Any]
+Door = Callable[[dict[str, Any], Callable[[StartResponse], Answer], StartResponse], Answer]
 """(environ, the way through, start_response) -> answer."""
 
 
@@ -69,16 +70,16 @@ class ObjectServer:
         finally:
             self.door = None
 
-    def _handle(self, environ: dict[str, Any], start_response: Any) -> Answer:
+    def _handle(self, environ: dict[str, Any], start_response: StartResponse) -> Answer:
         self.seen.append(Request(environ["REQUEST_METHOD"], environ["PATH_INFO"], environ.get("QUERY_STRING", "")))
 
-        def through() -> Answer:
+        def through(start_response: StartResponse) -> Answer:
             if "HTTP_IF_NONE_MATCH" in environ:
                 with self._one_at_a_time:
                     return list(self._app(environ, start_response))
             return list(self._app(environ, start_response))
 
-        return self.door(environ, through, start_response) if self.door else through()
+        return self.door(environ, through, start_response) if self.door else through(start_response)
 
 
 class _Quiet(WSGIRequestHandler):

@@ -55,7 +55,8 @@ OPENS: dict[str, tuple[Callable[..., S3Store | GCSStore | AzureStore], str]] = {
 }
 """Scheme -> (what opens it, the environment variables that it is usually opened with)."""
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class ObjectStore(Store):

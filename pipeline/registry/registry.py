@@ -77,21 +77,6 @@ class Registry:
         """An artifact by id; None when it is not there or not whole. Raises BadInput when its manifest is not one."""
         return self._parsed(id, self.store.read(f"artifacts/{inside(id)}/{MANIFEST}"))
 
-    def _parsed(self, id: str, content: bytes | None) -> Artifact | None:
-        if content is None:
-            return None
-        try:
-            artifact = Artifact.model_validate_json(content)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            raise BadInput(
-                f"{id}/{MANIFEST} is no manifest: {where}: {first['msg']}; switchback did not write it"
-            ) from None
-        if artifact.id != id:
-            raise BadInput(f"{id}/{MANIFEST} is the manifest of {artifact.id!r}; switchback did not write it")
-        return artifact
-
     def open(self, id: str) -> Artifact:
         """An artifact by id. Raises BadInput when it is not there."""
         if artifact := self.get(id):
@@ -170,6 +155,21 @@ class Registry:
     def release(self, id: str, owner: str) -> None:
         """Let go of an artifact."""
         self.store.remove(f"pins/{id}/{owner}.json")
+
+    def _parsed(self, id: str, content: bytes | None) -> Artifact | None:
+        if content is None:
+            return None
+        try:
+            artifact = Artifact.model_validate_json(content)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise BadInput(
+                f"{id}/{MANIFEST} is no manifest: {where}: {first['msg']}; switchback did not write it"
+            ) from None
+        if artifact.id != id:
+            raise BadInput(f"{id}/{MANIFEST} is the manifest of {artifact.id!r}; switchback did not write it")
+        return artifact
 
     def _record(self, artifact: Artifact, owner: str) -> Artifact:
         """Enter an artifact, which its owner has pinned, as the maker of its key; returns the one that was first, held by the owner."""
