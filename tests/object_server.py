@@ -82,6 +82,16 @@ class ObjectServer:
         return self.door(environ, through, start_response) if self.door else through(start_response)
 
 
+@contextmanager
+def serving() -> Iterator[ObjectServer]:
+    """A server for as long as the block lasts."""
+    server = ObjectServer()
+    try:
+        yield server
+    finally:
+        server.close()
+
+
 class _Quiet(WSGIRequestHandler):
     protocol_version = "HTTP/1.1"
 

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from pipeline.registry.places import open_store
 from pipeline.registry.store import JSON_LIMIT, LocalStore
 from stages.job import BadInput
 from tests.conftest import TINY, environment, run_cli
-from tests.object_server import ObjectServer
+from tests.object_server import ObjectServer, serving
 from tests.test_registry import OWNER, draft, finished
 
 URL = "s3://bucket/team/registry"
@@ -36,9 +36,8 @@ PROCESSES.set_forkserver_preload(["tests.test_objects"])
 
 @pytest.fixture(scope="module")
 def started() -> Iterator[ObjectServer]:
-    server = ObjectServer()
-    yield server
-    server.close()
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture
@@ -291,14 +290,24 @@ def test_only_a_directory_that_nobody_finished_in_a_day_is_abandoned(server, tmp
 # ---- processes
 
 
-def publish_as(writer: int, keys: list[str], directory: str, winners: str, cache: str) -> None:
-    os.environ["SWITCHBACK_CACHE"] = cache
+def process(work: Callable[..., None], *arguments: object, cache: Path) -> multiprocessing.process.BaseProcess:
+    """A process that is not started yet, in this one's environment but for its cache."""
+    env = {**os.environ, "SWITCHBACK_CACHE": str(cache)}
+    return PROCESSES.Process(target=in_environment, args=(env, work, *arguments))
+
+
+def in_environment(env: dict[str, str], work: Callable[..., None], *arguments: object) -> None:
+    os.environ.update(env)
+    work(*arguments)
+
+
+def publish_as(writer: int, keys: list[str], directory: Path, winners: Path) -> None:
     registry = Registry(URL)
     found = {}
     for i, name in enumerate(keys):
-        out = finished(Path(directory, f"{writer}-{i}"), f"{writer} {i}")
+        out = finished(directory / f"{writer}-{i}", f"{writer} {i}")
         found[name] = registry.publish(out, draft(name), f"run-{writer}").artifact.id
-    Path(winners, f"{writer}.json").write_text(json.dumps(found))
+    (winners / f"{writer}.json").write_text(json.dumps(found))
 
 
 def test_four_publishers_of_overlapping_keys_agree_on_one_winner_a_key(server, tmp_path):
@@ -306,14 +315,14 @@ def test_four_publishers_of_overlapping_keys_agree_on_one_winner_a_key(server, t
     (tmp_path / "won").mkdir()
     orders = [[f"k{(i * step + writer) % 20}" for i in range(20)] for writer, step in enumerate((1, 3, 7, 9))]
     writers = [
-        PROCESSES.Process(target=publish_as, args=(n, keys, str(tmp_path), str(tmp_path / "won"), str(tmp_path / f"cache-{n % 2}")))
+        process(publish_as, n, keys, tmp_path, tmp_path / "won", cache=tmp_path / f"cache-{n % 2}")
         for n, keys in enumerate(orders)
-    ]  # fmt: skip
-    for process in writers:
-        process.start()
-    for process in writers:
-        process.join()
-    assert [process.exitcode for process in writers] == [0] * 4
+    ]
+    for one in writers:
+        one.start()
+    for one in writers:
+        one.join()
+    assert [one.exitcode for one in writers] == [0] * 4
     registry = Registry(URL)
     told = [json.loads(path.read_text()) for path in (tmp_path / "won").iterdir()]
     for name in {name for keys in orders for name in keys}:
@@ -331,19 +340,18 @@ def append_as(writer: int) -> None:
         store.append("log", {"writer": writer, "i": i})
 
 
-def test_an_append_only_log_loses_nothing_to_four_writers(server):
-    writers = [PROCESSES.Process(target=append_as, args=(writer,)) for writer in range(4)]
-    for process in writers:
-        process.start()
-    for process in writers:
-        process.join()
+def test_an_append_only_log_loses_nothing_to_four_writers(server, tmp_path):
+    writers = [process(append_as, writer, cache=tmp_path) for writer in range(4)]
+    for one in writers:
+        one.start()
+    for one in writers:
+        one.join()
     store = open_store(URL)
     assert store.names("log") == [f"{n:06d}.json" for n in range(1, 61)]
     assert {(one["writer"], one["i"]) for one in store.entries("log")} == {(w, i) for w in range(4) for i in range(15)}
 
 
-def fetch_as(artifact: str, cache: str) -> None:
-    os.environ["SWITCHBACK_CACHE"] = cache
+def fetch_as(artifact: str) -> None:
     registry = Registry(URL)
     path = registry.path(registry.open(artifact))
     assert len((path / "big.safetensors").read_bytes()) == 3_000_000
@@ -364,7 +372,7 @@ def test_processes_that_fetch_the_same_artifact_at_once_are_fine_and_what_a_kill
             time.sleep(1)
         return through(start_response)
 
-    killed = PROCESSES.Process(target=fetch_as, args=(artifact.id, str(cache)))
+    killed = process(fetch_as, artifact.id, cache=cache)
     with server.behind(door):
         killed.start()
         asked.wait()
@@ -373,18 +381,17 @@ def test_processes_that_fetch_the_same_artifact_at_once_are_fine_and_what_a_kill
         killed.join()
     left = [path.name for path in next(cache.iterdir()).joinpath("artifacts").iterdir()]
     assert len(left) == 1 and left[0].startswith(".")
-    fetchers = [PROCESSES.Process(target=fetch_as, args=(artifact.id, str(cache))) for _ in range(3)]
-    for process in fetchers:
-        process.start()
-    for process in fetchers:
-        process.join()
-    assert [process.exitcode for process in fetchers] == [0, 0, 0]
+    fetchers = [process(fetch_as, artifact.id, cache=cache) for _ in range(3)]
+    for one in fetchers:
+        one.start()
+    for one in fetchers:
+        one.join()
+    assert [one.exitcode for one in fetchers] == [0, 0, 0]
     assert [path.name for path in next(cache.iterdir()).joinpath("artifacts").iterdir()] == [artifact.id]
 
 
-def publish_once(directory: str, cache: str) -> None:
-    os.environ["SWITCHBACK_CACHE"] = cache
-    Registry(URL).publish(Path(directory), draft(), "run")
+def publish_once(directory: Path) -> None:
+    Registry(URL).publish(directory, draft(), "run")
 
 
 def whole(registry: Registry, artifact: Artifact) -> bool:
@@ -405,19 +412,19 @@ def killed_at(server: ObjectServer, at: int, when: str, directory: Path) -> bool
             return through(start_response)
         if when == "after":
             through(unheard)
-        assert process.pid
-        os.kill(process.pid, signal.SIGKILL)
-        while Path(f"/proc/{process.pid}").exists():
+        assert publisher.pid
+        os.kill(publisher.pid, signal.SIGKILL)
+        while Path(f"/proc/{publisher.pid}").exists():
             time.sleep(0.001)
         start_response("500 Killed", [("Content-Length", "0")])
         return [b""]
 
-    process = PROCESSES.Process(target=publish_once, args=(str(finished(directory / "out")), str(directory / "cache")))
+    publisher = process(publish_once, finished(directory / "out"), cache=directory / "cache")
     with server.behind(door):
-        process.start()
+        publisher.start()
         ready.set()
-        process.join()
-    return process.exitcode == -signal.SIGKILL
+        publisher.join()
+    return publisher.exitcode == -signal.SIGKILL
 
 
 @pytest.mark.slow

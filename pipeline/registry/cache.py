@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.registry.artifact import File
-from pipeline.registry.store import LocalStore, held, sync_tree
+from pipeline.registry.store import LocalStore, held
+from stages.disk import sync_tree
 from stages.job import BadInput
 
 CACHE = "SWITCHBACK_CACHE"

@@ -30,11 +30,9 @@ from typing_extensions import override
 from pipeline.registry.artifact import File
 from pipeline.registry.cache import cache_of, copying, discard, is_whole
 from pipeline.registry.places import Bucket
-from pipeline.registry.store import JSON_LIMIT, Store, inside
+from pipeline.registry.store import JSON_LIMIT, PART, Damaged, Stopped, Store, inside, never, parts
 from stages.job import BadInput
 
-PART = 8 * 2**20
-"""Bytes of a part of a big file, up and down; a smaller file goes up in one piece."""
 MOST_PARTS = 9000
 """S3 takes 10,000."""
 AT_ONCE, SMALL_AT_ONCE = 4, 16
@@ -110,7 +108,7 @@ class ObjectStore(Store):
 
     @override
     def read_each(self, names: Sequence[str]) -> list[bytes | None]:
-        return several(lambda name, stop: self.read(name), names, SMALL_AT_ONCE)
+        return several(lambda name, ended: self.read(name), names, at_once=SMALL_AT_ONCE)
 
     @override
     def names(self, prefix: str) -> list[str]:
@@ -125,18 +123,22 @@ class ObjectStore(Store):
 
     @override
     def take_in(self, directory: Path, name: str, manifest: str) -> None:
+        self.copy_in(directory, name, manifest, never)
+        self._cache.take_in(directory, name, manifest)
+
+    @override
+    def copy_in(self, directory: Path, name: str, manifest: str, stopped: Stopped) -> None:
         if self.read(f"{name}/{manifest}") is not None:
             raise FileExistsError(f"{self.url}/{name}")
         found = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
         content = found.pop(manifest).read_bytes()
-        several(lambda path, stop: self._send(found[path], f"{name}/{path}", stop), sorted(found))
+        several(lambda path, ended: self._send(found[path], f"{name}/{path}", ended), sorted(found), stopped)
         there, sent = self.files(name), {path: file.stat().st_size for path, file in found.items()}
         if there != sent:
             wrong = sorted(path for path in there.keys() | sent.keys() if there.get(path) != sent.get(path))
             raise BadInput(f"{self.url}/{name}/{wrong[0]} did not arrive whole; run the same command again")
         if not self.put(f"{name}/{manifest}", content):
             raise FileExistsError(f"{self.url}/{name}")
-        self._cache.take_in(directory, name, manifest)
 
     @override
     def fetch(self, name: str, files: Sequence[File], manifest: str) -> Path:
@@ -145,11 +147,15 @@ class ObjectStore(Store):
             return copy
         discard(self._cache, name)
         with copying(self._cache, name, manifest) as partial:
-            several(lambda file, stop: self._bring(f"{name}/{file.path}", file, partial, stop), files)
-            if (content := self.read(f"{name}/{manifest}")) is None:
-                raise BadInput(f"{self.url}/{name}/{manifest} is gone")
-            (partial / manifest).write_bytes(content)
+            self.copy_out(name, files, manifest, partial)
         return copy
+
+    @override
+    def copy_out(self, name: str, files: Sequence[File], manifest: str, into: Path) -> None:
+        several(lambda file, ended: self._bring(f"{name}/{file.path}", file, into, ended), files)
+        if (content := self.read(f"{name}/{manifest}")) is None:
+            raise Damaged(f"{self.url}/{name}/{manifest} is gone")
+        (into / manifest).write_bytes(content)
 
     @override
     def files(self, name: str) -> dict[str, int]:
@@ -212,26 +218,28 @@ class ObjectStore(Store):
             if names:
                 obstore.delete(self._store, names)
 
-    def _send(self, path: Path, name: str, stop: Event) -> None:
+    def _send(self, path: Path, name: str, stopped: Stopped) -> None:
+        if stopped():
+            raise InterruptedError(path)
         size = path.stat().st_size
-        content = _parts(path, stop) if size > PART else path.read_bytes()
+        content = parts(path, stopped) if size > PART else path.read_bytes()
         part = max(PART, size // MOST_PARTS + 1)
         with self._answers():
             obstore.put(self._store, name, content, chunk_size=part, max_concurrency=AT_ONCE)
 
-    def _bring(self, name: str, file: File, into: Path, stop: Event) -> None:
+    def _bring(self, name: str, file: File, into: Path, stopped: Stopped) -> None:
         """Download a file and see that it is the one that was published."""
         path, digest, size = into / file.path, hashlib.sha256(), 0
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._answers(), path.open("wb") as out:
             for part in self._stream(name):
-                if stop.is_set():
+                if stopped():
                     return
                 out.write(part)
                 digest.update(part)
                 size += len(part)
         if (size, digest.hexdigest()) != (file.size, file.sha256):
-            raise BadInput(
+            raise Damaged(
                 f"{self.url}/{name} is damaged: its bytes are not those that were published; switchback verify names all that is wrong"
             )
 
@@ -239,7 +247,7 @@ class ObjectStore(Store):
         try:
             yield from obstore.get(self._store, inside(name)).stream(min_chunk_size=PART)
         except FileNotFoundError:
-            raise BadInput(f"{self.url}/{name} is gone; switchback verify names all that is wrong") from None
+            raise Damaged(f"{self.url}/{name} is gone; switchback verify names all that is wrong") from None
 
     @contextmanager
     def _answers(self) -> Iterator[None]:
@@ -250,14 +258,17 @@ class ObjectStore(Store):
             raise BadInput(f"registry: {self.url}: {_cause(str(error), self._place)}") from None
 
 
-def several(work: Callable[[T, Event], R], items: Iterable[T], at_once: int = AT_ONCE) -> list[R]:
-    """Work on items, some at a time; the results in their order. Whatever ends this early, an error or a signal, sets the event that stops those under way."""
-    stop = Event()
+def several(
+    work: Callable[[T, Stopped], R], items: Iterable[T], stopped: Stopped = never, at_once: int = AT_ONCE
+) -> list[R]:
+    """Work on items, some at a time; the results in their order. Whatever ends this early, an error or a signal, stops those under way."""
+    failed = Event()
     with ThreadPoolExecutor(at_once) as pool:
         try:
-            return [done.result() for done in [pool.submit(work, item, stop) for item in items]]
+            under_way = [pool.submit(work, item, lambda: failed.is_set() or stopped()) for item in items]
+            return [done.result() for done in under_way]
         except BaseException:
-            stop.set()
+            failed.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
@@ -277,15 +288,6 @@ def plain_http() -> bool:
             f"registry: the endpoint {where.hostname} is plain http; use https, or set AWS_ALLOW_HTTP=true if the network is yours"
         )
     return where.scheme == "http"
-
-
-def _parts(path: Path, stop: Event) -> Iterator[bytes]:
-    """A file's bytes, until somebody wants it to stop."""
-    with path.open("rb") as file:
-        while part := file.read(PART):
-            if stop.is_set():
-                raise InterruptedError(path)
-            yield part
 
 
 def _cause(said: str, place: Bucket) -> str:

@@ -14,20 +14,33 @@ import shutil
 import tempfile
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from typing_extensions import override
 
-from pipeline.identity import digest_file
 from pipeline.registry.artifact import File
-from stages.disk import sync, sync_tree, write_through
+from stages.disk import digest_file, sync, sync_tree, write_through
 from stages.job import BadInput
 
 JSON_LIMIT = 64 * 2**20
 """Bytes that a JSON file may have; a longer one is refused before it is parsed."""
+
+PART = 8 * 2**20
+"""Bytes of a big file that are moved at a time."""
+Stopped = Callable[[], bool]
+"""Whether somebody wants a long copy to end early."""
+
+
+def never() -> bool:
+    """Nobody ends it early."""
+    return False
+
+
+class Damaged(BadInput):
+    """A file is not what was put; the line names it."""
 
 
 class Store(ABC):
@@ -63,9 +76,18 @@ class Store(ABC):
         """Move a finished directory in, under a name that must not exist. Whoever sees its `manifest` sees all of it; `directory` is gone afterwards."""
 
     @abstractmethod
+    def copy_in(self, directory: Path, name: str, manifest: str, stopped: Stopped) -> None:
+        """The same, but `directory` stays. Raises InterruptedError soon after it is stopped."""
+
+    @abstractmethod
+    def copy_out(self, name: str, files: Sequence[File], manifest: str, into: Path) -> None:
+        """Copy these files and the manifest of a directory into an empty local one, every one verified. Raises Damaged for a file that is not what it
+        should be, and for one that is gone."""
+
+    @abstractmethod
     def fetch(self, name: str, files: Sequence[File], manifest: str) -> Path:
         """A local directory with these files and the manifest of a directory of the store. What is fetched from elsewhere is verified; what is local
-        already is not. Raises BadInput, with its name, for a file that is not what it should be."""
+        already is not. Raises Damaged as `copy_out` does."""
 
     @abstractmethod
     def files(self, name: str) -> dict[str, int]:
@@ -212,22 +234,39 @@ class LocalStore(Store):
 
     @override
     def take_in(self, directory: Path, name: str, manifest: str) -> None:
-        path = self.path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            raise FileExistsError(path)
+        path = self._free_path(name)
         sync_tree(directory)
         try:
             directory.rename(path)
+            sync(path.parent)
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-            with held(path.with_name(f".{path.name}")) as partial:
-                shutil.copytree(directory, partial, dirs_exist_ok=True)
+            self.copy_in(directory, name, manifest, never)
+            shutil.rmtree(directory)
+
+    @override
+    def copy_in(self, directory: Path, name: str, manifest: str, stopped: Stopped) -> None:
+        path = self._free_path(name)
+        with held(path.with_name(f".{path.name}")) as partial:
+            try:
+                copy_tree(directory, partial, stopped)
                 sync_tree(partial)
                 partial.rename(path)
-            shutil.rmtree(directory)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
         sync(path.parent)
+
+    @override
+    def copy_out(self, name: str, files: Sequence[File], manifest: str, into: Path) -> None:
+        for file in files:
+            copy = into / file.path
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                shutil.copyfile(self.path(f"{name}/{file.path}"), copy)
+            if not copy.is_file() or (copy.stat().st_size, digest_file(copy)) != (file.size, file.sha256):
+                raise Damaged(f"{self.url}/{name}/{file.path} is gone or damaged: it is not what was put there")
+        shutil.copyfile(self.path(f"{name}/{manifest}"), into / manifest)
 
     @override
     def fetch(self, name: str, files: Sequence[File], manifest: str) -> Path:
@@ -259,6 +298,34 @@ class LocalStore(Store):
             if not (path / manifest).exists() or path.name[0] == "."
             if _free(path)
         ]
+
+    def _free_path(self, name: str) -> Path:
+        """Where a new directory is to lie. Raises FileExistsError when something is there."""
+        path = self.path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            raise FileExistsError(path)
+        return path
+
+
+def copy_tree(directory: Path, into: Path, stopped: Stopped) -> None:
+    """Copy all files below a directory. Raises InterruptedError soon after it is stopped."""
+    for path in sorted(directory.rglob("*")):
+        copy = into / path.relative_to(directory)
+        if path.is_dir():
+            copy.mkdir()
+        else:
+            with copy.open("wb") as out:
+                out.writelines(parts(path, stopped))
+
+
+def parts(path: Path, stopped: Stopped) -> Iterator[bytes]:
+    """A file's bytes, PART at a time. Raises InterruptedError soon after it is stopped."""
+    with path.open("rb") as file:
+        while part := file.read(PART):
+            if stopped():
+                raise InterruptedError(path)
+            yield part
 
 
 @contextmanager
