@@ -54,14 +54,15 @@ class Mirror:
     """Copies a stage's newest checkpoint out, one at a time, in a thread of its own; from the start of the stage to `close`."""
 
     def __init__(self, store: Store, key12: str, work: Path, warn: Warn) -> None:
-        """`warn` hears the first thing that went wrong, from the thread; nothing that goes wrong here ends a run."""
+        """`warn` hears the first thing that went wrong; nothing that goes wrong with a copy ends a run."""
         self._store, self._key12, self._work, self._warn = store, key12, work, warn
-        self._stop, self._warned = Event(), False
+        self._stop, self._wrong, self._warned = Event(), "", False
         self._seen: tuple[Path, int] | None = None
         self._thread: Thread | None = None
 
     def look(self) -> None:
         """Begin to copy the newest whole checkpoint, when it has not been and nothing else is being copied. Costs a look into one directory."""
+        self._say()
         if self._thread and self._thread.is_alive():
             return
         newest = whole(self._work)[-1:]
@@ -81,6 +82,7 @@ class Mirror:
         finally:
             self._stop.set()
             self._wait(time.monotonic() + LAST_REQUEST)
+        self._say()
 
     def _wait(self, until: float) -> None:
         if self._thread:
@@ -94,9 +96,15 @@ class Mirror:
         except FileNotFoundError:
             return  # the stage has removed it, since it has a newer one
         except (BadInput, OSError) as error:
-            if not (self._warned or self._stop.is_set()):
-                self._warned = True
-                self._warn(f"checkpoints are not mirrored: {error}; the stage goes on, and the next one is tried again")
+            self._wrong = "" if self._stop.is_set() else str(error)
+
+    def _say(self) -> None:
+        """Once, and from the thread that looks."""
+        if self._wrong and not self._warned:
+            self._warned = True
+            self._warn(
+                f"checkpoints are not mirrored: {self._wrong}; the stage goes on, and the next one is tried again"
+            )
 
 
 def open_mirror(place: str | None) -> Store | None:
@@ -194,16 +202,20 @@ def _prune(store: Store, key12: str) -> None:
 def _bring(store: Store, copy: Copy, record: Record, work: Path) -> Path:
     """Fetch a copy and rename it into place. A torn checkpoint of the same step gives way: this is it, whole."""
     partial, checkpoint = work / f"{RETURNING}{uuid.uuid4().hex}", directory(work, record.step)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         files = [File(path=file.path, size=file.size, sha256=file.sha256) for file in record.files]
         store.copy_out(copy.name, files, COMPLETE, partial)
         sync_tree(partial)
         shutil.rmtree(checkpoint, ignore_errors=True)
         partial.rename(checkpoint)
+        sync(work)
+    except OSError as error:
+        raise BadInput(
+            f"work: {work} cannot be written: {error.strerror}; make room, or move SWITCHBACK_WORK"
+        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    sync(work)
     return checkpoint
 
 

@@ -74,7 +74,13 @@ def run_step(
     Raises StageFailed when the stage did not end well, BadInput when it refused what it was given.
     """
     step = planned.step
+
+    def said(text: str) -> None:
+        observer.said(step, text)
+        runs.record(registry, run, "said", step=step.name, text=text)
+
     if artifact := _held(registry, step, run):
+        forget(mirror, step.key[:12], said)
         observer.reused(step, artifact)
         return artifact, True
     sources = sources_of(step, made, registry)
@@ -82,14 +88,11 @@ def run_step(
     with alone(Path(job.work), lambda pid: observer.waiting(step, pid)):
         if artifact := _held(registry, step, run) or registry.recover(step.key, step.name, run):
             checkpoints.clear(Path(job.work))
+            forget(mirror, step.key[:12], said)
             observer.reused(step, artifact)  # another run has made it since
             return artifact, True
         refuse_damaged(step, sources, registry)
         observer.started(step, planned.why)
-
-        def said(text: str) -> None:
-            observer.said(step, text)
-            runs.record(registry, run, "said", step=step.name, text=text)
 
         with mirrored(mirror, step.key[:12], Path(job.work), job.execution.grace, said) as look:
             result = launcher.launch(job, step.deadline, lambda line: observer.logged(step, line), said, look)

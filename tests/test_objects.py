@@ -21,7 +21,7 @@ from obstore.store import S3Store
 
 from pipeline.registry import Artifact, File, Registry
 from pipeline.registry.places import open_store
-from pipeline.registry.store import JSON_LIMIT, LocalStore
+from pipeline.registry.store import JSON_LIMIT, Damaged, LocalStore
 from stages.job import BadInput
 from tests.conftest import TINY, environment, run_cli
 from tests.object_server import ObjectServer, serving
@@ -177,12 +177,37 @@ def test_refused_credentials_are_one_line_that_does_not_repeat_them(server):
     assert not any(secret in done.stderr for secret in SECRETS)
 
 
+@pytest.mark.parametrize(("place", "variable"), [("s3://bucket", "AWS_ACCESS_KEY_ID"), ("az://container", "AZURE_STORAGE_ACCOUNT_NAME")])  # fmt: skip
+def test_credentials_that_are_not_there_are_asked_for_by_name(place, variable, server, monkeypatch):
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(BadInput, match=f"no credentials were found; set {variable}"):
+        open_store(place)
+
+
 @pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
 def test_plain_http_is_for_this_machine_unless_the_user_says_otherwise(variable, server, monkeypatch):
     monkeypatch.setenv(variable, "http://me:pass-pass-word@storage.example:9000")
     with pytest.raises(BadInput, match=r"storage\.example is plain http; use https") as caught:
         open_store(URL)
     assert "pass-pass-word" not in str(caught.value)
+
+
+def test_a_server_that_is_no_object_store_is_said_to_be_none(server):
+    def door(environ, through, start_response):
+        start_response("404 Not Found", [("Content-Type", "text/html")])
+        return [b"<html>no such page</html>"]
+
+    with (
+        server.behind(door),
+        pytest.raises(BadInput, match="answered 404 where something else was expected; check the URL"),
+    ):
+        open_store(URL)
+
+
+def test_what_is_gone_from_a_store_has_no_digest(server, tmp_path):
+    for store in (open_store(URL), LocalStore(tmp_path)):
+        with pytest.raises(Damaged, match="artifacts/x/model.safetensors is gone"):
+            store.digest("artifacts/x/model.safetensors")
 
 
 def test_a_wrong_endpoint_is_known_within_twenty_seconds(server, monkeypatch):

@@ -165,9 +165,8 @@ class ObjectStore(Store):
     @override
     def digest(self, name: str) -> str:
         digest = hashlib.sha256()
-        with self._answers():
-            for part in obstore.get(self._store, inside(name)).stream(min_chunk_size=PART):
-                digest.update(part)
+        for part in self._stream(name):
+            digest.update(part)
         return digest.hexdigest()
 
     @override
@@ -192,13 +191,13 @@ class ObjectStore(Store):
     def _open(self, repeat: timedelta, patience: str) -> S3Store | GCSStore | AzureStore:
         opens, _ = OPENS[self._place.scheme]
         options: dict[str, Any] = {"connect_timeout": "5 seconds", "read_timeout": "60 seconds", "timeout": patience}
-        if self._place.scheme == "s3" and plain_http():
-            options["allow_http"] = True
-        retry = {"max_retries": 30, "retry_timeout": repeat}
+        more: dict[str, Any] = {"retry_config": {"max_retries": 30, "retry_timeout": repeat}}
+        if self._place.scheme == "s3":
+            more["conditional_put"] = "etag"  # whatever AWS_CONDITIONAL_PUT says
+            if plain_http():
+                options["allow_http"] = True
         with self._answers():
-            return opens(
-                self._place.bucket, prefix=self._place.prefix or None, client_options=options, retry_config=retry
-            )
+            return opens(self._place.bucket, prefix=self._place.prefix or None, client_options=options, **more)
 
     def _writer(self, name: str) -> str | None:
         """The mark of who put a name, "" for nobody of ours; None when it is not there after all."""
@@ -231,7 +230,7 @@ class ObjectStore(Store):
         """Download a file and see that it is the one that was published."""
         path, digest, size = into / file.path, hashlib.sha256(), 0
         path.parent.mkdir(parents=True, exist_ok=True)
-        with self._answers(), path.open("wb") as out:
+        with path.open("wb") as out:
             for part in self._stream(name):
                 if stopped():
                     return
@@ -244,10 +243,13 @@ class ObjectStore(Store):
             )
 
     def _stream(self, name: str) -> Iterator[Any]:
-        try:
-            yield from obstore.get(self._store, inside(name)).stream(min_chunk_size=PART)
-        except FileNotFoundError:
-            raise Damaged(f"{self.url}/{name} is gone; switchback verify names all that is wrong") from None
+        """The bytes under a name. Raises Damaged when there are none."""
+        with self._answers():
+            try:
+                found = obstore.get(self._store, inside(name))
+            except FileNotFoundError:
+                raise Damaged(f"{self.url}/{name} is gone; switchback verify names all that is wrong") from None
+            yield from found.stream(min_chunk_size=PART)
 
     @contextmanager
     def _answers(self) -> Iterator[None]:
@@ -255,7 +257,7 @@ class ObjectStore(Store):
         try:
             yield
         except (BaseError, FileNotFoundError) as error:
-            raise BadInput(f"registry: {self.url}: {_cause(str(error), self._place)}") from None
+            raise BadInput(f"registry: {self.url}: {_cause(error, self._place)}") from None
 
 
 def several(
@@ -290,20 +292,20 @@ def plain_http() -> bool:
     return where.scheme == "http"
 
 
-def _cause(said: str, place: Bucket) -> str:
+def _cause(error: Exception, place: Bucket) -> str:
     """What went wrong, from what obstore said of it."""
-    _, variables = OPENS[place.scheme]
+    said, (_, variables) = str(error), OPENS[place.scheme]
     code = re.search(r"<Code>(\w{1,60})</Code>", said) or re.search(r"status code: (\d{3})", said)
     answer = code[1] if code else "no answer"
-    if re.search(r"NoSuchBucket|ContainerNotFound|bucket does not exist", said):
-        return f"there is no bucket {place.bucket}; make it, or give another URL"
-    if re.search(r"169\.254\.169\.254|token request|Missing(AccessKeyId|SecretAccessKey|Account)", said):
-        return f"no credentials were found; set {variables}"
-    if re.search(r"status code: 40[13]|PermissionDenied|Unauthenticated", said):
-        return f"access was refused ({answer}); check {variables}"
-    if re.search(r"status code: \d{3}", said):
-        return f"the store answered {answer} where something else was expected; check the URL{_at(place)}"
-    return f"the store cannot be reached; check the network and the URL{_at(place)}"
+    causes = {
+        r"NoSuchBucket|ContainerNotFound|bucket does not exist": f"there is no bucket {place.bucket}; make it, or give another URL",
+        r"169\.254\.169\.254|token request|Missing(AccessKeyId|SecretAccessKey|Account)|[Cc]redential": f"no credentials were found; set {variables}",
+        r"status code: 40[13]|PermissionDenied|Unauthenticated": f"access was refused ({answer}); check {variables}",
+        r"status code: \d{3}": f"the store answered {answer} where something else was expected; check the URL{_at(place)}",
+        r"error sending request|HTTP error|[Tt]imed? ?out|Connect": f"the store cannot be reached; check the network and the URL{_at(place)}",
+    }
+    unknown = f"the store failed ({type(error).__name__}); check the URL, and {variables}"
+    return next((cause for pattern, cause in causes.items() if re.search(pattern, said)), unknown)
 
 
 def _at(place: Bucket) -> str:

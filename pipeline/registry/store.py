@@ -95,7 +95,7 @@ class Store(ABC):
 
     @abstractmethod
     def digest(self, name: str) -> str:
-        """SHA-256 of the bytes under a name, as the place itself has them. Raises FileNotFoundError when there are none."""
+        """SHA-256 of the bytes under a name, as the place itself has them. Raises Damaged when there are none."""
 
     @abstractmethod
     def remove_tree(self, name: str, manifest: str) -> None:
@@ -280,7 +280,10 @@ class LocalStore(Store):
 
     @override
     def digest(self, name: str) -> str:
-        return digest_file(self.path(name))
+        try:
+            return digest_file(self.path(name))
+        except (FileNotFoundError, IsADirectoryError):
+            raise Damaged(f"{self.url}/{name} is gone") from None
 
     @override
     def remove_tree(self, name: str, manifest: str) -> None:
