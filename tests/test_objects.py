@@ -206,7 +206,7 @@ def test_a_server_that_is_no_object_store_is_said_to_be_none(server):
 
 def test_what_is_gone_from_a_store_has_no_digest(server, tmp_path):
     for store in (open_store(URL), LocalStore(tmp_path)):
-        with pytest.raises(Damaged, match="artifacts/x/model.safetensors is gone"):
+        with pytest.raises(Damaged, match=r"artifacts/x/model\.safetensors is gone"):
             store.digest("artifacts/x/model.safetensors")
 
 
