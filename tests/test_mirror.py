@@ -243,7 +243,7 @@ def test_a_machine_that_is_lost_in_mid_training_loses_nothing_that_was_mirrored(
     started.reset()
     settings["stages"] = settings["stages"][:2]
     stage(settings, "warmup").update(rows="train[0:64]")
-    stage(settings, "rl1").update(steps=60, rows="train[64:184]", save_every=5)
+    stage(settings, "rl1").update(steps=40, rows="train[64:144]", save_every=4)
     settings["work"] = {"mirror": S3}
     recipe = write(settings)
     one, two = machine(started, tmp_path / "one"), machine(started, tmp_path / "two")

@@ -415,6 +415,39 @@ def test_processes_that_fetch_the_same_artifact_at_once_are_fine_and_what_a_kill
     assert [path.name for path in next(cache.iterdir()).joinpath("artifacts").iterdir()] == [artifact.id]
 
 
+def test_ctrl_c_ends_an_upload_at_once_and_leaves_no_parts_behind(server, tmp_path):
+    out, reached = finished(tmp_path / "out"), threading.Event()
+    (out / "big.safetensors").write_bytes(bytes(80_000_000))
+
+    def door(environ, through, start_response):
+        if "partNumber" in environ["QUERY_STRING"]:
+            reached.set()
+            time.sleep(0.5)
+        return through(start_response)
+
+    publisher = process(publish_once, out, cache=tmp_path / "cache")
+    with server.behind(door):
+        publisher.start()
+        reached.wait()
+        assert publisher.pid
+        os.kill(publisher.pid, signal.SIGINT)
+        begin = time.monotonic()
+        publisher.join()
+    assert time.monotonic() - begin < 5 and publisher.exitcode == 1
+    assert [one for one in server.seen if one.method == "DELETE" and "uploadId" in one.query]
+    assert Registry(URL).artifacts() == [] and (out / "big.safetensors").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(elsewhere, server, tmp_path):
+    artifact = Registry(URL).publish(finished(tmp_path / "out"), draft(), OWNER).artifact
+    there = elsewhere()
+    (tmp_path / "another-cache").mkdir()
+    store = next((tmp_path / "cache").iterdir()).name
+    (tmp_path / "another-cache" / store).write_text("a file, where a directory should be made")
+    with pytest.raises(BadInput, match=r"cannot be written.*set SWITCHBACK_CACHE"):
+        there.path(artifact)
+
+
 def publish_once(directory: Path) -> None:
     Registry(URL).publish(directory, draft(), "run")
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.registry.artifact import File
@@ -43,7 +43,7 @@ def copying(cache: LocalStore, name: str, manifest: str) -> Iterator[Path]:
     Raises BadInput when the disk does not take it.
     """
     path = cache.path(name)
-    try:
+    with _writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _clean(cache, path.relative_to(cache.root).parent, manifest)
         with held(_unnamed(path)) as partial:
@@ -53,21 +53,35 @@ def copying(cache: LocalStore, name: str, manifest: str) -> Iterator[Path]:
                 _settle(partial, path)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise BadInput(
-            f"cache: {error.filename or path} cannot be written: {error.strerror}; make room there, or set {CACHE} to another directory"
-        ) from None
+
+
+def adopt(cache: LocalStore, directory: Path, name: str, manifest: str) -> None:
+    """Make a directory that has been published the copy of its name; it is gone afterwards. Raises BadInput when the disk does not take it."""
+    path = cache.path(name)
+    with _writable(path):
+        try:
+            cache.take_in(directory, name, manifest)
+        except FileExistsError:  # another process has fetched it since
+            shutil.rmtree(directory)
 
 
 def discard(cache: LocalStore, name: str) -> None:
     """Take a copy away that is not whole."""
     path = cache.path(name)
     aside = _unnamed(path)
-    try:
+    with _writable(path), suppress(FileNotFoundError):
         path.rename(aside)
-    except FileNotFoundError:
-        return
     shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(
+            f"cache: {error.filename or path} cannot be written: {error.strerror}; make room there, or set {CACHE} to another directory"
+        ) from None
 
 
 def _settle(partial: Path, path: Path) -> None:

@@ -28,7 +28,7 @@ from obstore.store import AzureStore, GCSStore, S3Store
 from typing_extensions import override
 
 from pipeline.registry.artifact import File
-from pipeline.registry.cache import cache_of, copying, discard, is_whole
+from pipeline.registry.cache import adopt, cache_of, copying, discard, is_whole
 from pipeline.registry.places import Bucket
 from pipeline.registry.store import JSON_LIMIT, PART, Damaged, Stopped, Store, inside, never, parts
 from stages.job import BadInput
@@ -124,7 +124,7 @@ class ObjectStore(Store):
     @override
     def take_in(self, directory: Path, name: str, manifest: str) -> None:
         self.copy_in(directory, name, manifest, never)
-        self._cache.take_in(directory, name, manifest)
+        adopt(self._cache, directory, name, manifest)
 
     @override
     def copy_in(self, directory: Path, name: str, manifest: str, stopped: Stopped) -> None:
