@@ -165,8 +165,9 @@ def forget(store: Store | None, key12: str, warn: Warn) -> None:
     """Remove a stage's copies, once it has been published; where that fails they stay, which `warn` hears. None: no mirror."""
     try:
         if store is not None:
-            for copy in copies(store, key12):
-                store.remove_tree(copy.name, COMPLETE)
+            names = [copy.name for copy in copies(store, key12)]
+            for name in (*names, *store.abandoned(f"resume/{key12}", COMPLETE)):
+                store.remove_tree(name, COMPLETE)
     except (BadInput, OSError) as error:
         warn(f"its mirrored checkpoints could not be removed: {error}")
 

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.mirror import Mirror, bring_back, copies, forget, mirrored
+from pipeline.mirror import Mirror, bring_back, copies, copy_out, forget, mirrored
 from pipeline.registry.places import open_store
 from pipeline.registry.store import LocalStore, Store
 from stages.checkpoints import COMPLETE, Entry, Record
 from stages.disk import digest_file
 from tests.conftest import SWITCHBACK, environment, run_cli, stage
 from tests.object_server import ObjectServer, serving
-from tests.test_objects import machine
+from tests.test_objects import PROCESSES, machine
 
 KEY = "0123456789ab"
 S3 = "s3://bucket/mirror"
@@ -216,6 +216,29 @@ def test_a_published_stage_leaves_nothing_out_there(store, work):
     forget(store, KEY, pytest.fail)
     assert store.names(f"resume/{KEY}") == []
     forget(None, KEY, pytest.fail)
+
+
+def copy_and_die(mirror: Path, checkpoint: Path) -> None:
+    copy_out(LocalStore(mirror), KEY, checkpoint, lambda: os.kill(os.getpid(), signal.SIGKILL) is None)
+
+
+def test_a_copy_that_was_killed_is_made_again_and_leaves_nothing(work, tmp_path):
+    store = LocalStore(tmp_path / "mirror")
+    killed = PROCESSES.Process(target=copy_and_die, args=(store.root, save(work, 1)))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL and copies(store, KEY) == []
+    left = store.root / "resume" / KEY
+    assert len(list(left.iterdir())) == 1, "under a name that is not seen"
+    mirror = Mirror(store, KEY, work, pytest.fail)
+    mirror.look()
+    mirror.close(10)
+    assert steps(store) == [1] and len(list(left.iterdir())) == 1
+    killed = PROCESSES.Process(target=copy_and_die, args=(store.root, save(work, 2)))
+    killed.start()
+    killed.join()
+    forget(store, KEY, pytest.fail)
+    assert list(left.iterdir()) == []
 
 
 def test_without_a_mirror_nothing_is_copied(work):

@@ -316,7 +316,7 @@ def copy_tree(directory: Path, into: Path, stopped: Stopped) -> None:
     for path in sorted(directory.rglob("*")):
         copy = into / path.relative_to(directory)
         if path.is_dir():
-            copy.mkdir()
+            copy.mkdir(exist_ok=True)  # a killed copy has left it
         else:
             with copy.open("wb") as out:
                 out.writelines(parts(path, stopped))
