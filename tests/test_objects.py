@@ -192,16 +192,27 @@ def test_plain_http_is_for_this_machine_unless_the_user_says_otherwise(variable,
     assert "pass-pass-word" not in str(caught.value)
 
 
-def test_a_server_that_is_no_object_store_is_said_to_be_none(server):
+@pytest.mark.parametrize(
+    ("status", "answer", "said"),
+    [
+        ("404 Not Found", b"<html>no such page</html>", "answered 404 where something else was expected; check the URL"),
+        ("301 Moved", b"<Error><Code>PermanentRedirect</Code></Error>", "is in another region; set AWS_REGION"),
+        ("400 Bad Request", b"<Error><Code>AuthorizationHeaderMalformed</Code></Error>", "is in another region; set AWS_REGION"),
+    ],
+)  # fmt: skip
+def test_a_server_that_is_not_the_right_one_is_said_to_be_none(status, answer, said, server):
     def door(environ, through, start_response):
-        start_response("404 Not Found", [("Content-Type", "text/html")])
-        return [b"<html>no such page</html>"]
+        start_response(status, [("Content-Type", "application/xml")])
+        return [answer]
 
-    with (
-        server.behind(door),
-        pytest.raises(BadInput, match="answered 404 where something else was expected; check the URL"),
-    ):
+    with server.behind(door), pytest.raises(BadInput, match=said):
         open_store(URL)
+
+
+def test_a_file_of_credentials_that_is_not_there_is_said(server, monkeypatch, tmp_path):
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(tmp_path / "nothing.json"))
+    with pytest.raises(BadInput, match="credentials cannot be read; check GOOGLE_APPLICATION_CREDENTIALS"):
+        open_store("gs://bucket")
 
 
 def test_what_is_gone_from_a_store_has_no_digest(server, tmp_path):

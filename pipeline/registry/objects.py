@@ -299,7 +299,9 @@ def _cause(error: Exception, place: Bucket) -> str:
     answer = code[1] if code else "no answer"
     causes = {
         r"NoSuchBucket|ContainerNotFound|bucket does not exist": f"there is no bucket {place.bucket}; make it, or give another URL",
-        r"169\.254\.169\.254|token request|Missing(AccessKeyId|SecretAccessKey|Account)|[Cc]redential": f"no credentials were found; set {variables}",
+        r"169\.254\.169\.254|token request|Missing(AccessKeyId|SecretAccessKey|Account)": f"no credentials were found; set {variables}",
+        r"service account|credentials file": f"the credentials cannot be read; check {variables}",
+        r"PermanentRedirect|AuthorizationHeaderMalformed|incorrectly configured region": "the bucket is in another region; set AWS_REGION",
         r"status code: 40[13]|PermissionDenied|Unauthenticated": f"access was refused ({answer}); check {variables}",
         r"status code: \d{3}": f"the store answered {answer} where something else was expected; check the URL{_at(place)}",
         r"error sending request|HTTP error|[Tt]imed? ?out|Connect": f"the store cannot be reached; check the network and the URL{_at(place)}",
