@@ -138,12 +138,6 @@ def test_a_registry_under_a_file_is_one_line(tmp_path, settings, write):
     assert "is a file" in one_line(run_cli("run", write(settings), "--registry", tmp_path / "file" / "registry"))
 
 
-def test_a_registry_on_an_object_store_comes_later(settings, write):
-    assert "object stores come in a later version" in one_line(
-        run_cli("run", write(settings), "--registry", "s3://b/r")
-    )
-
-
 def test_an_id_cannot_leave_the_registry(tmp_path):
     assert "leaves the registry" in one_line(run_cli("show", "../../etc", "--registry", tmp_path))
     assert "there is no run" in one_line(run_cli("show", "nosuch", "--registry", tmp_path))

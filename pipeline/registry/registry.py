@@ -70,25 +70,12 @@ class Registry:
 
     def path(self, artifact: Artifact, output: str | None = None) -> Path:
         """A local directory with the artifact, or where in it one of its outputs lies; from an object store it is fetched first."""
-        directory = self.store.fetch(f"artifacts/{artifact.id}", artifact.files)
+        directory = self.store.fetch(f"artifacts/{artifact.id}", artifact.files, MANIFEST)
         return directory / artifact.outputs[output] if output else directory
 
     def get(self, id: str) -> Artifact | None:
         """An artifact by id; None when it is not there or not whole. Raises BadInput when its manifest is not one."""
-        content = self.store.read(f"artifacts/{inside(id)}/{MANIFEST}")
-        if content is None:
-            return None
-        try:
-            artifact = Artifact.model_validate_json(content)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            raise BadInput(
-                f"{id}/{MANIFEST} is no manifest: {where}: {first['msg']}; switchback did not write it"
-            ) from None
-        if artifact.id != id:
-            raise BadInput(f"{id}/{MANIFEST} is the manifest of {artifact.id!r}; switchback did not write it")
-        return artifact
+        return self._parsed(id, self.store.read(f"artifacts/{inside(id)}/{MANIFEST}"))
 
     def open(self, id: str) -> Artifact:
         """An artifact by id. Raises BadInput when it is not there."""
@@ -105,7 +92,8 @@ class Registry:
     def artifacts(self, stage: str | None = None) -> list[Artifact]:
         """All whole artifacts, or those of one stage, oldest first."""
         ids = [id for id in self.store.names("artifacts") if stage is None or id.rpartition("-")[0] == stage]
-        found = (self.get(id) for id in ids)
+        contents = self.store.read_each([f"artifacts/{id}/{MANIFEST}" for id in ids])
+        found = (self._parsed(id, content) for id, content in zip(ids, contents, strict=True))
         return sorted(
             (artifact for artifact in found if artifact), key=lambda artifact: (artifact.created, artifact.id)
         )
@@ -167,6 +155,21 @@ class Registry:
     def release(self, id: str, owner: str) -> None:
         """Let go of an artifact."""
         self.store.remove(f"pins/{id}/{owner}.json")
+
+    def _parsed(self, id: str, content: bytes | None) -> Artifact | None:
+        if content is None:
+            return None
+        try:
+            artifact = Artifact.model_validate_json(content)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise BadInput(
+                f"{id}/{MANIFEST} is no manifest: {where}: {first['msg']}; switchback did not write it"
+            ) from None
+        if artifact.id != id:
+            raise BadInput(f"{id}/{MANIFEST} is the manifest of {artifact.id!r}; switchback did not write it")
+        return artifact
 
     def _record(self, artifact: Artifact, owner: str) -> Artifact:
         """Enter an artifact, which its owner has pinned, as the maker of its key; returns the one that was first, held by the owner."""
