@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeline import ask
 from pipeline import recipe as recipes
 from pipeline.launch import Launcher
+from pipeline.mirror import open_mirror
 from pipeline.plan import ALL, Planned, Selection, said
 from pipeline.prefect_server import api_url, own_server
 from pipeline.recipe import Recipe
@@ -51,6 +52,7 @@ def _conduct(
 ) -> None:
     """Step after step; what the run has held is let go when all are done. A run that ends in another way holds on, to be resumed."""
     made: dict[str, Artifact] = {}
+    mirror = open_mirror(recipe.work.mirror)
     to_run = any(one.action == "run" for one in planned)
     with ExitStack() as stack:
         launcher = stack.enter_context(Launcher(recipe.launch.threads))
@@ -71,7 +73,7 @@ def _conduct(
             if one.action == "run" and ask.waits_for_data(one, planned):
                 now = [other.model_copy(update={"artifact": made.get(other.step.name)}) for other in planned]
                 look_at([one.step.name], now)
-            artifact, reused = run_step(one, made, registry, launcher, recipe.launch, observer, id)
+            artifact, reused = run_step(one, made, registry, launcher, recipe.launch, observer, id, mirror)
             made[one.step.name] = artifact
             seconds = 0.0 if reused else artifact.provenance.get("seconds", 0.0)
             runs.record(registry, id, "step", step=one.step.name, artifact=artifact.id, reused=reused, seconds=seconds)

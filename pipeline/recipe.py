@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
+from pipeline.registry.places import check
 from stages.config import Config, FormatSettings, FromList, Seconds, execution, identity, resolved
 from stages.evaluate import Evaluate, Validation
 from stages.grpo import GrpoConfig
@@ -92,6 +93,22 @@ class Track(Config):
     """Off: no W&B."""
 
 
+def _place(place: str) -> str:
+    check(place)
+    return place
+
+
+Place = Annotated[str, AfterValidator(_place)]
+"""A directory, or a URL of an object store."""
+
+
+class Work(Config):
+    """Work in progress, which lies in SWITCHBACK_WORK."""
+
+    mirror: Place | None = execution(None)
+    """Directory or URL that resume checkpoints are copied to while a stage runs, and brought back from where they are missing. Off: none."""
+
+
 Box = SftConfig | GrpoConfig | RejectionConfig
 StageSettings = Annotated[Box, Field(discriminator="kind")]
 
@@ -103,8 +120,8 @@ class Recipe(Config):
     """What runs of it are called."""
     seed: int = identity(0, ge=0, lt=2**31)
     """Names the stream of training rows, and seeds demonstrations, order and sampling. Evaluations do not depend on it."""
-    registry: str | None = execution(None)
-    """Directory of the registry. Off: SWITCHBACK_REGISTRY, else ./registry."""
+    registry: Place | None = execution(None)
+    """Directory or URL of the registry. Off: SWITCHBACK_REGISTRY, else ./registry."""
     model: Model = identity()
     """The policy that is called `base`."""
     problem: Problem = resolved()
@@ -119,6 +136,8 @@ class Recipe(Config):
     """The boxes, in order."""
     launch: Execution = execution(Execution())
     """Processes, threads, device."""
+    work: Work = execution(Work())
+    """What becomes of work in progress."""
     track: Track = execution(Track())
     """Trackers."""
     deadline: Seconds | None = execution(None, gt=0)

@@ -17,8 +17,10 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from pipeline.launch import Launcher, StageFailed
+from pipeline.mirror import forget, mirrored
 from pipeline.plan import Planned
 from pipeline.registry import Artifact, Published, Registry, Source, UnsafeFile, runs
+from pipeline.registry.store import Store
 from pipeline.registry.verify import condemn, verify
 from pipeline.steps import InputRef, Step
 from stages import checkpoints
@@ -65,13 +67,20 @@ def run_step(
     execution: Execution,
     observer: Observer,
     run: str,
+    mirror: Store | None = None,
 ) -> tuple[Artifact, bool]:
-    """(the step's artifact, whether it was reused). `made` holds the artifacts of the steps before it.
+    """(the step's artifact, whether it was reused). `made` holds the artifacts of the steps before it; `mirror` gets its resume checkpoints.
 
     Raises StageFailed when the stage did not end well, BadInput when it refused what it was given.
     """
     step = planned.step
+
+    def said(text: str) -> None:
+        observer.said(step, text)
+        runs.record(registry, run, "said", step=step.name, text=text)
+
     if artifact := _held(registry, step, run):
+        forget(mirror, step.key[:12], said)
         observer.reused(step, artifact)
         return artifact, True
     sources = sources_of(step, made, registry)
@@ -79,20 +88,19 @@ def run_step(
     with alone(Path(job.work), lambda pid: observer.waiting(step, pid)):
         if artifact := _held(registry, step, run) or registry.recover(step.key, step.name, run):
             checkpoints.clear(Path(job.work))
+            forget(mirror, step.key[:12], said)
             observer.reused(step, artifact)  # another run has made it since
             return artifact, True
         refuse_damaged(step, sources, registry)
         observer.started(step, planned.why)
 
-        def said(text: str) -> None:
-            observer.said(step, text)
-            runs.record(registry, run, "said", step=step.name, text=text)
-
-        result = launcher.launch(job, step.deadline, lambda line: observer.logged(step, line), said)
+        with mirrored(mirror, step.key[:12], Path(job.work), job.execution.grace, said) as look:
+            result = launcher.launch(job, step.deadline, lambda line: observer.logged(step, line), said, look)
         for finding in result.findings:
             observer.found(finding)
         artifact, lost = publish(step, job, result, sources, registry, run)
         checkpoints.clear(Path(job.work))
+        forget(mirror, step.key[:12], said)
     if lost is not None:  # a maker on another machine was first
         for finding in differences(artifact, lost):
             observer.found(finding)

@@ -124,10 +124,15 @@ def _damage(checkpoint: Path, record: Record) -> Iterator[str]:
             yield f"{file.path} is not what was saved"
 
 
+def whole(work: Path) -> list[Path]:
+    """Every checkpoint that was finished, by step."""
+    return [checkpoint for checkpoint in _all(work) if (checkpoint / COMPLETE).exists()]
+
+
 def keep(work: Path, last: int) -> None:
     """Remove all whole checkpoints but the newest ones."""
-    whole = [checkpoint for checkpoint in _all(work) if (checkpoint / COMPLETE).exists()]
-    for checkpoint in whole[: max(0, len(whole) - last)]:
+    found = whole(work)
+    for checkpoint in found[: max(0, len(found) - last)]:
         _remove(checkpoint)
 
 

@@ -16,6 +16,7 @@ ORDER = ["pipeline", "stages", "prompts"]
 ONLY_IN = {
     "prefect": {"pipeline/flow.py"},
     "wandb": set(),
+    "obstore": {"pipeline/registry/objects.py"},
     "trl": {"stages/trl", "stages/sft.py", "stages/grpo.py", "stages/training.py"},
 }
 """Library -> the only places that may import it."""

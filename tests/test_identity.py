@@ -34,7 +34,7 @@ OTHER: dict[str, Any] = {
     "format.prompt": "scheduler", "format.response_prefix": "", "format.per_row": None, "format.chat_template": "configs/tiny-base/chat_template.jinja",
     "evaluate.rows": 9, "evaluate.samples": 3, "evaluate.temperature": 0.5, "evaluate.max_completion_length": 9, "validation.rows": 5,
     "launch.processes": 2, "launch.threads": 2, "launch.device": "cpu", "launch.micro_batch": 4, "launch.accelerate": None,
-    "track.wandb": "online",
+    "track.wandb": "online", "work.mirror": "elsewhere",
     "stage.name": "renamed", "stage.policy": "base", "stage.replicate": 1, "stage.deadline": 5, "stage.gate": {"pass_rate": 0.1},
     "stage.kind": None, "stage.data": "demonstrations", "stage.rows": "train[100:200]",
     "stage.learning_rate": 0.5, "stage.lr_scheduler": "constant", "stage.warmup_steps": 3.0, "stage.weight_decay": 0.5, "stage.max_grad_norm": 0.5,
@@ -52,6 +52,7 @@ GROUPS = {
     "recipe": [()], "model": [("model",)], "lora": [("model", "lora")], "problem": [("problem",)], "format": [("format",), ("stages", 3, "format")],
     "packing": [("stages", 0, "packing")], "loss_weights": [("stages", 0, "loss_weights"), ("stages", 3, "loss_weights")],
     "evaluate": [("evaluate",)], "validation": [("validation",)], "launch": [("launch",)], "track": [("track",)],
+    "work": [("work",)],
     "stage": [("stages", i) for i in range(5)], "kl": [("stages", 1, "kl"), ("stages", 4, "kl")], "keep": [("stages", 2, "keep")],
 }  # fmt: skip
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import gc
 import logging
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,7 +74,7 @@ class Registry:
 
     def path(self, artifact: Artifact, output: str | None = None) -> Path:
         """A local directory with the artifact, or where in it one of its outputs lies; from an object store it is fetched first."""
-        directory = self.store.fetch(f"artifacts/{artifact.id}", artifact.files)
+        directory = self.store.fetch(f"artifacts/{artifact.id}", artifact.files, MANIFEST)
         return directory / artifact.outputs[output] if output else directory
 
     def get(self, id: str) -> Artifact | None:
@@ -104,19 +104,27 @@ class Registry:
         artifact must not keep others from being used."""
         names = [name for name in self.store.names("artifacts") if stage is None or name.rpartition("-")[0] == stage]
         with unswept():
-            found = [self._readable(name) for name in names]
+            found = self._all(names)
         return sorted(
             (artifact for artifact in found if artifact), key=lambda artifact: (artifact.created, artifact.id)
         )
 
+    def _all(self, names: Sequence[str]) -> list[Artifact | None]:
+        """Many at once, as the store likes best; one by one where one of them cannot be read."""
+        try:
+            contents = self.store.read_each([f"artifacts/{name}/{MANIFEST}" for name in names])
+        except BadInput:
+            return [self._readable(name, self.read) for name in names]
+        there = dict(zip(names, contents, strict=True))
+        return [self._readable(name, lambda name: _parsed(name, there[name])) for name in names]
+
     def read(self, name: str) -> Artifact | None:
         """What lies in a directory of the store's `artifacts`, whatever it is called; None without a manifest. Raises BadInput when that is not one."""
-        content = self.store.read(f"artifacts/{name}/{MANIFEST}")
-        return None if content is None else parse(name, content)
+        return _parsed(name, self.store.read(f"artifacts/{name}/{MANIFEST}"))
 
-    def _readable(self, name: str) -> Artifact | None:
+    def _readable(self, name: str, read: Callable[[str], Artifact | None]) -> Artifact | None:
         try:
-            return self.read(name)
+            return read(name)
         except BadInput as error:
             if name not in self._named:
                 self._named.add(name)
@@ -206,6 +214,10 @@ class Registry:
     def _is_current(self, artifact: Artifact) -> bool:
         found = self.find(artifact.key)
         return found is not None and found.id == artifact.id
+
+
+def _parsed(name: str, content: bytes | None) -> Artifact | None:
+    return None if content is None else parse(name, content)
 
 
 def maker(entry: Any, key: str, number: int) -> str | None:

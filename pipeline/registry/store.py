@@ -16,8 +16,8 @@ import stat
 import tempfile
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,20 @@ from stages.job import BadInput
 
 JSON_LIMIT = 64 * 2**20
 """Bytes that a JSON file may have; a longer one is refused before it is parsed."""
+
+PART = 8 * 2**20
+"""Bytes of a big file that are moved at a time."""
+Stopped = Callable[[], bool]
+"""Whether somebody wants a long copy to end early."""
+
+
+def never() -> bool:
+    """Nobody ends it early."""
+    return False
+
+
+class Damaged(BadInput):
+    """A file is not what was put; the line names it."""
 
 
 class Store(ABC):
@@ -64,8 +78,18 @@ class Store(ABC):
         """Move a finished directory in, under a name that must not exist. Whoever sees its `manifest` sees all of it; `directory` is gone afterwards."""
 
     @abstractmethod
-    def fetch(self, name: str, files: Sequence[File]) -> Path:
-        """A local directory with these files of a directory of the store. What is fetched from elsewhere is verified; what is local already is not."""
+    def copy_in(self, directory: Path, name: str, manifest: str, stopped: Stopped) -> None:
+        """The same, but `directory` stays. Raises InterruptedError soon after it is stopped."""
+
+    @abstractmethod
+    def copy_out(self, name: str, files: Sequence[File], manifest: str, into: Path) -> None:
+        """Copy these files and the manifest of a directory into an empty local one, every one verified. Raises Damaged for a file that is not what it
+        should be, and for one that is gone."""
+
+    @abstractmethod
+    def fetch(self, name: str, files: Sequence[File], manifest: str) -> Path:
+        """A local directory with these files and the manifest of a directory of the store. What is fetched from elsewhere is verified; what is local
+        already is not. Raises Damaged as `copy_out` does."""
 
     @abstractmethod
     def files(self, name: str) -> dict[str, int]:
@@ -74,7 +98,7 @@ class Store(ABC):
 
     @abstractmethod
     def digest(self, name: str) -> str:
-        """SHA-256 of the bytes under a name, as the place itself has them. Raises FileNotFoundError when there are none."""
+        """SHA-256 of the bytes under a name, as the place itself has them. Raises Damaged when there are none."""
 
     @abstractmethod
     def start(self, name: str, length: int) -> bytes:
@@ -92,9 +116,16 @@ class Store(ABC):
         """`put` of JSON."""
         return self.put(name, json.dumps(content, indent=1).encode())
 
+    def read_each(self, names: Sequence[str]) -> list[bytes | None]:
+        """`read` of many names; a store that is far away reads several at a time."""
+        return [self.read(name) for name in names]
+
     def get(self, name: str) -> Any:
         """The JSON under a name; None when there is none. Raises BadInput when it is no JSON."""
-        if (content := self.read(name)) is None:
+        return self._parsed(name, self.read(name))
+
+    def _parsed(self, name: str, content: bytes | None) -> Any:
+        if content is None:
             return None
         try:
             return json.loads(content)
@@ -114,7 +145,8 @@ class Store(ABC):
 
     def entries(self, log: str) -> list[Any]:
         """A log's entries, oldest first. Raises BadInput for a log with anything else in it."""
-        return [self.get(f"{log}/{number:06d}.json") for number in self._numbers(log)]
+        names = [f"{log}/{number:06d}.json" for number in self._numbers(log)]
+        return [self._parsed(name, content) for name, content in zip(names, self.read_each(names), strict=True)]
 
     def last(self, log: str) -> int:
         """The number of a log's newest entry; 0 when it has none. Raises BadInput for a log with anything else in it, or with a number left out."""
@@ -225,25 +257,42 @@ class LocalStore(Store):
 
     @override
     def take_in(self, directory: Path, name: str, manifest: str) -> None:
-        path = self.path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            raise FileExistsError(path)
+        path = self._free_path(name)
         sync_tree(directory)
         try:
             directory.rename(path)
+            sync(path.parent)
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-            with _held(path.with_name(f".{path.name}")) as partial:
-                shutil.copytree(directory, partial, dirs_exist_ok=True)
+            self.copy_in(directory, name, manifest, never)
+            shutil.rmtree(directory)
+
+    @override
+    def copy_in(self, directory: Path, name: str, manifest: str, stopped: Stopped) -> None:
+        path = self._free_path(name)
+        with held(path.with_name(f".{path.name}")) as partial:
+            try:
+                copy_tree(directory, partial, stopped)
                 sync_tree(partial)
                 partial.rename(path)
-            shutil.rmtree(directory)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
         sync(path.parent)
 
     @override
-    def fetch(self, name: str, files: Sequence[File]) -> Path:
+    def copy_out(self, name: str, files: Sequence[File], manifest: str, into: Path) -> None:
+        for file in files:
+            copy = into / file.path
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                shutil.copyfile(self.path(f"{name}/{file.path}"), copy)
+            if not copy.is_file() or (copy.stat().st_size, digest_file(copy)) != (file.size, file.sha256):
+                raise Damaged(f"{self.url}/{name}/{file.path} is gone or damaged: it is not what was put there")
+        shutil.copyfile(self.path(f"{name}/{manifest}"), into / manifest)
+
+    @override
+    def fetch(self, name: str, files: Sequence[File], manifest: str) -> Path:
         return self.path(name)
 
     @override
@@ -253,7 +302,10 @@ class LocalStore(Store):
 
     @override
     def digest(self, name: str) -> str:
-        return digest_file(self.path(name))
+        try:
+            return digest_file(self.path(name))
+        except (FileNotFoundError, IsADirectoryError):
+            raise Damaged(f"{self.url}/{name} is gone") from None
 
     @override
     def start(self, name: str, length: int) -> bytes:
@@ -277,6 +329,34 @@ class LocalStore(Store):
             if _free(path)
         ]
 
+    def _free_path(self, name: str) -> Path:
+        """Where a new directory is to lie. Raises FileExistsError when something is there."""
+        path = self.path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            raise FileExistsError(path)
+        return path
+
+
+def copy_tree(directory: Path, into: Path, stopped: Stopped) -> None:
+    """Copy all files below a directory. Raises InterruptedError soon after it is stopped."""
+    for path in sorted(directory.rglob("*")):
+        copy = into / path.relative_to(directory)
+        if path.is_dir():
+            copy.mkdir()
+        else:
+            with copy.open("wb") as out:
+                out.writelines(parts(path, stopped))
+
+
+def parts(path: Path, stopped: Stopped) -> Iterator[bytes]:
+    """A file's bytes, PART at a time. Raises InterruptedError soon after it is stopped."""
+    with path.open("rb") as file:
+        while part := file.read(PART):
+            if stopped():
+                raise InterruptedError(path)
+            yield part
+
 
 def walk(root: Path) -> Iterator[tuple[Path, int]]:
     """(path, bytes) of every file below a directory; -1 for what is no plain file: a link, to a directory too or the root itself, a pipe, a device.
@@ -293,7 +373,7 @@ def walk(root: Path) -> Iterator[tuple[Path, int]]:
 
 
 @contextmanager
-def _held(directory: Path) -> Iterator[Path]:
+def held(directory: Path) -> Iterator[Path]:
     """A new directory that is locked as long as this block lasts; the kernel frees it whatever ends its holder."""
     while True:
         directory.mkdir(exist_ok=True)

@@ -17,6 +17,7 @@ from pipeline.registry import headers
 from pipeline.registry.artifact import Artifact, File, Source, printable
 from pipeline.registry.files import TENSORS
 from pipeline.registry.registry import Registry, maker
+from pipeline.registry.store import Damaged
 from stages.config import Frozen
 from stages.job import MANIFEST, BadInput
 
@@ -152,6 +153,8 @@ def _wrong(registry: Registry, id: str, file: File, size: int | None) -> str | N
             return "its bytes are not those that were published"
         is_tensors = file.path.endswith(TENSORS)
         return headers.problem(lambda length: registry.store.start(name, length), size) if is_tensors else None
+    except Damaged:
+        return "is gone"  # since its size was read
     except OSError as error:
         return f"cannot be read ({error.strerror})"
 
