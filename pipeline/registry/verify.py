@@ -152,6 +152,8 @@ def _wrong(registry: Registry, id: str, file: File, size: int | None) -> str | N
             return "its bytes are not those that were published"
         is_tensors = file.path.endswith(TENSORS)
         return headers.problem(lambda length: registry.store.start(name, length), size) if is_tensors else None
+    except PermissionError:
+        raise BadInput(f"{registry.url}/{name} may not be read by this user; nothing was judged") from None
     except OSError as error:
         return f"cannot be read ({error.strerror})"
 
