@@ -29,7 +29,7 @@ BITS = {
 
 def problem(first: Callable[[int], bytes], size: int) -> str | None:
     """What is wrong with a file of `size` bytes; None when nothing is. `first` gives its first so many bytes."""
-    length = int.from_bytes(first(LENGTH), "little")
+    length = int.from_bytes(first(LENGTH), "little") if size >= LENGTH else LENGTH
     if length > min(size - LENGTH, LONGEST):
         return f"its safetensors header would have {length} bytes, in a file of {size}"
     try:

@@ -155,6 +155,8 @@ def _wrong(registry: Registry, id: str, file: File, size: int | None) -> str | N
         return headers.problem(lambda length: registry.store.start(name, length), size) if is_tensors else None
     except Damaged:
         return "is gone"  # since its size was read
+    except PermissionError:
+        raise BadInput(f"{registry.url}/{name} may not be read by this user; nothing was judged") from None
     except OSError as error:
         return f"cannot be read ({error.strerror})"
 
