@@ -140,22 +140,26 @@ def _opened(
 
 def _wrong(registry: Registry, id: str, file: File, size: int | None) -> str | None:
     """What is wrong with one file; `size` is what it has now."""
-    name = f"artifacts/{id}/{file.path}"
-    if size is None:
-        return "is gone"
-    if size < 0:
-        return "is a link, or no plain file"
     if size != file.size:
-        return f"has {size} bytes, {file.size} were published"
+        return "is gone" if size is None else _is_other(size, file)
     try:
-        if registry.store.digest(name) != file.sha256:
-            return "its bytes are not those that were published"
-        is_tensors = file.path.endswith(TENSORS)
-        return headers.problem(lambda length: registry.store.start(name, length), size) if is_tensors else None
+        return _inside(registry, f"artifacts/{id}/{file.path}", file)
     except PermissionError:
-        raise BadInput(f"{registry.url}/{name} may not be read by this user; nothing was judged") from None
+        raise BadInput(f"{registry.url}: {id}/{file.path} may not be read by this user; nothing was judged") from None
     except OSError as error:
         return f"cannot be read ({error.strerror})"
+
+
+def _is_other(size: int, file: File) -> str:
+    return "is a link, or no plain file" if size < 0 else f"has {size} bytes, {file.size} were published"
+
+
+def _inside(registry: Registry, name: str, file: File) -> str | None:
+    """What is wrong with the bytes of one file."""
+    if registry.store.digest(name) != file.sha256:
+        return "its bytes are not those that were published"
+    is_tensors = file.path.endswith(TENSORS)
+    return headers.problem(lambda length: registry.store.start(name, length), file.size) if is_tensors else None
 
 
 def _strays(artifact: Artifact, there: Mapping[str, int]) -> Iterator[str]:
