@@ -244,6 +244,15 @@ def test_a_manifest_that_is_no_plain_file_is_not_opened(put, registry, artifact)
     one_line(error, artifact.id)
 
 
+def test_a_manifest_that_is_a_link_to_a_good_one_is_refused_too(registry, artifact, tmp_path):
+    path = registry.path(artifact) / "artifact.json"
+    path.rename(tmp_path / "elsewhere.json")
+    path.symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(BadInput) as error:
+        registry.open(artifact.id)
+    one_line(error, artifact.id, "no link")
+
+
 @pytest.mark.parametrize("put", ODD)
 @pytest.mark.parametrize("name", ["extra.json", "model.safetensors", "data"])
 def test_what_is_no_plain_file_is_named_by_verify_and_not_opened(name, put, registry, artifact):
