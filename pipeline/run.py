@@ -21,7 +21,7 @@ from pipeline.mirror import forget, mirrored
 from pipeline.plan import Planned
 from pipeline.registry import Artifact, Published, Registry, Source, UnsafeFile, runs
 from pipeline.registry.store import Store
-from pipeline.registry.verify import verify
+from pipeline.registry.verify import condemn, verify
 from pipeline.steps import InputRef, Step
 from stages import checkpoints
 from stages.job import Execution, Finding, Job, Result
@@ -139,7 +139,7 @@ def refuse_damaged(step: Step, sources: Mapping[str, Source], registry: Registry
     for source in sources.values():
         artifact = registry.open(source.id) if source.id else None
         if artifact and (wrong := verify(registry, artifact)):
-            registry.void(artifact, "failed verification")
+            condemn(registry, artifact.id)
             raise StageFailed(
                 f"{step.name}: its input is damaged: {wrong[0]}; {artifact.id} is void now, so run the same command again to make it again"
             )

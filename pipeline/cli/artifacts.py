@@ -1,65 +1,45 @@
-"""ls, lineage, verify: what is in the registry, where it comes from, and whether it is still whole."""
+"""ls, verify: what is in the registry, and whether it is still whole."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.tree import Tree
 
 from pipeline.cli.common import JsonOption, RegistryOption, open_registry, print_json
-from pipeline.cli.tables import artifacts_table, console, show
+from pipeline.cli.tables import print_artifacts
 from pipeline.registry import Artifact, Registry
-from pipeline.registry.lineage import Ancestor
-from pipeline.registry.lineage import lineage as lineage_of
-from pipeline.registry.verify import verify as problems_of
+from pipeline.registry.verify import Verified, verify_ids
 
-Id = Annotated[str, typer.Argument(help="An artifact.", show_default=False)]
 Ids = Annotated[list[str] | None, typer.Argument(help="Artifacts. Default: all.", show_default=False)]
 
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
     app.command()(ls)
-    app.command()(lineage)
     app.command()(verify)
 
 
 def ls(registry: RegistryOption = None, json: JsonOption = False) -> None:
-    """List artifacts, oldest first."""
+    """List artifacts, oldest first; one whose manifest cannot be used is named on stderr."""
     place = open_registry(registry)
     found = place.artifacts()
     if json:
         print_json([_listed(place, artifact) for artifact in found])
     else:
-        show(artifacts_table(place, found))
-
-
-def lineage(id: Id, registry: RegistryOption = None, json: JsonOption = False) -> None:
-    """Show what an artifact was made from, down to the base model."""
-    place = open_registry(registry)
-    found = lineage_of(place, place.open(id))
-    if json:
-        print_json(found.model_dump(mode="json"))
-    else:
-        console().print(_tree(found))
+        print_artifacts(place, found)
 
 
 def verify(ids: Ids = None, registry: RegistryOption = None, json: JsonOption = False) -> None:
-    """Hash every file of artifacts again; exit 1 when anything is not what was published, and let such steps be made again."""
-    place = open_registry(registry)
-    artifacts = [place.open(id) for id in ids] if ids else place.artifacts()
-    wrong = {artifact.id: problems_of(place, artifact) for artifact in artifacts}
-    for artifact in artifacts:
-        if wrong[artifact.id]:
-            place.void(artifact, "failed verification")
-    lines = [line for found in wrong.values() for line in found]
+    """Hash every file of artifacts again; exit 1 when anything is not what was published, say what that reaches, and let such steps be made again."""
+    found = verify_ids(open_registry(registry), ids)
+    damaged = [one for one in found if one.problems]
     if json:
-        print_json([{"id": id, "ok": not found, "problems": found} for id, found in wrong.items()])
+        print_json([_verified(one) for one in found])
     else:
-        print("\n".join(lines or [f"{len(artifacts)} artifacts are whole"]))
-    if lines:
+        lines = [line for one in damaged for line in (*one.problems, _reach(one))]
+        print("\n".join(lines or [f"{len(found)} artifacts are whole"]))
+    if damaged:
         raise typer.Exit(1)
 
 
@@ -69,9 +49,16 @@ def _listed(registry: Registry, artifact: Artifact) -> dict[str, Any]:
     return {**what, "path": path, "created": artifact.created, "size": artifact.size}
 
 
-def _tree(ancestor: Ancestor, into: Tree | None = None) -> Tree:
-    label = f"{f'{ancestor.role}: ' if ancestor.role else ''}{ancestor.id or ancestor.name} ({ancestor.kind}, key {ancestor.key[:12]})"
-    node = into.add(escape(label)) if into else Tree(escape(label))
-    for inner in ancestor.inputs:
-        _tree(inner, node)
-    return node
+def _verified(one: Verified) -> dict[str, Any]:
+    return {
+        "id": one.id,
+        "ok": not one.problems,
+        "problems": one.problems,
+        "reaches": one.reaches.model_dump(mode="json"),
+    }
+
+
+def _reach(one: Verified) -> str:
+    made = ", ".join(one.reaches.artifacts) or "no other artifact"
+    aliases = f"; aliases: {', '.join(one.reaches.aliases)}" if one.reaches.aliases else ""
+    return f"{one.id} reaches {made}{aliases}"

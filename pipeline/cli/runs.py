@@ -34,10 +34,10 @@ def runs(registry: RegistryOption = None, json: JsonOption = False) -> None:
 def show(id: Id = None, registry: RegistryOption = None, json: JsonOption = False) -> None:
     """Show a run stage by stage, or an artifact."""
     place = open_registry(registry)
-    if id and (artifact := place.get(id)):
+    if id is not None and (artifact := place.get(id)):
         _show_artifact(place, artifact, json)
     else:
-        _show_run(place, id or _newest(place), json)
+        _show_run(place, _newest(place) if id is None else id, json)
 
 
 def _show_run(registry: Registry, run: str, json: bool) -> None:

@@ -59,13 +59,18 @@ def plan_table(planned: Sequence[Planned]) -> Table:
     return made
 
 
-def artifacts_table(registry: Registry, artifacts: Sequence[Artifact]) -> Table:
-    """Artifacts, a line each."""
-    made = table("id", "kind", "created", "size", "path", right=("size",))
-    for one in artifacts:
-        path = registry.location(one)
-        made.add_row(one.id, one.kind, _moment(one.created), decimal(one.size), escape(path))
-    return made
+def print_artifacts(registry: Registry, artifacts: Sequence[Artifact]) -> None:
+    """Artifacts, a line each. There may be thousands, for which rich needs seconds."""
+    rows = [(one.id, one.kind, _moment(one.created), decimal(one.size), registry.location(one)) for one in artifacts]
+    header = ("id", "kind", "created", "size", "path")
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    rule = tuple("─" * width for width in widths)
+    print("\n".join(_aligned(row, widths) for row in (header, rule, *rows)))
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
+    id, kind, created, size, path = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+    return f"{id}  {kind}  {created}  {size.strip():>{widths[3]}}  {path}".rstrip()
 
 
 def artifact_table(registry: Registry, artifact: Artifact) -> Table:

@@ -1,15 +1,16 @@
-"""What files an artifact may hold."""
+"""What files an artifact may hold: plain ones, of safe kinds, under names that mean the same everywhere, with tensors only where their header says so."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.identity import digest_file
-from pipeline.registry.artifact import File
+from pipeline.registry import headers
+from pipeline.registry.artifact import File, check_path, printable, refuse_clashes
+from pipeline.registry.store import walk
+from stages.disk import digest_file
 from stages.job import MANIFEST
 
-SAFE_SUFFIXES = (".safetensors", ".json", ".jsonl", ".parquet", ".txt", ".md", ".jinja", ".model")
-"""Kinds of file an artifact may hold. No pickle, ever."""
+TENSORS = ".safetensors"
 
 
 class UnsafeFile(ValueError):
@@ -17,15 +18,30 @@ class UnsafeFile(ValueError):
 
 
 def list_files(directory: Path) -> tuple[File, ...]:
-    """Every file below a directory with size and digest. Raises UnsafeFile on a link, or on a kind of file that is not allowed."""
-    files: list[File] = []
-    for path in sorted(directory.rglob("*")):
-        relative = path.relative_to(directory).as_posix()
-        if path.is_symlink() or (path.is_file() and path.suffix not in SAFE_SUFFIXES):
-            raise UnsafeFile(
-                f"{relative} must not be published; artifacts hold {', '.join(SAFE_SUFFIXES)} and no links"
-            )
-        if path.is_file() and relative != MANIFEST:
-            path.chmod(0o644)
-            files.append(File(path=relative, size=path.stat().st_size, sha256=digest_file(path)))
-    return tuple(files)
+    """Every file below a directory with size and digest. Raises UnsafeFile on a link, a pipe or a device, which is not opened; on a kind of file, a path or
+    two paths that are not allowed; and on tensors whose header does not describe them."""
+    found = {path.relative_to(directory).as_posix(): size for path, size in sorted(walk(directory))}
+    found.pop(MANIFEST, None)
+    for path, size in found.items():
+        if wrong := "is a link, or no plain file" if size < 0 else check_path(path) or _unsafe(directory / path, size):
+            raise UnsafeFile(f"{printable(path)} must not be published: {wrong}")
+    try:
+        refuse_clashes("\n".join(["", *found, ""]))
+    except ValueError as error:
+        raise UnsafeFile(str(error)) from None
+    return tuple(_file(directory, path, size) for path, size in found.items())
+
+
+def _unsafe(path: Path, size: int) -> str | None:
+    """What is wrong inside a file."""
+
+    def first(length: int) -> bytes:
+        with path.open("rb") as file:
+            return file.read(length)
+
+    return headers.problem(first, size) if path.suffix == TENSORS else None
+
+
+def _file(directory: Path, path: str, size: int) -> File:
+    (directory / path).chmod(0o644)
+    return File(path=path, size=size, sha256=digest_file(directory / path))

@@ -170,6 +170,14 @@ class ObjectStore(Store):
         return digest.hexdigest()
 
     @override
+    def start(self, name: str, length: int) -> bytes:
+        with self._answers():
+            try:
+                return bytes(obstore.get_range(self._store, inside(name), start=0, length=length))
+            except FileNotFoundError:
+                raise Damaged(f"{self.url}/{name} is gone; switchback verify names all that is wrong") from None
+
+    @override
     def remove_tree(self, name: str, manifest: str) -> None:
         self.remove(f"{name}/{manifest}")
         self._delete([one["path"] for one in self._below(name)])

@@ -2,7 +2,7 @@
 
     format.json
     artifacts/<stage>-<uuid8>/   files, artifact.json
-    keys/<key>/<n>.json          who made this key: {artifact} or {void, reason}; append-only, the highest counts
+    keys/<key>/<n>.json          who made this key: {artifact, manifest: its digest} or {void, reason}; append-only, the highest counts
     refs/<alias>/<n>.json        where an alias points (`aliases`)
     pins/<id>/<owner>.json       who must not lose an artifact
     tombstones/<id>.json         what was cleaned (`gc`), so that lineage still explains it
@@ -13,20 +13,23 @@ One writer ever; nothing is changed after. The registry is the only memory: what
 
 from __future__ import annotations
 
+import gc
+import logging
 import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from pydantic import ValidationError
-
-from pipeline.registry.artifact import Artifact, now
+from pipeline.registry.artifact import Artifact, is_id, now, parse, printable
 from pipeline.registry.files import list_files
 from pipeline.registry.places import open_store
-from pipeline.registry.store import inside
 from stages.disk import write_through
 from stages.job import MANIFEST, BadInput
 
 FORMAT = {"format": 1, "hash": "sha256"}
+LOG = logging.getLogger("switchback")
+"""What is left out of a list is said here; a line on stderr, unless somebody configures it."""
 
 
 class Published(NamedTuple):
@@ -50,6 +53,7 @@ class Registry:
                 f"registry: {self.url} has format {found}, this version of switchback reads {FORMAT}; use the version that wrote it"
             )
         self._is_new = found is None
+        self._named = set[str]()
 
     @property
     def url(self) -> str:
@@ -75,28 +79,57 @@ class Registry:
 
     def get(self, id: str) -> Artifact | None:
         """An artifact by id; None when it is not there or not whole. Raises BadInput when its manifest is not one."""
-        return self._parsed(id, self.store.read(f"artifacts/{inside(id)}/{MANIFEST}"))
+        return self.read(id) if is_id(id) else None
 
     def open(self, id: str) -> Artifact:
-        """An artifact by id. Raises BadInput when it is not there."""
+        """An artifact by id. Raises BadInput when it is not there, or when its manifest is not one."""
         if artifact := self.get(id):
             return artifact
-        raise BadInput(f"there is no artifact {id} in {self.url}; switchback ls shows what there is")
+        raise BadInput(f"there is no artifact {printable(id)} in {self.url}; switchback ls shows what there is")
 
     def find(self, key: str) -> Artifact | None:
-        """Who made this key; None when nobody did, or when what was made is gone or void."""
-        _, newest = self.store.newest(f"keys/{key}")
-        id = newest.get("artifact") if isinstance(newest, dict) else None
-        return self.get(id) if isinstance(id, str) else None
+        """Who made this key; None when nobody did, or when what was made is gone or void. Raises BadInput for a log or a manifest that is not one."""
+        number, newest = self.store.newest(f"keys/{key}")
+        if number == 0 or (id := maker(newest, key, number)) is None:
+            return None
+        found = self.get(id)
+        if found and found.key != key:
+            raise BadInput(
+                f"{id}/{MANIFEST} is of key {found.key[:12]}, but is recorded for {key[:12]}; run switchback verify {id}"
+            )
+        return found
 
     def artifacts(self, stage: str | None = None) -> list[Artifact]:
-        """All whole artifacts, or those of one stage, oldest first."""
-        ids = [id for id in self.store.names("artifacts") if stage is None or id.rpartition("-")[0] == stage]
-        contents = self.store.read_each([f"artifacts/{id}/{MANIFEST}" for id in ids])
-        found = (self._parsed(id, content) for id, content in zip(ids, contents, strict=True))
+        """All whole artifacts, or those of one stage, oldest first. One whose manifest is not one is left out, and said so in the log: somebody's bad
+        artifact must not keep others from being used."""
+        names = [name for name in self.store.names("artifacts") if stage is None or name.rpartition("-")[0] == stage]
+        with unswept():
+            found = self._all(names)
         return sorted(
             (artifact for artifact in found if artifact), key=lambda artifact: (artifact.created, artifact.id)
         )
+
+    def _all(self, names: Sequence[str]) -> list[Artifact | None]:
+        """Many at once, as the store likes best; one by one where one of them cannot be read."""
+        try:
+            contents = self.store.read_each([f"artifacts/{name}/{MANIFEST}" for name in names])
+        except BadInput:
+            return [self._readable(name, self.read) for name in names]
+        there = dict(zip(names, contents, strict=True))
+        return [self._readable(name, lambda name: _parsed(name, there[name])) for name in names]
+
+    def read(self, name: str) -> Artifact | None:
+        """What lies in a directory of the store's `artifacts`, whatever it is called; None without a manifest. Raises BadInput when that is not one."""
+        return _parsed(name, self.store.read(f"artifacts/{name}/{MANIFEST}"))
+
+    def _readable(self, name: str, read: Callable[[str], Artifact | None]) -> Artifact | None:
+        try:
+            return read(name)
+        except BadInput as error:
+            if name not in self._named:
+                self._named.add(name)
+                LOG.warning("switchback: left out: %s", error)
+            return None
 
     def publish(self, directory: Path, artifact: Artifact, owner: str) -> Published:
         """Take a finished directory in, as this artifact with an id, date and files of its own; `directory` is gone afterwards. `owner` holds what is
@@ -145,8 +178,15 @@ class Registry:
 
     def usable(self, artifact: Artifact) -> bool:
         """Whether an artifact is whole, and the last word on it in its key's log is not that it is void."""
-        about = [entry for entry in self.store.entries(f"keys/{artifact.key}") if artifact.id in entry.values()]
+        about = self.entries_about(artifact)
         return bool(about) and "artifact" in about[-1] and self.get(artifact.id) is not None
+
+    def entries_about(self, artifact: Artifact) -> list[dict[str, Any]]:
+        """What the log of its key says of an artifact, oldest first. Raises BadInput for a log with anything else in it."""
+        entries = self.store.entries(f"keys/{artifact.key}")
+        for number, entry in enumerate(entries, 1):
+            maker(entry, artifact.key, number)
+        return [entry for entry in entries if artifact.id in (entry.get("artifact"), entry.get("void"))]
 
     def pin(self, id: str, owner: str, reason: str = "") -> None:
         """Keep an artifact from being cleaned, for an owner: a run, as long as it lives, or `user`."""
@@ -156,21 +196,6 @@ class Registry:
         """Let go of an artifact."""
         self.store.remove(f"pins/{id}/{owner}.json")
 
-    def _parsed(self, id: str, content: bytes | None) -> Artifact | None:
-        if content is None:
-            return None
-        try:
-            artifact = Artifact.model_validate_json(content)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            raise BadInput(
-                f"{id}/{MANIFEST} is no manifest: {where}: {first['msg']}; switchback did not write it"
-            ) from None
-        if artifact.id != id:
-            raise BadInput(f"{id}/{MANIFEST} is the manifest of {artifact.id!r}; switchback did not write it")
-        return artifact
-
     def _record(self, artifact: Artifact, owner: str) -> Artifact:
         """Enter an artifact, which its owner has pinned, as the maker of its key; returns the one that was first, held by the owner."""
         log = f"keys/{artifact.key}"
@@ -179,9 +204,42 @@ class Registry:
             if winner := self.find(artifact.key):
                 if self.hold(winner, owner):
                     return winner
-            elif self.store.append_at(log, last + 1, {"artifact": artifact.id}):
+            elif self.store.append_at(log, last + 1, {"artifact": artifact.id, "manifest": self._manifest(artifact)}):
                 return artifact
+
+    def _manifest(self, artifact: Artifact) -> str:
+        """The digest of a manifest, which vouches for everything else and is vouched for by its key's log."""
+        return self.store.digest(f"artifacts/{artifact.id}/{MANIFEST}")
 
     def _is_current(self, artifact: Artifact) -> bool:
         found = self.find(artifact.key)
         return found is not None and found.id == artifact.id
+
+
+def _parsed(name: str, content: bytes | None) -> Artifact | None:
+    return None if content is None else parse(name, content)
+
+
+def maker(entry: Any, key: str, number: int) -> str | None:
+    """The artifact that an entry of a key's log names as its maker; None where it says that one is void. Raises BadInput for what is no entry."""
+    said = {name: entry.get(name) for name in ("artifact", "void")} if isinstance(entry, dict) else {}
+    ids = [id for id in said.values() if id is not None]
+    if len(ids) != 1 or not isinstance(ids[0], str) or not is_id(ids[0]):
+        raise BadInput(
+            f"keys/{key}/{number:06d}.json is no entry of a key's log; switchback did not write it, so remove it"
+        )
+    return said["artifact"]
+
+
+@contextmanager
+def unswept() -> Iterator[None]:
+    """Without the garbage collector, now and for what is read here: thousands of manifests hold no garbage, and to look for it takes as long as to read
+    them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if enabled:
+            gc.enable()

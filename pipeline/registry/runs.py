@@ -12,13 +12,17 @@ import socket
 from datetime import UTC, datetime
 from typing import Any
 
-from pipeline.registry.artifact import now
+from pipeline.registry.artifact import now, printable
 from pipeline.registry.registry import Registry
 from pipeline.registry.store import inside
 from stages.config import Frozen
 from stages.job import BadInput
 from stages.process import started_at
 
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}"
+"""What a run can be called."""
+FIRST = {"pid", "process", "host"}
+"""What a run's first event says."""
 ENDED = ("done", "failed", "stopped")
 
 
@@ -53,10 +57,17 @@ def record(registry: Registry, run: str, event: str, **facts: Any) -> None:
 
 
 def events(registry: Registry, run: str) -> list[dict[str, Any]]:
-    """Oldest first. Raises BadInput when there is no such run."""
-    if found := registry.store.entries(f"runs/{run}/events"):
-        return found
-    raise BadInput(f"there is no run {run} in {registry.url}; switchback runs shows what there is")
+    """Oldest first. Raises BadInput when there is no such run, or when its log is not one that switchback wrote."""
+    found = registry.store.entries(f"runs/{run}/events") if re.fullmatch(NAME, run) else []
+    if not found:
+        raise BadInput(f"there is no run {printable(run)} in {registry.url}; switchback runs shows what there is")
+    if not all(map(_is_event, found)) or not (isinstance(found[0].get("pid"), int) and found[0].keys() >= FIRST):
+        raise BadInput(f"runs/{run}/events holds what is no event of a run; remove the run from {registry.url}")
+    return found
+
+
+def _is_event(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("event"), str) and isinstance(entry.get("at"), str)
 
 
 def planned(registry: Registry, run: str) -> dict[str, Any]:

@@ -10,18 +10,20 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
+import stat
 import tempfile
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from typing_extensions import override
 
-from pipeline.registry.artifact import File
+from pipeline.registry.artifact import File, printable
 from stages.disk import digest_file, sync, sync_tree, write_through
 from stages.job import BadInput
 
@@ -91,11 +93,16 @@ class Store(ABC):
 
     @abstractmethod
     def files(self, name: str) -> dict[str, int]:
-        """Path -> size of every file below a directory, as the place itself has them, whatever was fetched; -1 for a link, which is never followed."""
+        """Path -> size of every file below a directory, as the place itself has them; -1 for what is no plain file (a link, a pipe, a device), which is
+        never followed or opened."""
 
     @abstractmethod
     def digest(self, name: str) -> str:
         """SHA-256 of the bytes under a name, as the place itself has them. Raises Damaged when there are none."""
+
+    @abstractmethod
+    def start(self, name: str, length: int) -> bytes:
+        """The first bytes under a name, at most so many. Raises FileNotFoundError when there are none."""
 
     @abstractmethod
     def remove_tree(self, name: str, manifest: str) -> None:
@@ -137,34 +144,42 @@ class Store(ABC):
         return self.put_new(f"{log}/{number:06d}.json", content)
 
     def entries(self, log: str) -> list[Any]:
-        """A log's entries, oldest first."""
-        names = [f"{log}/{name}" for name in self.names(log)]
+        """A log's entries, oldest first. Raises BadInput for a log with anything else in it."""
+        names = [f"{log}/{number:06d}.json" for number in self._numbers(log)]
         return [self._parsed(name, content) for name, content in zip(names, self.read_each(names), strict=True)]
 
     def last(self, log: str) -> int:
-        """The number of a log's newest entry; 0 when it has none. Raises BadInput on a name that is no number."""
-        return max((self._number(log, name) for name in self.names(log)), default=0)
+        """The number of a log's newest entry; 0 when it has none. Raises BadInput for a log with anything else in it, or with a number left out."""
+        return max(self._numbers(log), default=0)
 
     def newest(self, log: str) -> tuple[int, Any]:
         """(number, content) of a log's newest entry; (0, None) when it has none."""
         number = self.last(log)
         return number, self.get(f"{log}/{number:06d}.json") if number else None
 
+    def _numbers(self, log: str) -> list[int]:
+        """The numbers of a log's entries, from 1. One that was left out was never written by us: it would let the entries after it be the last word."""
+        numbers = sorted(self._number(log, name) for name in self.names(log))
+        missing = next((n for n, number in enumerate(numbers, 1) if n != number), None)
+        if missing and self.read(f"{log}/{missing:06d}.json") is None:  # it may have come while the names were read
+            raise self._no_entry(log, f"{numbers[-1]:06d}.json")
+        return numbers
+
     def _number(self, log: str, name: str) -> int:
-        stem = name.removesuffix(".json")
-        if not (stem.isascii() and stem.isdigit() and 6 <= len(stem) <= 18):
-            raise BadInput(
-                f"{self.url}/{log}/{name} is no entry of a log; it was not written by switchback, so remove it"
-            )
-        return int(stem)
+        if not re.fullmatch(r"(?!000000)[0-9]{6}\.json|[1-9][0-9]{6,17}\.json", name):
+            raise self._no_entry(log, name)
+        return int(name.removesuffix(".json"))
+
+    def _no_entry(self, log: str, name: str) -> BadInput:
+        where = printable(f"{log}/{name}")
+        return BadInput(f"{where} is no entry of this log; switchback did not write it, so remove it from {self.url}")
 
 
 def inside(name: str) -> str:
     """A name that stays below its root. Raises BadInput for any other."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\0" in name or not path.parts:
-        raise BadInput(f"{name!r} leaves the registry; give the id of a run or an artifact")
-    return str(path)
+    if "\0" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):
+        raise BadInput(f"{printable(name)} leaves the registry; give the id of a run or an artifact")
+    return name
 
 
 class LocalStore(Store):
@@ -213,20 +228,28 @@ class LocalStore(Store):
     @override
     def read(self, name: str) -> bytes | None:
         try:
-            with self.path(name).open("rb") as file:
-                content = file.read(JSON_LIMIT + 1)
+            descriptor = os.open(self.path(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except IsADirectoryError:
-            raise BadInput(f"{self.url}/{name} is a directory, where a file was expected") from None
+        except OSError as error:
+            raise BadInput(
+                f"{self.url}/{printable(name)} cannot be read ({error.strerror}); what switchback wrote is a plain file, and no link"
+            ) from None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise BadInput(f"{self.url}/{printable(name)} is a directory or a device, where a file was expected")
+        with os.fdopen(descriptor, "rb") as file:
+            content = file.read(JSON_LIMIT + 1)
         if len(content) > JSON_LIMIT:
             raise BadInput(f"{self.url}/{name} has more than {JSON_LIMIT} bytes; it was not written by switchback")
         return content
 
     @override
     def names(self, prefix: str) -> list[str]:
-        directory = self.path(prefix)
-        return sorted(path.name for path in directory.iterdir() if path.name[0] != ".") if directory.is_dir() else []
+        try:
+            return sorted(name for name in os.listdir(self.path(prefix)) if name[0] != ".")  # noqa: PTH208 - Paths of thousands take long
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     @override
     def remove(self, name: str) -> None:
@@ -275,8 +298,7 @@ class LocalStore(Store):
     @override
     def files(self, name: str) -> dict[str, int]:
         root = self.path(name)
-        found = sorted(path for path in root.rglob("*") if path.is_symlink() or not path.is_dir())
-        return {path.relative_to(root).as_posix(): -1 if path.is_symlink() else path.stat().st_size for path in found}
+        return {path.relative_to(root).as_posix(): size for path, size in sorted(walk(root))}
 
     @override
     def digest(self, name: str) -> str:
@@ -284,6 +306,11 @@ class LocalStore(Store):
             return digest_file(self.path(name))
         except (FileNotFoundError, IsADirectoryError):
             raise Damaged(f"{self.url}/{name} is gone") from None
+
+    @override
+    def start(self, name: str, length: int) -> bytes:
+        with self.path(name).open("rb") as file:
+            return file.read(length)
 
     @override
     def remove_tree(self, name: str, manifest: str) -> None:
@@ -329,6 +356,20 @@ def parts(path: Path, stopped: Stopped) -> Iterator[bytes]:
             if stopped():
                 raise InterruptedError(path)
             yield part
+
+
+def walk(root: Path) -> Iterator[tuple[Path, int]]:
+    """(path, bytes) of every file below a directory; -1 for what is no plain file: a link, to a directory too or the root itself, a pipe, a device.
+    Nothing is opened."""
+    if root.is_symlink():
+        yield root, -1
+        return
+    for directory, inner, names in os.walk(root):
+        for name in (*inner, *names):
+            path = Path(directory, name)
+            found = path.lstat()
+            if not stat.S_ISDIR(found.st_mode):
+                yield path, found.st_size if stat.S_ISREG(found.st_mode) else -1
 
 
 @contextmanager
