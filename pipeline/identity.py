@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,10 @@ def key_of(payload: Payload) -> str:
     return hashlib.sha256(canonical(payload).encode()).hexdigest()
 
 
-def digest_model(directory: Path) -> str:
-    """SHA-256 of the names and bytes of a model's files."""
+def digest_model(directory: Path, digest: Callable[[Path], str] = digest_file) -> str:
+    """SHA-256 of the names and bytes of a model's files. `digest` gives the SHA-256 of a file's bytes."""
     files = sorted({path for pattern in MODEL_FILES for path in directory.glob(pattern) if path.is_file()})
-    return key_of({str(path.relative_to(directory)): digest_file(path) for path in files})
+    return key_of({str(path.relative_to(directory)): digest(path) for path in files})
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
