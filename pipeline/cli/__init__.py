@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from pipeline.cli import artifacts, questions, recipes, run, runs
+from pipeline.cli import artifacts, export, questions, recipes, run, runs
 from pipeline.cli.common import Terminated
 from pipeline.launch import StageFailed
 from stages.job import BadInput
@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for noun in (recipes, questions, run, runs, artifacts):
+for noun in (recipes, questions, run, runs, artifacts, export):
     noun.add_to(app)
 
 
