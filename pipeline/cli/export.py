@@ -9,17 +9,25 @@ import typer
 from rich.filesize import decimal
 
 from pipeline import export as exports
+from pipeline import push as pushes
 from pipeline.cli.common import JsonOption, RegistryOption, open_registry, print_json
 
 Id = Annotated[str, typer.Argument(help="An artifact that holds a policy or data.", show_default=False)]
 Directory = Annotated[
     Path, typer.Argument(metavar="DIR", help="Where to; must not exist, or be empty.", show_default=False)
 ]
+Target = Annotated[str, typer.Argument(metavar="hf://ORG/NAME", help="A repository on the hub.", show_default=False)]
+Public = Annotated[bool, typer.Option("--public", help="Let everybody read it. Default: private.")]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", help="A branch; made when it is not there. Default: main.", show_default=False),
+]
 
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
     app.command()(export)
+    app.command()(push)
 
 
 def export(id: Id, directory: Directory, registry: RegistryOption = None, json: JsonOption = False) -> None:
@@ -31,3 +39,20 @@ def export(id: Id, directory: Directory, registry: RegistryOption = None, json: 
         print_json({"id": id, "path": str(done.directory), "files": files, "size": done.size})
     else:
         print(f"{id} is in {done.directory}: {len(done.files)} files, {decimal(done.size)}; README.md is its card")
+
+
+def push(
+    id: Id,
+    target: Target,
+    public: Public = False,
+    revision: Revision = None,
+    registry: RegistryOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Export to the Hugging Face hub as one commit. The token is HF_TOKEN's, or that of hf auth login."""
+    place = open_registry(registry)
+    done = pushes.push(place, place.open(id), target, public, revision)
+    if json:
+        print_json({"id": id, **done._asdict()})
+    else:
+        print(f"{id} is in {done.url} ({'private' if done.private else 'public'})")
