@@ -40,9 +40,14 @@ def digest_model(directory: Path, digest: Callable[[Path], str] = digest_file) -
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Dotted field -> (before, after), for every field that differs; None where a side has none."""
-    old, new = dict(_flat(before)), dict(_flat(after))
+    old, new = (dict(_flat(_without_equal(one, other))) for one, other in ((before, after), (after, before)))
     names = [*old, *(name for name in new if name not in old)]
     return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
+
+
+def _without_equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Most of two payloads is equal, and need not be taken apart."""
+    return {name: value for name, value in one.items() if name not in other or other[name] != value}
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.tree import Tree
 
 from pipeline.cli.common import JsonOption, RegistryOption, open_registry, print_json
-from pipeline.cli.tables import artifacts_table, console, show
+from pipeline.cli.tables import artifacts_list, console
 from pipeline.registry import Artifact, Registry
 from pipeline.registry.lineage import Ancestor
 from pipeline.registry.lineage import lineage as lineage_of
@@ -33,7 +33,7 @@ def ls(registry: RegistryOption = None, json: JsonOption = False) -> None:
     if json:
         print_json([_listed(place, artifact) for artifact in found])
     else:
-        show(artifacts_table(place, found))
+        print(artifacts_list(place, found))
 
 
 def lineage(id: Id, registry: RegistryOption = None, json: JsonOption = False) -> None:

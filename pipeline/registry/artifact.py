@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from pathlib import PurePosixPath
 from typing import Annotated, Any
 
 from pydantic import AfterValidator
@@ -14,8 +13,8 @@ from stages.job import Format
 
 
 def _inside(path: str) -> str:
-    """A path that stays below where it starts."""
-    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+    """A path that stays below where it starts. Thousands of manifests are read to list a registry, so this is done on the text."""
+    if path.startswith("/") or ".." in path.split("/"):
         raise ValueError(f"{path!r} leaves the artifact")
     return path
 

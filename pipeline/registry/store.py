@@ -16,7 +16,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from typing_extensions import override
@@ -121,10 +121,10 @@ class Store(ABC):
 
 def inside(name: str) -> str:
     """A name that stays below its root. Raises BadInput for any other."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\0" in name or not path.parts:
+    parts = name.split("/")
+    if name.startswith("/") or ".." in parts or "\0" in name or not any(part not in ("", ".") for part in parts):
         raise BadInput(f"{name!r} leaves the registry; give the id of a run or an artifact")
-    return str(path)
+    return name
 
 
 class LocalStore(Store):
@@ -185,8 +185,11 @@ class LocalStore(Store):
 
     @override
     def names(self, prefix: str) -> list[str]:
-        directory = self.path(prefix)
-        return sorted(path.name for path in directory.iterdir() if path.name[0] != ".") if directory.is_dir() else []
+        try:
+            with os.scandir(self.path(prefix)) as entries:
+                return sorted(entry.name for entry in entries if entry.name[0] != ".")
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     @override
     def remove(self, name: str) -> None:
