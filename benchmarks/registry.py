@@ -32,12 +32,12 @@ from statistics import median
 
 from pipeline.identity import key_of
 from pipeline.recipe import load
-from pipeline.registry import Artifact, Registry
+from pipeline.registry import Artifact, File, Registry, Source
 from pipeline.registry.artifact import now
 from pipeline.registry.registry import FORMAT
 from pipeline.registry.store import sync_tree
 from pipeline.registry.verify import verify
-from pipeline.steps import steps
+from pipeline.steps import Step, steps
 from stages.job import MANIFEST
 
 ROOT = Path(__file__).parent.parent
@@ -199,13 +199,39 @@ def fill(root: Path, count: int) -> None:
     planned = steps(load(RECIPE), Registry(root))
     for number in range(count):
         step = planned[number % len(planned)]
-        artifact = draft(number + 10**6, step.identity, step.name, step.kind)
+        artifact = as_made(draft(number + 10**6, step.identity, step.name, step.kind), step)
         for place, name, content in (
             (root / "artifacts" / artifact.id, MANIFEST, artifact.model_dump_json(indent=1)),
             (root / "keys" / artifact.key, "000001.json", json.dumps({"artifact": artifact.id})),
         ):
             place.mkdir(parents=True)
             (place / name).write_text(content)
+
+
+def as_made(artifact: Artifact, step: Step) -> Artifact:
+    """With as much in its manifest as a stage leaves there."""
+    files = tuple(File(path=f"file-{i}.json", size=1000 * i, sha256=artifact.key) for i in range(9))
+    sources = {
+        role: Source(id=f"{role}-00000000", output=ref.output, key=ref.key, name=ref.source, digest=ref.key)
+        for role, ref in step.inputs.items()
+    }
+    seen = {
+        "run": "demo",
+        "host": "here",
+        "processes": 1,
+        "versions": dict.fromkeys(("torch", "transformers", "trl", "accelerate", "datasets"), "1.0"),
+    }
+    metrics = {f"metric/{i}": i / 7 for i in range(8)}
+    return artifact.model_copy(
+        update={
+            "files": files,
+            "inputs": sources,
+            "format": step.format,
+            "config": step.config,
+            "provenance": seen,
+            "metrics": metrics,
+        }
+    )
 
 
 def print_tables(
