@@ -35,9 +35,9 @@ from pipeline.recipe import load
 from pipeline.registry import Artifact, File, Registry, Source
 from pipeline.registry.artifact import now
 from pipeline.registry.registry import FORMAT
-from pipeline.registry.store import sync_tree
 from pipeline.registry.verify import verify
 from pipeline.steps import Step, steps
+from stages.disk import sync_tree
 from stages.job import MANIFEST
 
 ROOT = Path(__file__).parent.parent

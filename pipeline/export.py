@@ -22,7 +22,7 @@ from typing import NamedTuple
 from pipeline import model_card
 from pipeline.launch import StageFailed
 from pipeline.registry import Artifact, File, Registry
-from pipeline.registry.store import sync, sync_tree
+from stages.disk import sync, sync_tree
 from stages.job import MANIFEST, BadInput
 from stages.loss_map import FILE as LOSS_MAP
 from stages.metrics import FILE as METRICS
