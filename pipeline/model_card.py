@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 HUB = "hf://"
 SPLITS = ("validation", "held_out")
-MACHINE = ("registry", "work", "track")
-"""What of a recipe says where things are, and nothing about what was made."""
+MACHINE = ("registry", "work", "track", "launch")
+"""What of a recipe says where and with what means, and nothing about what was made; the execution that was seen is told apart."""
 SHA256 = re.compile("[0-9a-f]{64}")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 

@@ -8,7 +8,6 @@ and templates of an earlier push that are not in this one go with it, because `f
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import tempfile
@@ -133,7 +132,7 @@ def _one_line(target: str, token: str) -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import disable_progress_bars
 
-    if not os.isatty(sys.stderr.fileno()):
+    if not sys.stderr.isatty():
         disable_progress_bars()
     try:
         yield

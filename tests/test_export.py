@@ -105,6 +105,11 @@ def test_a_card_tells_nothing_of_the_machine(stage, climbed, tmp_path):
     text = (exported(climbed[1], stage, tmp_path / stage) / "README.md").read_text()
     for secret in (str(climbed[1]), str(ROOT), str(Path.home()) + "/", f" {socket.gethostname()} "):
         assert secret not in text
+    assert not yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0]).keys() & {
+        "registry",
+        "launch",
+        "track",
+    }
 
 
 def test_data_are_exported_as_a_data_set(climbed, tmp_path, monkeypatch):
