@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import struct
 import subprocess
@@ -181,15 +182,23 @@ def listing_costs(root: Path, options: argparse.Namespace) -> dict[str, list[flo
     """Seconds of whole processes, start-up included."""
     fill(root, options.artifacts)
     commands = {"ls": ["ls"], "ls --json": ["ls", "--json"], "plan": ["plan", str(RECIPE)], "--help": ["--help"]}
-    found: dict[str, list[float]] = {name: [] for name in commands}
+    found: dict[str, list[float]] = {f"{name}{what}": [] for name in commands for what in ("", ", CPU alone")}
     for _ in range(options.rounds):
         for name, arguments in commands.items():
             place = [] if name == "--help" else ["--registry", str(root)]
             command = [SWITCHBACK, *arguments, *place]
+            before = cpu_of_children()
             found[name].append(
                 taken(lambda c=command: subprocess.run(c, cwd=ROOT, check=True, stdout=subprocess.DEVNULL))
             )
+            found[f"{name}, CPU alone"].append(cpu_of_children() - before)
     return found
+
+
+def cpu_of_children() -> float:
+    """Seconds; what other processes do at the same time is not in it."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def fill(root: Path, count: int) -> None:

@@ -174,7 +174,10 @@ class LocalStore(Store):
     def read(self, name: str) -> bytes | None:
         try:
             with self.path(name).open("rb") as file:
-                content = file.read(JSON_LIMIT + 1)
+                size = os.fstat(file.fileno()).st_size
+                content = file.read(
+                    min(size, JSON_LIMIT) + 1
+                )  # room for the limit, each time, costs as much as the reading
         except (FileNotFoundError, NotADirectoryError):
             return None
         except IsADirectoryError:
