@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +32,22 @@ def key_of(payload: Payload) -> str:
     return hashlib.sha256(canonical(payload).encode()).hexdigest()
 
 
-def digest_model(directory: Path) -> str:
-    """SHA-256 of the names and bytes of a model's files."""
+def digest_model(directory: Path, digest: Callable[[Path], str] = digest_file) -> str:
+    """SHA-256 of the names and bytes of a model's files. `digest` gives the SHA-256 of a file's bytes."""
     files = sorted({path for pattern in MODEL_FILES for path in directory.glob(pattern) if path.is_file()})
-    return key_of({str(path.relative_to(directory)): digest_file(path) for path in files})
+    return key_of({str(path.relative_to(directory)): digest(path) for path in files})
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Dotted field -> (before, after), for every field that differs; None where a side has none."""
-    old, new = dict(_flat(before)), dict(_flat(after))
+    old, new = (dict(_flat(_without_equal(one, other))) for one, other in ((before, after), (after, before)))
     names = [*old, *(name for name in new if name not in old)]
     return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
+
+
+def _without_equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Most of two payloads is equal, and need not be taken apart."""
+    return {name: value for name, value in one.items() if name not in other or other[name] != value}
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline import checks, formats
+from pipeline.digests import digest_once
 from pipeline.identity import Payload, digest_file, digest_model, key_of
 from pipeline.recipe import Box, DatasetProblem, FileProblem, ProblemSettings, Recipe
 from pipeline.registry import Registry
@@ -197,7 +198,7 @@ def base_of(recipe: Recipe, registry: Registry) -> Base:
         source = f"hf://{model.hub}{revision}"
         return Base(InputRef(step=None, output="policy", key=key_of(identity), source=source), settings, None)
     path = Path(str(model.path)).absolute()
-    ref = InputRef(step=None, output="policy", key=digest_model(path), source=str(path))
+    ref = InputRef(step=None, output="policy", key=digest_model(path, digest_once), source=str(path))
     return Base(ref, settings, formats.carried_by(path))
 
 

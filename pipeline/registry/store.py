@@ -235,11 +235,12 @@ class LocalStore(Store):
             raise BadInput(
                 f"{self.url}/{printable(name)} cannot be read ({error.strerror}); what switchback wrote is a plain file, and no link"
             ) from None
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
             os.close(descriptor)
             raise BadInput(f"{self.url}/{printable(name)} is a directory or a device, where a file was expected")
         with os.fdopen(descriptor, "rb") as file:
-            content = file.read(JSON_LIMIT + 1)
+            content = file.read(min(found.st_size, JSON_LIMIT) + 1)  # room for the limit costs as much as the reading
         if len(content) > JSON_LIMIT:
             raise BadInput(f"{self.url}/{name} has more than {JSON_LIMIT} bytes; it was not written by switchback")
         return content
@@ -247,7 +248,8 @@ class LocalStore(Store):
     @override
     def names(self, prefix: str) -> list[str]:
         try:
-            return sorted(name for name in os.listdir(self.path(prefix)) if name[0] != ".")  # noqa: PTH208 - Paths of thousands take long
+            with os.scandir(self.path(prefix)) as entries:
+                return sorted(entry.name for entry in entries if entry.name[0] != ".")
         except (FileNotFoundError, NotADirectoryError):
             return []
 

@@ -1,0 +1,146 @@
+"""One way out of the registry: an artifact becomes a plain directory that needs no switchback.
+
+    policy: what `from_pretrained` loads, the adapter in adapter/, README.md     data: its data directory, README.md
+
+What is of the registry stays there: the manifest (it names hosts and runs; the card says what a reader needs of it), logs of metrics, loss maps,
+rollouts. A policy still shows what it was trained with: its serving template ends in the prefix, beside the training template, and a stage that
+starts from an export with another prefix is refused.
+
+Every byte is hashed while it is copied, into a hidden directory that gets its name when all is right: DIR is whole, or not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from pipeline import model_card
+from pipeline.launch import StageFailed
+from pipeline.registry import Artifact, File, Registry
+from stages.disk import sync, sync_tree
+from stages.job import MANIFEST, BadInput
+from stages.loss_map import FILE as LOSS_MAP
+from stages.metrics import FILE as METRICS
+
+CARD = "README.md"
+OURS = (MANIFEST, METRICS, LOSS_MAP, CARD)
+"""Files beside a policy that are not the model."""
+BESIDE = ("adapter",)
+"""Outputs that go with a policy; each of its other outputs is an artifact's own."""
+BLOCK = 2**20
+
+
+class Exported(NamedTuple):
+    """What was written."""
+
+    directory: Path
+    files: tuple[Path, ...]
+    """Relative to the directory; the card is one of them."""
+    size: int
+    """Bytes of all files."""
+
+
+def export(registry: Registry, artifact: Artifact, directory: Path) -> Exported:
+    """Write an artifact's policy or data to a directory that is not there, or empty. Nothing is left behind when it fails; killed outright, it leaves
+    a hidden `.<name>.<hex>.partial` beside it.
+
+    Raises BadInput when the directory cannot be had, or the artifact holds neither or is void; StageFailed when a file is not what was published.
+    """
+    output = output_of(artifact)
+    if not registry.usable(artifact):
+        raise BadInput(f"{artifact.id} is void: the registry no longer vouches for it; run its recipe to make it again")
+    with _writing(registry, directory) as partial:
+        (partial / CARD).write_text(model_card.card(registry, artifact, output))
+        source = registry.path(artifact)
+        for inner, file in sorted(files_of(artifact, output).items()):
+            _copy(artifact, source / file.path, partial / inner, file)
+    return _listed(directory.resolve())
+
+
+def output_of(artifact: Artifact) -> str:
+    """Which output is exported: policy, or data. Raises BadInput for an artifact without either."""
+    if found := next((output for output in ("policy", "data") if output in artifact.outputs), None):
+        return found
+    raise BadInput(
+        f"{artifact.id} is of kind {artifact.kind} and holds neither a policy nor data; switchback ls shows what there is"
+    )
+
+
+def files_of(artifact: Artifact, output: str) -> dict[str, File]:
+    """Path in the exported directory -> the artifact's file."""
+    root = PurePosixPath(artifact.outputs[output])
+    others = [PurePosixPath(path) for name, path in artifact.outputs.items() if name not in (output, *BESIDE)]
+    return {
+        inner: file
+        for file in artifact.files
+        if (path := PurePosixPath(file.path)).is_relative_to(root)
+        if (inner := str(path.relative_to(root))) not in OURS
+        if not any(path.is_relative_to(other) for other in others)
+    }
+
+
+@contextmanager
+def _writing(registry: Registry, directory: Path) -> Iterator[Path]:
+    """A hidden directory that becomes `directory` when the block ends well, and is removed otherwise."""
+    try:
+        target = _free(registry, directory)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+        partial.mkdir()
+        try:
+            yield partial
+            sync_tree(partial)
+            partial.rename(target)  # over an empty directory, too; never over one with something in it
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        sync(target.parent)
+    except OSError as error:
+        where, what = error.filename or directory, error.strerror or error
+        raise BadInput(
+            f"export: {where}: {what}; nothing was exported, so mend that or choose another directory"
+        ) from None
+
+
+def _free(registry: Registry, directory: Path) -> Path:
+    target = directory.resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise BadInput(f"export: {directory} is there and not an empty directory; name one that is not there")
+    if target == Path.cwd():
+        raise BadInput(f"export: {directory} is the working directory; name one that is not there")
+    if target.is_relative_to(registry.url):
+        raise BadInput(f"export: {directory} lies in the registry {registry.url}; choose a directory outside")
+    return target
+
+
+def _copy(artifact: Artifact, source: Path, target: Path, file: File) -> None:
+    """Raises StageFailed unless what was copied is what was published."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    try:
+        reading = source.open("rb")
+    except FileNotFoundError:
+        raise _damaged(artifact, file, "is gone") from None
+    with reading, target.open("xb") as writing:
+        while block := reading.read(BLOCK):
+            digest.update(block)
+            writing.write(block)
+    if digest.hexdigest() != file.sha256:
+        raise _damaged(artifact, file, "its bytes are not those that were published")
+
+
+def _damaged(artifact: Artifact, file: File, what: str) -> StageFailed:
+    return StageFailed(
+        f"{artifact.id}/{file.path}: {what}; nothing was exported. switchback verify {artifact.id} lets it be made again"
+    )
+
+
+def _listed(directory: Path) -> Exported:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return Exported(
+        directory, tuple(path.relative_to(directory) for path in files), sum(path.stat().st_size for path in files)
+    )
