@@ -11,12 +11,13 @@ from rich.tree import Tree
 from pipeline.cli.common import JsonOption, RegistryOption, open_registry, print_json
 from pipeline.cli.tables import artifacts_table, console, show
 from pipeline.registry import Artifact, Registry
+from pipeline.registry.aliases import resolve
 from pipeline.registry.lineage import Ancestor
 from pipeline.registry.lineage import lineage as lineage_of
 from pipeline.registry.verify import verify as problems_of
 
-Id = Annotated[str, typer.Argument(help="An artifact.", show_default=False)]
-Ids = Annotated[list[str] | None, typer.Argument(help="Artifacts. Default: all.", show_default=False)]
+Id = Annotated[str, typer.Argument(help="An artifact, or an alias.", show_default=False)]
+Ids = Annotated[list[str] | None, typer.Argument(help="Artifacts or aliases. Default: all.", show_default=False)]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -39,7 +40,7 @@ def ls(registry: RegistryOption = None, json: JsonOption = False) -> None:
 def lineage(id: Id, registry: RegistryOption = None, json: JsonOption = False) -> None:
     """Show what an artifact was made from, down to the base model."""
     place = open_registry(registry)
-    found = lineage_of(place, place.open(id))
+    found = lineage_of(place, resolve(place, id))
     if json:
         print_json(found.model_dump(mode="json"))
     else:
@@ -49,7 +50,7 @@ def lineage(id: Id, registry: RegistryOption = None, json: JsonOption = False) -
 def verify(ids: Ids = None, registry: RegistryOption = None, json: JsonOption = False) -> None:
     """Hash every file of artifacts again; exit 1 when anything is not what was published, and let such steps be made again."""
     place = open_registry(registry)
-    artifacts = [place.open(id) for id in ids] if ids else place.artifacts()
+    artifacts = [resolve(place, id) for id in ids] if ids else place.artifacts()
     wrong = {artifact.id: problems_of(place, artifact) for artifact in artifacts}
     for artifact in artifacts:
         if wrong[artifact.id]:

@@ -2,7 +2,7 @@
 
     format.json
     artifacts/<stage>-<uuid8>/   files, artifact.json
-    keys/<key>/<n>.json          who made this key: {artifact} or {void, reason}; append-only, the highest counts
+    keys/<key>/<n>.json          who made this key: {artifact} or {void, reason}; append-only, the newest about an artifact counts
     refs/<alias>/<n>.json        where an alias points (`aliases`)
     pins/<id>/<owner>.json       who must not lose an artifact
     tombstones/<id>.json         what was cleaned (`gc`), so that lineage still explains it
@@ -97,10 +97,16 @@ class Registry:
         raise BadInput(f"there is no artifact {id} in {self.url}; switchback ls shows what there is")
 
     def find(self, key: str) -> Artifact | None:
-        """Who made this key; None when nobody did, or when what was made is gone or void."""
-        _, newest = self.store.newest(f"keys/{key}")
-        id = newest.get("artifact") if isinstance(newest, dict) else None
-        return self.get(id) if isinstance(id, str) else None
+        """Who made this key: the newest that was not said to be void since; None when nobody did, or when what was made is gone or void."""
+        log, void = f"keys/{key}", set[str]()
+        for name in reversed(self.store.names(log)):
+            entry = self.store.get(f"{log}/{name}")
+            said = entry if isinstance(entry, dict) else {}
+            id = said.get("artifact")
+            if isinstance(id, str) and id not in void:
+                return self.get(id)
+            void.add(str(said.get("void")))
+        return None
 
     def artifacts(self, stage: str | None = None) -> list[Artifact]:
         """All whole artifacts, or those of one stage, oldest first."""
@@ -138,7 +144,13 @@ class Registry:
         for found in self.artifacts(stage):
             if found.key == key:
                 self.pin(found.id, owner)
-                return self._record(found, owner)
+                if self.store.last(f"keys/{key}") and not self.find(key):  # a clean-up was faster than the pin
+                    self.release(found.id, owner)
+                    return None
+                winner = self._record(found, owner)
+                if winner.id != found.id:
+                    self.release(found.id, owner)
+                return winner
         return None
 
     def void(self, artifact: Artifact, reason: str) -> None:

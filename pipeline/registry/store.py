@@ -12,10 +12,12 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -27,6 +29,9 @@ from stages.job import BadInput
 
 JSON_LIMIT = 64 * 2**20
 """Bytes that a JSON file may have; a longer one is refused before it is parsed."""
+
+PUT_BELOW = ("keys", "refs", "pins", "tombstones", "runs")
+"""Where single files are put, besides the root itself; artifacts are taken in whole."""
 
 
 class Store(ABC):
@@ -72,6 +77,14 @@ class Store(ABC):
     @abstractmethod
     def abandoned(self, prefix: str, manifest: str) -> list[str]:
         """Directories below a prefix that have no manifest and that nobody is still writing."""
+
+    def leftovers(self, before: datetime) -> list[str]:
+        """Names that puts which were killed before a moment have left, to be removed; none where a put leaves nothing."""
+        return []
+
+    def weight(self, name: str) -> int | None:
+        """Bytes below a name; None where a place cannot tell."""
+        return None
 
     def put_new(self, name: str, content: Any) -> bool:
         """`put` of JSON."""
@@ -205,9 +218,13 @@ class LocalStore(Store):
             if error.errno != errno.EXDEV:
                 raise
             with _held(path.with_name(f".{path.name}")) as partial:
-                shutil.copytree(directory, partial, dirs_exist_ok=True)
-                sync_tree(partial)
-                partial.rename(path)
+                try:
+                    shutil.copytree(directory, partial, dirs_exist_ok=True)
+                    sync_tree(partial)
+                    partial.rename(path)
+                except BaseException:
+                    shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
+                    raise
             shutil.rmtree(directory)
         sync(path.parent)
 
@@ -218,8 +235,10 @@ class LocalStore(Store):
     @override
     def remove_tree(self, name: str, manifest: str) -> None:
         path = self.path(name)
-        (path / manifest).unlink(missing_ok=True)
-        shutil.rmtree(path, ignore_errors=True)
+        with _seized(path) as seized:
+            if seized:
+                (path / manifest).unlink(missing_ok=True)
+                shutil.rmtree(path, ignore_errors=True)
 
     @override
     def abandoned(self, prefix: str, manifest: str) -> list[str]:
@@ -231,6 +250,18 @@ class LocalStore(Store):
             if not (path / manifest).exists() or path.name[0] == "."
             if _free(path)
         ]
+
+    @override
+    def leftovers(self, before: datetime) -> list[str]:
+        inner = (path for top in PUT_BELOW for path in self.path(top).rglob(".*"))
+        partials = (path for path in (*self.root.glob(".*"), *inner) if path.is_file())
+        return sorted(str(path.relative_to(self.root)) for path in partials if _changed(path) < before.timestamp())
+
+    @override
+    def weight(self, name: str) -> int | None:
+        path = self.path(name)
+        files = [path] if path.is_file() else [inner for inner in path.rglob("*") if inner.is_file()]
+        return sum(file.lstat().st_size for file in files)
 
 
 @contextmanager
@@ -248,17 +279,34 @@ def _held(directory: Path) -> Iterator[Path]:
             os.close(descriptor)
 
 
-def _free(directory: Path) -> bool:
-    """Whether nobody holds a directory's lock."""
+@contextmanager
+def _seized(directory: Path) -> Iterator[bool]:
+    """Whether this block holds a directory's lock; False when somebody else does, or when the directory is gone."""
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
-        return False
+        yield False
+        return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = True
     except BlockingIOError:
-        return False
-    else:
-        return True
+        held = False
+    try:
+        yield held
     finally:
         os.close(descriptor)
+
+
+def _free(directory: Path) -> bool:
+    """Whether a directory is there and nobody holds its lock."""
+    with _seized(directory) as held:
+        return held
+
+
+def _changed(path: Path) -> float:
+    """When a file was last written, in seconds since 1970; for one that is gone, now."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return time.time()
