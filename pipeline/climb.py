@@ -17,6 +17,7 @@ from pipeline.prefect_server import api_url, own_server
 from pipeline.recipe import Recipe
 from pipeline.registry import Artifact, Registry, runs
 from pipeline.run import Observer, run_step, work_root
+from stages.job import BadInput
 
 
 def run(
@@ -52,6 +53,7 @@ def _conduct(
 ) -> None:
     """Step after step; what the run has held is let go when all are done. A run that ends in another way holds on, to be resumed."""
     made: dict[str, Artifact] = {}
+    base = _held_base(planned[0], registry, id)
     mirror = open_mirror(recipe.work.mirror)
     to_run = any(one.action == "run" for one in planned)
     with ExitStack() as stack:
@@ -92,5 +94,16 @@ def _conduct(
         else:
             for one in planned:
                 do(one)
-    for artifact in made.values():
+    for artifact in (*base, *made.values()):
         registry.release(artifact.id, id)
+
+
+def _held_base(first: Planned, registry: Registry, run: str) -> list[Artifact]:
+    """The base model, where it is an artifact, held by the run. Raises BadInput when it is void."""
+    base = first.step.inputs["policy"].artifact
+    if base is None:
+        return []
+    artifact = registry.open(base)
+    if not registry.hold(artifact, run):
+        raise BadInput(f"model.artifact: {base} is void; choose another, or run its recipe to make it again")
+    return [artifact]

@@ -21,7 +21,7 @@ from pipeline.mirror import forget, mirrored
 from pipeline.plan import Planned
 from pipeline.registry import Artifact, Published, Registry, Source, UnsafeFile, runs
 from pipeline.registry.store import Store
-from pipeline.registry.verify import condemn, verify
+from pipeline.registry.verify import as_read, condemn
 from pipeline.steps import InputRef, Step
 from stages import checkpoints
 from stages.job import Execution, Finding, Job, Result
@@ -83,24 +83,28 @@ def run_step(
         forget(mirror, step.key[:12], said)
         observer.reused(step, artifact)
         return artifact, True
-    sources = sources_of(step, made, registry)
-    job = job_of(step, made, registry, execution)
-    with alone(Path(job.work), lambda pid: observer.waiting(step, pid)):
+    sources, work = sources_of(step, made, registry), work_of(step, registry)
+    with alone(work, lambda pid: observer.waiting(step, pid)):
         if artifact := _held(registry, step, run) or registry.recover(step.key, step.name, run):
-            checkpoints.clear(Path(job.work))
-            forget(mirror, step.key[:12], said)
+            checkpoints.clear(work)
+            forget(mirror, work.name, said)
             observer.reused(step, artifact)  # another run has made it since
             return artifact, True
         refuse_damaged(step, sources, registry)
+        job = job_of(step, made, registry, execution)
         observer.started(step, planned.why)
+        with mirrored(mirror, work.name, work, job.execution.grace, said) as look:
 
-        with mirrored(mirror, step.key[:12], Path(job.work), job.execution.grace, said) as look:
-            result = launcher.launch(job, step.deadline, lambda line: observer.logged(step, line), said, look)
+            def tick() -> None:
+                look()
+                runs.beat(registry, run)
+
+            result = launcher.launch(job, step.deadline, lambda line: observer.logged(step, line), said, tick)
         for finding in result.findings:
             observer.found(finding)
         artifact, lost = publish(step, job, result, sources, registry, run)
-        checkpoints.clear(Path(job.work))
-        forget(mirror, step.key[:12], said)
+        checkpoints.clear(work)
+        forget(mirror, work.name, said)
     if lost is not None:  # a maker on another machine was first
         for finding in differences(artifact, lost):
             observer.found(finding)
@@ -138,7 +142,7 @@ def refuse_damaged(step: Step, sources: Mapping[str, Source], registry: Registry
     """Raise StageFailed when an input is no longer what was published; its key is then void, so that it can be made again."""
     for source in sources.values():
         artifact = registry.open(source.id) if source.id else None
-        if artifact and (wrong := verify(registry, artifact)):
+        if artifact and (wrong := as_read(registry, artifact)):
             condemn(registry, artifact.id)
             raise StageFailed(
                 f"{step.name}: its input is damaged: {wrong[0]}; {artifact.id} is void now, so run the same command again to make it again"
@@ -181,7 +185,7 @@ def alone(work: Path, on_wait: Callable[[str], None]) -> Iterator[None]:
 
 def job_of(step: Step, made: Mapping[str, Artifact], registry: Registry, execution: Execution) -> Job:
     """The step as marching orders, with places filled in."""
-    work = work_root(registry) / step.key[:12]
+    work = work_of(step, registry)
     inputs = {role: place_of(ref, made, registry) for role, ref in step.inputs.items()}
     return Job(
         kind=step.kind,
@@ -248,6 +252,11 @@ def _draft(step: Step, job: Job, result: Result, sources: dict[str, Source], run
 def _said(result: Result) -> dict[str, Any]:
     """What the stage had to say about itself, where it had something."""
     return {"findings": [finding.model_dump(mode="json") for finding in result.findings]} if result.findings else {}
+
+
+def work_of(step: Step, registry: Registry) -> Path:
+    """The step's own directory, in which it always finds itself again."""
+    return work_root(registry) / step.key[:12]
 
 
 def work_root(registry: Registry) -> Path:

@@ -14,6 +14,7 @@ from pipeline.digests import digest_once
 from pipeline.identity import Payload, digest_file, digest_model, key_of
 from pipeline.recipe import Box, DatasetProblem, FileProblem, ProblemSettings, Recipe
 from pipeline.registry import Registry
+from pipeline.registry.aliases import resolve
 from stages import STAGES
 from stages.config import Config, Frozen, identity_values
 from stages.evaluate import EvaluateConfig
@@ -178,7 +179,7 @@ def base_of(recipe: Recipe, registry: Registry) -> Base:
     """What identifies the base model, and where it is from."""
     model, settings = recipe.model, identity_values(recipe.model)
     if model.artifact:
-        artifact = registry.open(model.artifact)
+        artifact = resolve(registry, model.artifact)
         if "policy" not in artifact.outputs:
             raise BadInput(f"model.artifact: {artifact.id} is of kind {artifact.kind} and holds no policy")
         return Base(

@@ -75,7 +75,20 @@ def test_pipeline_never_touches_a_tensor():
 
 @pytest.mark.parametrize(
     "command",
-    ["--help", "check RECIPE", "schema", "plan RECIPE", "plan configs/demo.yaml", "ls", "show", "runs", "verify"],
+    [
+        "--help",
+        "check RECIPE",
+        "schema",
+        "plan RECIPE",
+        "plan configs/demo.yaml",
+        "ls",
+        "show",
+        "runs",
+        "verify",
+        "alias ls",
+        "pins",
+        "gc",
+    ],
 )
 def test_commands_that_only_read_import_neither_torch_nor_trl_nor_prefect(command, climbed):
     """On a registry with a whole climb in it, so that there is something to read."""

@@ -46,7 +46,7 @@ BASE = Source(id=None, output="policy", key=key_of({"hub": "org/model", "revisio
 
 def clean(registry, artifact, reason="older than 24 h"):
     """What a clean-up leaves."""
-    tombstone = {"artifact": artifact.model_dump(mode="json"), "at": "2026-11-22T10:00:00+00:00", "reason": reason}
+    tombstone = {"artifact": artifact.model_dump(mode="json"), "at": "2026-11-22T10:00:00+00:00", "why": reason}
     registry.store.put_new(f"tombstones/{artifact.id}.json", tombstone)
     registry.store.append(f"keys/{artifact.key}", {"void": artifact.id, "reason": "cleaned"})
     registry.store.remove_tree(f"artifacts/{artifact.id}", "artifact.json")
@@ -155,7 +155,9 @@ def test_a_tombstone_that_is_none_is_refused(tombstone, registry, make, capsys):
     registry.store.put_new(f"tombstones/{first.id}.json", tombstone)
     assert exit_code(["lineage", second.id, "--registry", registry.url]) == 2
     said = capsys.readouterr().err
-    assert f"tombstones/{first.id}.json is no tombstone" in said and len(said.splitlines()) == 1
+    assert (
+        f"tombstones/{first.id}.json: " in said and "not written by switchback" in said and len(said.splitlines()) == 1
+    )
 
 
 def test_the_graph_has_each_artifact_once_and_an_arrow_for_each_input(registry, make, capsys):

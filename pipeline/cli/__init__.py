@@ -1,25 +1,29 @@
 """The command line. One file per noun; each parses, calls, prints, exits. Imported by nobody.
 
-Exit codes: 0 done, 1 a stage failed, 2 bad input, 130/143 signals. What went wrong is one line on stderr, never a traceback.
+Exit codes: 0 done, 1 a stage failed, 2 bad input, 3 stopped by a gate, 130/143 signals. What went wrong is one line on stderr, never a traceback.
 """
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import sys
 
 import typer
 
-from pipeline.cli import artifacts, diff, export, lineage, questions, recipes, run, runs
+from pipeline.cli import aliases, artifacts, cleaning, diff, export, lineage, questions, recipes, run, runs
 from pipeline.cli.common import Terminated
 from pipeline.launch import StageFailed
+from pipeline.promote import Refused
 from stages.job import BadInput
 
 DEBUG = "SWITCHBACK_DEBUG"
 """Environment variable that lets an unexpected error show its traceback."""
 COLLECT_EVERY = 100_000
 """Objects made between two looks for garbage; Python's 700 make it a third of the time of reading thousands of manifests."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a write is refused with where there is no space."""
 
 app = typer.Typer(
     help="SFT, reinforcement learning, rejection sampling and reinforcement learning again, as one recipe.",
@@ -27,7 +31,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for noun in (recipes, questions, run, runs, artifacts, lineage, diff, export):
+for noun in (recipes, questions, run, runs, artifacts, lineage, diff, export, aliases, cleaning):
     noun.add_to(app)
 
 
@@ -45,6 +49,8 @@ def exit_code(arguments: list[str]) -> int:  # noqa: PLR0911 - one for each way 
         return complain(str(error), 2)
     except StageFailed as error:
         return complain(str(error), 1)
+    except Refused as error:
+        return complain(str(error), 3)
     except run.Stopped as error:
         return complain(error.message, error.code)
     except Terminated:
@@ -57,6 +63,11 @@ def exit_code(arguments: list[str]) -> int:  # noqa: PLR0911 - one for each way 
     except Exception as error:
         if os.environ.get(DEBUG):
             raise
+        if isinstance(error, OSError) and error.errno in FULL:
+            return complain(
+                f"the disk is full ({error.strerror}); free some space (switchback gc) and run the same command again",
+                1,
+            )
         return complain(f"{type(error).__name__}: {error} (this should not happen; {DEBUG}=1 shows the traceback)", 1)
     return code if isinstance(code, int) else 0
 

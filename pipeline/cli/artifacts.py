@@ -9,9 +9,10 @@ import typer
 from pipeline.cli.common import JsonOption, RegistryOption, open_registry, print_json
 from pipeline.cli.tables import print_artifacts
 from pipeline.registry import Artifact, Registry
+from pipeline.registry.aliases import current
 from pipeline.registry.verify import Verified, verify_ids
 
-Ids = Annotated[list[str] | None, typer.Argument(help="Artifacts. Default: all.", show_default=False)]
+Ids = Annotated[list[str] | None, typer.Argument(help="Artifacts or aliases. Default: all.", show_default=False)]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -32,7 +33,8 @@ def ls(registry: RegistryOption = None, json: JsonOption = False) -> None:
 
 def verify(ids: Ids = None, registry: RegistryOption = None, json: JsonOption = False) -> None:
     """Hash every file of artifacts again; exit 1 when anything is not what was published, say what that reaches, and let such steps be made again."""
-    found = verify_ids(open_registry(registry), ids)
+    place = open_registry(registry)
+    found = verify_ids(place, [_behind(place, id) for id in ids] if ids else None)
     damaged = [one for one in found if one.problems]
     if json:
         print_json([_verified(one) for one in found])
@@ -41,6 +43,12 @@ def verify(ids: Ids = None, registry: RegistryOption = None, json: JsonOption = 
         print("\n".join(lines or [f"{len(found)} artifacts are whole"]))
     if damaged:
         raise typer.Exit(1)
+
+
+def _behind(registry: Registry, id: str) -> str:
+    """The artifact that an alias points at; an id as it is, since even one whose manifest is broken can be verified."""
+    move = current(registry, id)
+    return move.artifact if move and move.artifact else id
 
 
 def _listed(registry: Registry, artifact: Artifact) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import typer
 
 from pipeline.cli.common import JsonOption, RegistryOption, open_registry, print_json
 from pipeline.compare import Comparison, Pair, compare
+from pipeline.registry.aliases import resolve
 from pipeline.registry.artifact import printable
 
 WIDTH = 80
@@ -31,7 +32,7 @@ def add_to(app: typer.Typer) -> None:
 def diff(a: First, b: Second, registry: RegistryOption = None, json: JsonOption = False) -> None:
     """Show where two artifacts differ: what was asked, execution, Format, metrics, scores, answers."""
     place = open_registry(registry)
-    found = compare(place, place.open(a), place.open(b))
+    found = compare(place, resolve(place, a), resolve(place, b))
     if json:
         print_json(found.model_dump(mode="json"))
     else:

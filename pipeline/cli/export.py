@@ -11,6 +11,7 @@ from rich.filesize import decimal
 from pipeline import export as exports
 from pipeline import push as pushes
 from pipeline.cli.common import JsonOption, RegistryOption, open_registry, print_json
+from pipeline.registry.aliases import resolve
 
 Id = Annotated[str, typer.Argument(help="An artifact that holds a policy or data.", show_default=False)]
 Directory = Annotated[
@@ -33,7 +34,7 @@ def add_to(app: typer.Typer) -> None:
 def export(id: Id, directory: Directory, registry: RegistryOption = None, json: JsonOption = False) -> None:
     """Write a policy as a plain model directory with a model card, or data as a data set."""
     place = open_registry(registry)
-    done = exports.export(place, place.open(id), directory)
+    done = exports.export(place, resolve(place, id), directory)
     if json:
         files = [str(file) for file in done.files]
         print_json({"id": id, "path": str(done.directory), "files": files, "size": done.size})
@@ -51,7 +52,7 @@ def push(
 ) -> None:
     """Export to the Hugging Face hub as one commit. The token is HF_TOKEN's, or that of hf auth login."""
     place = open_registry(registry)
-    done = pushes.push(place, place.open(id), target, public, revision)
+    done = pushes.push(place, resolve(place, id), target, public, revision)
     if json:
         print_json({"id": id, **done._asdict()})
     else:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.common import JsonOption, RegistryOption, open_registry, print_json
+from pipeline.registry.aliases import resolve
 from pipeline.registry.artifact import printable
 from pipeline.registry.lineage import Ancestor, mermaid
 from pipeline.registry.lineage import lineage as lineage_of
@@ -24,7 +25,7 @@ def add_to(app: typer.Typer) -> None:
 def lineage(id: Id, registry: RegistryOption = None, json: JsonOption = False, as_mermaid: Mermaid = False) -> None:
     """Show what an artifact was made from, down to the base model and the data; what is gone or not what was read is said."""
     place = open_registry(registry)
-    found = lineage_of(place, place.open(id))
+    found = lineage_of(place, resolve(place, id))
     if json:
         print_json(found.model_dump(mode="json"))
     elif as_mermaid:

@@ -17,6 +17,7 @@ from pipeline.launch import Launcher
 from pipeline.plan import Planned
 from pipeline.recipe import Recipe, load
 from pipeline.registry import Artifact, Registry
+from pipeline.registry.aliases import resolve
 from stages.config import FormatSettings
 from stages.job import BadInput, Format
 
@@ -131,7 +132,7 @@ def _named(planned: list[Planned], stage: str) -> Planned:
 
 
 def _policy(registry: Registry, id: str) -> Artifact:
-    artifact = registry.open(id)
+    artifact = resolve(registry, id)
     if "policy" not in artifact.outputs:
         raise BadInput(f"{id} is of kind {artifact.kind} and holds no policy")
     return artifact

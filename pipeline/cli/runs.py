@@ -9,11 +9,14 @@ import typer
 from pipeline.cli import tables
 from pipeline.cli.common import JsonOption, RegistryOption, open_registry, print_json
 from pipeline.registry import Artifact, Registry
+from pipeline.registry.aliases import look_up
 from pipeline.registry.runs import runs as all_runs
 from pipeline.summary import as_json, summarise
 from stages.job import BadInput
 
-Id = Annotated[str | None, typer.Argument(help="A run or an artifact. Default: the newest run.", show_default=False)]
+Id = Annotated[
+    str | None, typer.Argument(help="A run, an artifact or an alias. Default: the newest run.", show_default=False)
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -34,7 +37,7 @@ def runs(registry: RegistryOption = None, json: JsonOption = False) -> None:
 def show(id: Id = None, registry: RegistryOption = None, json: JsonOption = False) -> None:
     """Show a run stage by stage, or an artifact."""
     place = open_registry(registry)
-    if id is not None and (artifact := place.get(id)):
+    if id is not None and (artifact := look_up(place, id)):
         _show_artifact(place, artifact, json)
     else:
         _show_run(place, _newest(place) if id is None else id, json)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pipeline.registry.artifact import File
 from pipeline.registry.store import LocalStore, held
-from stages.disk import sync_tree
+from stages.disk import digest_file, sync_tree
 from stages.job import BadInput
 
 CACHE = "SWITCHBACK_CACHE"
@@ -30,10 +30,11 @@ def cache_of(place: str) -> LocalStore:
     return LocalStore(Path(root) / hashlib.sha256(place.encode()).hexdigest()[:16])
 
 
-def is_whole(copy: Path, files: Sequence[File], manifest: str) -> bool:
-    """A quick look: everything is there, of its size."""
-    sizes = {file.path: file.size for file in files}
-    return (copy / manifest).is_file() and all(_size(copy / path) == size for path, size in sizes.items())
+def is_whole(copy: Path, files: Sequence[File], manifest: str, with_bytes: bool) -> bool:
+    """Whether everything is there, of its size, and `with_bytes` of its digest too."""
+    if not (copy / manifest).is_file() or any(_size(copy / file.path) != file.size for file in files):
+        return False
+    return not with_bytes or all(digest_file(copy / file.path) == file.sha256 for file in files)
 
 
 @contextmanager

@@ -39,8 +39,7 @@ def list_files(directory: Path) -> tuple[File, ...]:
     for path in found:
         (directory / path).chmod(0o644)
     return tuple(
-        File(path=path, size=size, sha256=digest)
-        for (path, size), digest in zip(found.items(), digests, strict=True)
+        File(path=path, size=size, sha256=digest) for (path, size), digest in zip(found.items(), digests, strict=True)
     )
 
 

@@ -7,12 +7,10 @@ is met first, and an artifact that claims to be its own ancestor is not followed
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
-
-from pydantic import ValidationError
 
 from pipeline.identity import key_of
 from pipeline.registry.artifact import Artifact, Source
+from pipeline.registry.gc import tombstone
 from pipeline.registry.registry import Registry
 from pipeline.registry.verify import was_read
 from stages.config import Frozen
@@ -111,19 +109,9 @@ def _found(registry: Registry, source: Source, id: str) -> tuple[Artifact | None
         return found, _standing(registry, found) if was_read(
             source, found
         ) else "has other files than those that were read"
-    if found is None and (tombstone := registry.store.get(f"tombstones/{id}.json")) is not None:
-        return _cleaned(id, tombstone)
+    if found is None and (cleaned := tombstone(registry, id)):
+        return cleaned.artifact, f"cleaned {cleaned.at:%Y-%m-%d}: {cleaned.why}"
     return None, "is another artifact than the one that was read" if found else "is gone"
-
-
-def _cleaned(id: str, tombstone: Any) -> tuple[Artifact, str]:
-    """What a tombstone remembers. Raises BadInput for one that is none."""
-    try:
-        artifact = Artifact.model_validate(tombstone["artifact"])
-        note = f"cleaned {str(tombstone['at'])[:10]}: {tombstone['reason']}"
-    except (ValidationError, LookupError, TypeError):
-        raise BadInput(f"tombstones/{id}.json is no tombstone; switchback did not write it, so remove it") from None
-    return artifact, note
 
 
 def _standing(registry: Registry, artifact: Artifact) -> str:

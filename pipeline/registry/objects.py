@@ -60,10 +60,13 @@ R = TypeVar("R")
 class ObjectStore(Store):
     """A prefix in a bucket."""
 
+    verifies = True
+
     def __init__(self, place: Bucket) -> None:
         """Raises BadInput when it does not answer, does not exist, or does not let us in; within about 20 s."""
         self.url, self.work = place.url, Path("work")
         self._place = place
+        self._verified: set[str] = set()  # copies that this process has seen to be what was published
         self._cache = cache_of(f"{endpoint()} {self.url}" if place.scheme == "s3" else self.url)
         self._store = self._open(FIRST_ANSWER, FIRST_PATIENCE)
         with self._answers():
@@ -143,11 +146,11 @@ class ObjectStore(Store):
     @override
     def fetch(self, name: str, files: Sequence[File], manifest: str) -> Path:
         copy = self._cache.path(name)
-        if is_whole(copy, files, manifest):
-            return copy
-        discard(self._cache, name)
-        with copying(self._cache, name, manifest) as partial:
-            self.copy_out(name, files, manifest, partial)
+        if not is_whole(copy, files, manifest, with_bytes=name not in self._verified):
+            discard(self._cache, name)
+            with copying(self._cache, name, manifest) as partial:
+                self.copy_out(name, files, manifest, partial)
+        self._verified.add(name)
         return copy
 
     @override

@@ -2,7 +2,7 @@
 
     format.json
     artifacts/<stage>-<uuid8>/   files, artifact.json
-    keys/<key>/<n>.json          who made this key: {artifact, manifest: its digest} or {void, reason}; append-only, the highest counts
+    keys/<key>/<n>.json          who made this key: {artifact, manifest: its digest} or {void, reason}; append-only, the newest about an artifact counts
     refs/<alias>/<n>.json        where an alias points (`aliases`)
     pins/<id>/<owner>.json       who must not lose an artifact
     tombstones/<id>.json         what was cleaned (`gc`), so that lineage still explains it
@@ -89,15 +89,24 @@ class Registry:
 
     def find(self, key: str) -> Artifact | None:
         """Who made this key; None when nobody did, or when what was made is gone or void. Raises BadInput for a log or a manifest that is not one."""
-        number, newest = self.store.newest(f"keys/{key}")
-        if number == 0 or (id := maker(newest, key, number)) is None:
-            return None
-        found = self.get(id)
+        id = self.current(key)
+        found = self.get(id) if id else None
         if found and found.key != key:
             raise BadInput(
                 f"{id}/{MANIFEST} is of key {found.key[:12]}, but is recorded for {key[:12]}; run switchback verify {id}"
             )
         return found
+
+    def current(self, key: str) -> str | None:
+        """Id of the newest artifact in a key's log that was not said to be void since. Raises BadInput for a log with anything else in it."""
+        log, void = f"keys/{key}", set[str]()
+        for number in range(self.store.last(log), 0, -1):
+            entry = self.store.get(f"{log}/{number:06d}.json")
+            if (id := maker(entry, key, number)) is None:
+                void.add(entry["void"])
+            elif id not in void:
+                return id
+        return None
 
     def artifacts(self, stage: str | None = None) -> list[Artifact]:
         """All whole artifacts, or those of one stage, oldest first. One whose manifest is not one is left out, and said so in the log: somebody's bad
@@ -159,7 +168,13 @@ class Registry:
         for found in self.artifacts(stage):
             if found.key == key:
                 self.pin(found.id, owner)
-                return self._record(found, owner)
+                if self.store.last(f"keys/{key}") and not self.find(key):  # a clean-up was faster than the pin
+                    self.release(found.id, owner)
+                    return None
+                winner = self._record(found, owner)
+                if winner.id != found.id:
+                    self.release(found.id, owner)
+                return winner
         return None
 
     def void(self, artifact: Artifact, reason: str) -> None:

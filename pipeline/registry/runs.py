@@ -9,7 +9,8 @@ import os
 import re
 import secrets
 import socket
-from datetime import UTC, datetime
+import time
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pipeline.registry.artifact import now, printable
@@ -24,6 +25,12 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}"
 FIRST = {"pid", "process", "host"}
 """What a run's first event says."""
 ENDED = ("done", "failed", "stopped")
+BEAT = 3600.0
+"""Seconds between two heartbeats of a run."""
+ALIVE = timedelta(hours=24)
+"""How long after its last event a run that is not done still holds what it needs; one that failed may be resumed until then."""
+_beaten: dict[tuple[str, str], float] = {}
+"""(registry, run) -> when this process last had a heartbeat of it, by the monotonic clock."""
 
 
 class Run(Frozen):
@@ -52,8 +59,25 @@ def start(
 
 
 def record(registry: Registry, run: str, event: str, **facts: Any) -> None:
-    """Append an event: started, findings, said, step, done, failed or stopped."""
+    """Append an event: started, findings, said, step, heartbeat, done, failed or stopped."""
     registry.store.append(f"runs/{run}/events", {"event": event, "at": now(), **facts})
+
+
+def beat(registry: Registry, run: str, every: float = BEAT) -> None:
+    """Say that a run lives, unless that was said within `every` seconds; the first call only starts the clock. To be called often: it costs nothing
+    in between."""
+    before = _beaten.setdefault((registry.url, run), time.monotonic())
+    if time.monotonic() - before >= every:
+        record(registry, run, "heartbeat")
+        _beaten[registry.url, run] = time.monotonic()
+
+
+def alive(registry: Registry, run: str, moment: datetime) -> bool | None:
+    """Whether a run holds on to its artifacts at a moment: it is not done, and was heard of within ALIVE. None when there is no such run."""
+    _, last = registry.store.newest(f"runs/{run}/events")
+    if last is None:
+        return None
+    return last["event"] != "done" and datetime.fromisoformat(last["at"]) > moment - ALIVE
 
 
 def events(registry: Registry, run: str) -> list[dict[str, Any]]:

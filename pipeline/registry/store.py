@@ -14,10 +14,12 @@ import re
 import shutil
 import stat
 import tempfile
+import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ from stages.job import BadInput
 JSON_LIMIT = 64 * 2**20
 """Bytes that a JSON file may have; a longer one is refused before it is parsed."""
 
+PUT_BELOW = ("keys", "refs", "pins", "tombstones", "runs")
+"""Where single files are put, besides the root itself; artifacts are taken in whole."""
 PART = 8 * 2**20
 """Bytes of a big file that are moved at a time."""
 Stopped = Callable[[], bool]
@@ -52,6 +56,9 @@ class Store(ABC):
     """What a user would give to open the same place again: an absolute path, or a URL."""
     work: Path
     """Where work in progress lies, unless the user says otherwise: always a local directory."""
+
+    verifies: bool
+    """Whether what `fetch` gives has been verified by it."""
 
     @abstractmethod
     def probe(self) -> None:
@@ -111,6 +118,14 @@ class Store(ABC):
     @abstractmethod
     def abandoned(self, prefix: str, manifest: str) -> list[str]:
         """Directories below a prefix that have no manifest and that nobody is still writing."""
+
+    def leftovers(self, before: datetime) -> list[str]:
+        """Names that puts which were killed before a moment have left, to be removed; none where a put leaves nothing."""
+        return []
+
+    def weight(self, name: str) -> int | None:
+        """Bytes below a name; None where a place cannot tell."""
+        return None
 
     def put_new(self, name: str, content: Any) -> bool:
         """`put` of JSON."""
@@ -184,6 +199,8 @@ def inside(name: str) -> str:
 
 class LocalStore(Store):
     """A directory of files that are written once."""
+
+    verifies = False
 
     def __init__(self, root: Path) -> None:
         """Raises BadInput when `root` cannot be a directory."""
@@ -317,8 +334,10 @@ class LocalStore(Store):
     @override
     def remove_tree(self, name: str, manifest: str) -> None:
         path = self.path(name)
-        (path / manifest).unlink(missing_ok=True)
-        shutil.rmtree(path, ignore_errors=True)
+        with _seized(path) as seized:
+            if seized:
+                (path / manifest).unlink(missing_ok=True)
+                shutil.rmtree(path, ignore_errors=True)
 
     @override
     def abandoned(self, prefix: str, manifest: str) -> list[str]:
@@ -330,6 +349,18 @@ class LocalStore(Store):
             if not (path / manifest).exists() or path.name[0] == "."
             if _free(path)
         ]
+
+    @override
+    def leftovers(self, before: datetime) -> list[str]:
+        inner = (path for top in PUT_BELOW for path in self.path(top).rglob(".*"))
+        partials = (path for path in (*self.root.glob(".*"), *inner) if path.is_file())
+        return sorted(str(path.relative_to(self.root)) for path in partials if _changed(path) < before.timestamp())
+
+    @override
+    def weight(self, name: str) -> int | None:
+        path = self.path(name)
+        files = [path] if path.is_file() else [inner for inner in path.rglob("*") if inner.is_file()]
+        return sum(file.lstat().st_size for file in files)
 
     def _free_path(self, name: str) -> Path:
         """Where a new directory is to lie. Raises FileExistsError when something is there."""
@@ -389,17 +420,34 @@ def held(directory: Path) -> Iterator[Path]:
             os.close(descriptor)
 
 
-def _free(directory: Path) -> bool:
-    """Whether nobody holds a directory's lock."""
+@contextmanager
+def _seized(directory: Path) -> Iterator[bool]:
+    """Whether this block holds a directory's lock; False when somebody else does, or when the directory is gone."""
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
-        return False
+        yield False
+        return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = True
     except BlockingIOError:
-        return False
-    else:
-        return True
+        held = False
+    try:
+        yield held
     finally:
         os.close(descriptor)
+
+
+def _free(directory: Path) -> bool:
+    """Whether a directory is there and nobody holds its lock."""
+    with _seized(directory) as held:
+        return held
+
+
+def _changed(path: Path) -> float:
+    """When a file was last written, in seconds since 1970; for one that is gone, now."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return time.time()

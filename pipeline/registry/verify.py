@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 from pipeline.identity import key_of
 from pipeline.registry import headers
+from pipeline.registry.aliases import aliases
 from pipeline.registry.artifact import Artifact, File, Source, printable
 from pipeline.registry.files import TENSORS
-from pipeline.registry.registry import Registry, maker
+from pipeline.registry.registry import Registry
 from pipeline.registry.store import Damaged
 from stages.config import Frozen
 from stages.job import MANIFEST, BadInput
@@ -45,6 +46,15 @@ class Verified(NamedTuple):
 def verify(registry: Registry, artifact: Artifact) -> list[str]:
     """What is wrong with one artifact, a line a file; empty when nothing is."""
     return verify_all(registry, [artifact])[artifact.id]
+
+
+def as_read(registry: Registry, artifact: Artifact) -> list[str]:
+    """What is wrong with an artifact as a stage on this machine would read it; what comes from elsewhere is fetched for that, and judged on the way."""
+    try:
+        registry.path(artifact)
+    except Damaged as error:
+        return [str(error)]
+    return [] if registry.store.verifies else verify(registry, artifact)
 
 
 def verify_all(registry: Registry, artifacts: Sequence[Artifact]) -> dict[str, list[str]]:
@@ -83,8 +93,7 @@ def verify_ids(registry: Registry, ids: Sequence[str] | None = None) -> list[Ver
 def condemn(registry: Registry, id: str) -> None:
     """Let whatever key an artifact is recorded for be made again. The artifact itself is not asked which one that is, since its manifest may lie."""
     for key in registry.store.names("keys"):
-        number, newest = registry.store.newest(f"keys/{key}")
-        if number and maker(newest, key, number) == id:
+        if registry.current(key) == id:
             registry.store.append(f"keys/{key}", {"void": id, "reason": REASON})
 
 
@@ -94,11 +103,11 @@ def reach(registry: Registry, ids: Sequence[str]) -> dict[str, Reach]:
     for artifact in registry.artifacts():
         for source in artifact.inputs.values():
             children.setdefault(source.id or "", set()).add(artifact.id)
-    aliases = dict(_aliases(registry))
+    pointing = {alias: move.artifact for alias, move in aliases(registry).items()}
     found: dict[str, Reach] = {}
     for id in ids:
         below = _below(id, children)
-        named = sorted(alias for alias, target in aliases.items() if target in {id, *below})
+        named = sorted(alias for alias, target in pointing.items() if target in {id, *below})
         found[id] = Reach(artifacts=tuple(sorted(below)), aliases=tuple(named))
     return found
 
@@ -111,16 +120,6 @@ def _below(id: str, children: dict[str, set[str]]) -> set[str]:
         below |= new
         waiting += new
     return below - {id}
-
-
-def _aliases(registry: Registry) -> Iterator[tuple[str, Any]]:
-    for alias in registry.store.names("refs"):
-        number, newest = registry.store.newest(f"refs/{alias}")
-        if not isinstance(newest, dict):
-            raise BadInput(
-                f"refs/{printable(alias)}/{number:06d}.json is no entry of an alias; remove it from {registry.url}"
-            )
-        yield alias, newest.get("artifact")
 
 
 def _opened(
