@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
-from pipeline.registry import File
 from pipeline.registry.places import open_store
 from pipeline.registry.store import Damaged, Store
 from stages.checkpoints import COMPLETE, Record, directory, whole
@@ -205,8 +204,7 @@ def _bring(store: Store, copy: Copy, record: Record, work: Path) -> Path:
     partial, checkpoint = work / f"{RETURNING}{uuid.uuid4().hex}", directory(work, record.step)
     try:
         partial.mkdir(parents=True)
-        files = [File(path=file.path, size=file.size, sha256=file.sha256) for file in record.files]
-        store.copy_out(copy.name, files, COMPLETE, partial)
+        store.copy_out(copy.name, record.files, COMPLETE, partial)
         sync_tree(partial)
         shutil.rmtree(checkpoint, ignore_errors=True)
         partial.rename(checkpoint)

@@ -94,6 +94,13 @@ def _nodes(top: Ancestor) -> Iterator[Ancestor]:
         yield from _nodes(inner)
 
 
+def _upwards(top: Ancestor) -> Iterator[Ancestor]:
+    """What something was made from before itself: the base first."""
+    for inner in top.inputs:
+        yield from _upwards(inner)
+    yield top
+
+
 def _base(nodes: list[Ancestor]) -> Ancestor:
     """The end of the chain of policies."""
     node = nodes[0]
@@ -142,7 +149,7 @@ def _code(value: Any) -> str:
 
 def _scores(registry: Registry, nodes: list[Ancestor]) -> Iterator[Scored]:
     """Newest evaluation of the base and of each policy on the way, both splits; nothing for a policy that was not evaluated."""
-    for node in {(node.id, node.key): node for node in reversed(nodes)}.values():
+    for node in {(node.id, node.key): node for node in _upwards(nodes[0])}.values():
         names = {BASE, node.name} if node.id else {BASE}
         found = [one for name in sorted(names) for one in registry.artifacts(f"{name}.evaluate") if _is_of(one, node)]
         usable = [one for one in sorted(found, key=lambda one: one.created) if registry.usable(one)]

@@ -13,10 +13,10 @@ import json
 import shutil
 from collections.abc import Iterator
 from hashlib import sha256
-from pathlib import Path
-from typing import Any, NamedTuple
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import ValidationError
+from pydantic import AfterValidator, ValidationError
 
 from stages import chunks
 from stages.config import Frozen, identity_values
@@ -31,10 +31,17 @@ TEMPORARY = (chunks.DIRECTORY, SET_ASIDE)
 """What else lies in `work` until a stage is published."""
 
 
+def _inside(path: str) -> str:
+    """A path that stays in the checkpoint: its record may come from a mirror."""
+    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+        raise ValueError(f"{path!r} leaves the checkpoint")
+    return path
+
+
 class Entry(Frozen):
     """One file of a checkpoint."""
 
-    path: str
+    path: Annotated[str, AfterValidator(_inside)]
     size: int
     sha256: str
 

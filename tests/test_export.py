@@ -18,7 +18,7 @@ from pipeline import export, model_card
 from pipeline.launch import StageFailed
 from pipeline.registry import Registry, Source
 from stages.job import BadInput
-from tests.conftest import ROOT, SWITCHBACK, environment, run_cli
+from tests.conftest import ROOT, SWITCHBACK, environment, run_cli, tensors
 from tests.test_registry import OWNER, draft, finished
 
 
@@ -127,7 +127,7 @@ def test_data_are_exported_as_a_data_set(climbed, tmp_path, monkeypatch):
 def test_an_adapter_goes_with_its_policy_and_other_outputs_do_not(tmp_path):
     out = finished(tmp_path / "out")
     (out / "adapter").mkdir()
-    (out / "adapter" / "adapter_model.safetensors").write_text("a")
+    (out / "adapter" / "adapter_model.safetensors").write_bytes(tensors("a"))
     registry = Registry(tmp_path / "registry")
     outputs = {"policy": ".", "adapter": "adapter", "data": "data"}
     artifact = registry.publish(out, draft().model_copy(update={"outputs": outputs}), OWNER).artifact
@@ -147,7 +147,7 @@ def small(tmp_path):
 def test_an_empty_directory_is_filled(small, tmp_path):
     (tmp_path / "x").mkdir()
     assert export.export(*small, tmp_path / "x").directory == tmp_path / "x"
-    assert (tmp_path / "x" / "model.safetensors").read_text() == "weights"
+    assert (tmp_path / "x" / "model.safetensors").read_bytes() == tensors("weights")
 
 
 @pytest.mark.parametrize(
@@ -203,19 +203,19 @@ def test_an_artifact_that_is_void_or_holds_no_model_is_refused(small, climbed, t
 def test_a_killed_export_leaves_nothing_that_looks_whole(tmp_path):
     """SIGKILL in the middle of the copy; the next one works."""
     registry, out = Registry(tmp_path / "registry"), finished(tmp_path / "out")
-    with (out / "zzz.safetensors").open("wb") as file:
+    with (out / "zzz.parquet").open("wb") as file:
         file.truncate(256 * 2**20)
     artifact = registry.publish(out, draft(), OWNER).artifact
     arguments = ["export", artifact.id, str(tmp_path / "x"), "--registry", registry.url]
     process = subprocess.Popen([SWITCHBACK, *arguments], env=environment())
-    while not list(tmp_path.glob(".x.*/zzz.safetensors")):
+    while not list(tmp_path.glob(".x.*/zzz.parquet")):
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.001)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "x").exists() and len(list(tmp_path.glob(".x.*.partial"))) == 1
     assert run_cli(*arguments).returncode == 0
-    assert (tmp_path / "x" / "zzz.safetensors").stat().st_size == 256 * 2**20
+    assert (tmp_path / "x" / "zzz.parquet").stat().st_size == 256 * 2**20
 
 
 def test_json_tells_what_was_written(small, tmp_path):

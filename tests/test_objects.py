@@ -23,11 +23,12 @@ from pipeline.registry import Artifact, File, Registry
 from pipeline.registry.places import open_store
 from pipeline.registry.store import JSON_LIMIT, Damaged, LocalStore
 from stages.job import BadInput
-from tests.conftest import TINY, environment, run_cli
+from tests.conftest import TINY, environment, run_cli, tensors
 from tests.object_server import ObjectServer, serving
 from tests.test_registry import OWNER, draft, finished
 
 URL = "s3://bucket/team/registry"
+WEIGHTS = tensors("weights")
 MANIFEST = "artifact.json"
 PROCESSES = multiprocessing.get_context("forkserver")
 """Processes that have imported everything and used nothing: obstore does not survive a fork."""
@@ -236,7 +237,7 @@ def test_what_is_published_is_found_and_goes_on_locally_without_a_download(serve
     registry = Registry(URL)
     out = finished(tmp_path / "out")
     big = os.urandom(20_000_000)
-    (out / "big.safetensors").write_bytes(big)
+    (out / "big.parquet").write_bytes(big)
     artifact = registry.publish(out, draft(), OWNER).artifact
     assert not out.exists() and registry.find(artifact.key) == artifact == registry.artifacts()[0]
     assert registry.location(artifact, "data") == f"{URL}/artifacts/{artifact.id}/data"
@@ -244,7 +245,7 @@ def test_what_is_published_is_found_and_goes_on_locally_without_a_download(serve
     assert len(parts) == 3, "a big file goes up in parts"
     server.seen.clear()
     path = registry.path(artifact)
-    assert (path / "big.safetensors").read_bytes() == big and (path / MANIFEST).is_file() and server.seen == []
+    assert (path / "big.parquet").read_bytes() == big and (path / MANIFEST).is_file() and server.seen == []
 
 
 def test_the_manifest_is_put_when_all_else_is_there(server, tmp_path):
@@ -264,7 +265,7 @@ def test_another_machine_fetches_what_was_published_once(elsewhere, server, tmp_
     assert (there.path(artifact, "data") / "rows.jsonl").read_text() == "{}\n", "a torn copy is fetched again"
 
 
-@pytest.mark.parametrize("damage", [b"weightz", b"weight", b"weights and more"])
+@pytest.mark.parametrize("damage", [WEIGHTS[:-1] + b"z", WEIGHTS[:-1], WEIGHTS + b" and more"])
 def test_a_damaged_download_names_the_file_and_is_not_kept(damage, elsewhere, server, tmp_path):
     artifact = Registry(URL).publish(finished(tmp_path / "out"), draft(), OWNER).artifact
     overwrite(f"artifacts/{artifact.id}/model.safetensors", damage)
@@ -290,14 +291,14 @@ def test_what_the_store_itself_has_is_told_from_what_was_copied(server, tmp_path
     assert set(registry.store.files(name)) == {MANIFEST, *(file.path for file in artifact.files)}
     overwrite(f"{name}/model.safetensors", b"weightz")
     assert registry.store.digest(f"{name}/model.safetensors") == hashlib.sha256(b"weightz").hexdigest()
-    assert (registry.path(artifact) / "model.safetensors").read_text() == "weights"
+    assert (registry.path(artifact) / "model.safetensors").read_bytes() == WEIGHTS
 
 
 def test_a_local_store_lists_and_hashes_what_it_has_and_follows_no_link(tmp_path):
     store, directory = LocalStore(tmp_path), finished(tmp_path / "artifacts" / "x")
     (directory / "link").symlink_to("/etc")
-    assert store.files("artifacts/x") == {"model.safetensors": 7, "data/rows.jsonl": 3, "link": -1}
-    assert store.digest("artifacts/x/model.safetensors") == hashlib.sha256(b"weights").hexdigest()
+    assert store.files("artifacts/x") == {"model.safetensors": len(WEIGHTS), "data/rows.jsonl": 3, "link": -1}
+    assert store.digest("artifacts/x/model.safetensors") == hashlib.sha256(WEIGHTS).hexdigest()
 
 
 def test_a_directory_is_removed_manifest_first_here_and_there(server, tmp_path):
@@ -390,20 +391,20 @@ def test_an_append_only_log_loses_nothing_to_four_writers(server, tmp_path):
 def fetch_as(artifact: str) -> None:
     registry = Registry(URL)
     path = registry.path(registry.open(artifact))
-    assert len((path / "big.safetensors").read_bytes()) == 3_000_000
+    assert len((path / "big.parquet").read_bytes()) == 3_000_000
 
 
 def test_processes_that_fetch_the_same_artifact_at_once_are_fine_and_what_a_killed_one_left_is_cleaned(
     server, tmp_path
 ):
     out = finished(tmp_path / "out")
-    (out / "big.safetensors").write_bytes(os.urandom(3_000_000))
+    (out / "big.parquet").write_bytes(os.urandom(3_000_000))
     artifact = Registry(URL).publish(out, draft(), OWNER).artifact
     cache = tmp_path / "shared-cache"
     asked = threading.Event()
 
     def door(environ, through, start_response):
-        if environ["PATH_INFO"].endswith("big.safetensors") and not asked.is_set():
+        if environ["PATH_INFO"].endswith("big.parquet") and not asked.is_set():
             asked.set()
             time.sleep(1)
         return through(start_response)
@@ -428,7 +429,7 @@ def test_processes_that_fetch_the_same_artifact_at_once_are_fine_and_what_a_kill
 
 def test_ctrl_c_ends_an_upload_at_once_and_leaves_no_parts_behind(server, tmp_path):
     out, reached = finished(tmp_path / "out"), threading.Event()
-    (out / "big.safetensors").write_bytes(bytes(80_000_000))
+    (out / "big.parquet").write_bytes(bytes(80_000_000))
 
     def door(environ, through, start_response):
         if "partNumber" in environ["QUERY_STRING"]:
@@ -446,7 +447,7 @@ def test_ctrl_c_ends_an_upload_at_once_and_leaves_no_parts_behind(server, tmp_pa
         publisher.join()
     assert time.monotonic() - begin < 5 and publisher.exitcode == 1
     assert [one for one in server.seen if one.method == "DELETE" and "uploadId" in one.query]
-    assert Registry(URL).artifacts() == [] and (out / "big.safetensors").exists()
+    assert Registry(URL).artifacts() == [] and (out / "big.parquet").exists()
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(elsewhere, server, tmp_path):

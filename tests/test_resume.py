@@ -202,6 +202,11 @@ def make(job, *steps):
         checkpoints.seal(checkpoint, step, job, EXECUTION)
 
 
+def leaving(record: Path) -> None:
+    """A record that names a file outside the checkpoint."""
+    record.write_text(record.read_text().replace("optimizer.pt", "../optimizer.pt"))
+
+
 def test_the_newest_whole_checkpoint_is_used_by_step_and_not_by_name(job, tmp_path):
     make(job, 9, 10, 2)
     assert checkpoints.newest(job, EXECUTION) == (tmp_path / "checkpoint-10", [])
@@ -215,6 +220,7 @@ def test_the_newest_whole_checkpoint_is_used_by_step_and_not_by_name(job, tmp_pa
         (lambda one: (one / "logs" / "metrics.jsonl").write_text(""), "logs/metrics.jsonl is not what was saved"),
         (lambda one: (one / "complete.json").unlink(), "it was not finished"),
         (lambda one: (one / "complete.json").write_text("{"), "its complete.json cannot be read"),
+        (lambda one: leaving(one / "complete.json"), "its complete.json cannot be read"),
         (lambda one: (one / "complete.json").write_bytes(b"\xff"), "its complete.json cannot be read"),
     ],
 )

@@ -12,7 +12,7 @@ from pipeline import plan, recipe
 from pipeline.cli import exit_code
 from pipeline.identity import key_of
 from pipeline.launch import StageFailed
-from pipeline.registry import Artifact, Registry, Source
+from pipeline.registry import Artifact, Registry, Source, aliases
 from pipeline.registry.verify import verify, verify_ids
 from pipeline.run import refuse_damaged
 from tests.conftest import printed_json, run_cli, tensors
@@ -78,12 +78,10 @@ def test_one_byte_of_any_file_is_found_and_exactly_that_step_is_made_again(step,
 
 def test_what_damage_reaches_is_everything_made_from_it_and_the_aliases_there(copy, capsys):
     _, registry, ids = copy
-    store = Registry(registry).store
-    store.append("refs/prod", {"artifact": ids["warmup"]})
-    store.append("refs/prod", {"artifact": ids["rl2"]})
-    store.append("refs/before", {"artifact": ids["warmup"]})
-    store.append("refs/gone", {"artifact": ids["rl2"]})
-    store.append("refs/gone", {"artifact": None})
+    place = Registry(registry)
+    for alias, step in (("prod", "warmup"), ("prod", "rl2"), ("before", "warmup"), ("gone", "rl2")):
+        aliases.set_to(place, alias, place.open(ids[step]))
+    aliases.remove(place, "gone")
     undo = flip(registry / "artifacts" / ids["rl1"] / "model.safetensors")
     try:
         assert exit_code(["verify", ids["rl1"], "--json", "--registry", str(registry)]) == 1

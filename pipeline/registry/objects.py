@@ -31,6 +31,7 @@ from pipeline.registry.artifact import File
 from pipeline.registry.cache import adopt, cache_of, copying, discard, is_whole
 from pipeline.registry.places import Bucket
 from pipeline.registry.store import JSON_LIMIT, PART, Damaged, Stopped, Store, inside, never, parts
+from stages.checkpoints import Entry
 from stages.job import BadInput
 
 MOST_PARTS = 9000
@@ -154,7 +155,7 @@ class ObjectStore(Store):
         return copy
 
     @override
-    def copy_out(self, name: str, files: Sequence[File], manifest: str, into: Path) -> None:
+    def copy_out(self, name: str, files: Sequence[File | Entry], manifest: str, into: Path) -> None:
         several(lambda file, ended: self._bring(f"{name}/{file.path}", file, into, ended), files)
         if (content := self.read(f"{name}/{manifest}")) is None:
             raise Damaged(f"{self.url}/{name}/{manifest} is gone")
@@ -237,7 +238,7 @@ class ObjectStore(Store):
         with self._answers():
             obstore.put(self._store, name, content, chunk_size=part, max_concurrency=AT_ONCE)
 
-    def _bring(self, name: str, file: File, into: Path, stopped: Stopped) -> None:
+    def _bring(self, name: str, file: File | Entry, into: Path, stopped: Stopped) -> None:
         """Download a file and see that it is the one that was published."""
         path, digest, size = into / file.path, hashlib.sha256(), 0
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ from typing import Any
 from typing_extensions import override
 
 from pipeline.registry.artifact import File, printable
+from stages.checkpoints import Entry
 from stages.disk import digest_file, sync, sync_tree, write_through
 from stages.job import BadInput
 
@@ -89,7 +90,7 @@ class Store(ABC):
         """The same, but `directory` stays. Raises InterruptedError soon after it is stopped."""
 
     @abstractmethod
-    def copy_out(self, name: str, files: Sequence[File], manifest: str, into: Path) -> None:
+    def copy_out(self, name: str, files: Sequence[File | Entry], manifest: str, into: Path) -> None:
         """Copy these files and the manifest of a directory into an empty local one, every one verified. Raises Damaged for a file that is not what it
         should be, and for one that is gone."""
 
@@ -300,7 +301,7 @@ class LocalStore(Store):
         sync(path.parent)
 
     @override
-    def copy_out(self, name: str, files: Sequence[File], manifest: str, into: Path) -> None:
+    def copy_out(self, name: str, files: Sequence[File | Entry], manifest: str, into: Path) -> None:
         for file in files:
             copy = into / file.path
             copy.parent.mkdir(parents=True, exist_ok=True)
