@@ -33,19 +33,17 @@ def main(directory: Path, scenarios: list[Scenario]) -> None:
         importlib.import_module(name)
     for scenario in scenarios:
         place = directory / scenario["name"]
-        never = {"save_every": None} if "save_every" in scenario["config"] else {}
-        alone = job_of({**scenario, "config": {**scenario["config"], **never}}, place / "alone")
-        points(lambda alone=alone: run(alone), place / "nowhere")
+        alone = job_of(scenario, place / "alone")
+        listed = points(lambda alone=alone: run(alone), place / "alone")
         whole, lines = digests(alone), logged(alone)
-        for n, point in chosen(scenario, job_of(scenario, place / "listing")):
+        for n, point in chosen(scenario, listed):
             mode = "torn" if scenario["kill"] == "torn" else "before"
             print(json.dumps({"point": point, **crashed(scenario, place / f"{n}", n, mode, whole, lines)}), flush=True)
             shutil.rmtree(place / f"{n}")
 
 
-def chosen(scenario: Scenario, job: Job) -> Iterator[tuple[int, str]]:
+def chosen(scenario: Scenario, listed: list[str]) -> Iterator[tuple[int, str]]:
     """(number, name) of the points to kill at: of those that are named alike, the one in the middle."""
-    listed = points(lambda: run(job), Path(job.work))
     if scenario["kill"] in ("every", "torn"):
         alike: dict[str, list[int]] = {}
         for n, point in enumerate(listed):
