@@ -26,6 +26,7 @@ from stages.metrics import FILE as METRICS
 from stages.metrics import WORDS
 from stages.process import adopt_orphans, kill_marked, kill_tree
 from stages.stopping import STOPPED
+from stages.training import TRL_CONFIGS
 from stages.worker import BUSY, ERROR, RESULT
 
 WORKER = [sys.executable, "-P", "-m", "stages"]
@@ -108,7 +109,10 @@ class Launcher:
     def _let_it_save(self, job: Job, on_word: OnWord) -> None:
         """Ask the job to stop, and give it its grace time; another Ctrl-C ends that."""
         assert self._worker is not None
-        on_word(f"asked to stop; it has {job.execution.grace:g} s to save what it has (Ctrl-C: none)")
+        if self._worker.job is None or not job.execution.grace:
+            return
+        if job.kind in TRL_CONFIGS:
+            on_word(f"asked to stop; saves at its next step, within {job.execution.grace:g} s (Ctrl-C: ends at once)")
         with suppress(KeyboardInterrupt, StageFailed):
             self._worker.stop(job.execution.grace)
 
@@ -140,7 +144,7 @@ class _ServingWorker:
         )
         self._buffer = b""
         self._ready = False
-        self._job: int | None = None
+        self.job: int | None = None  # pid of the one that runs
 
     def start(self, job: Path, log: Path) -> None:
         """Order a job; returns once it has been forked."""
@@ -153,21 +157,21 @@ class _ServingWorker:
             self._process.stdin.flush()
         except BrokenPipeError:
             raise self._gone() from None
-        self._job = self._wanted_answer(FORK_PATIENCE)["pid"]
+        self.job = self._wanted_answer(FORK_PATIENCE)["pid"]
 
     def status(self, seconds: float) -> int | None:
         """The job's exit status (negative: the signal that killed it); None when it is still running after `seconds`."""
         answer = self._answer(seconds)
         if answer is None:
             return None
-        self._job = None
+        self.job = None
         return answer["status"]
 
     def stop(self, seconds: float) -> None:
         """Ask the job to stop (SIGTERM); returns when it has ended, or after `seconds`."""
-        if self._job and seconds:
+        if self.job:
             with suppress(ProcessLookupError):
-                os.kill(self._job, signal.SIGTERM)
+                os.kill(self.job, signal.SIGTERM)
             self.status(seconds)
 
     def kill(self) -> None:

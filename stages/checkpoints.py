@@ -20,7 +20,7 @@ from pydantic import AfterValidator, ValidationError
 
 from stages import chunks
 from stages.config import Frozen, identity_values
-from stages.disk import digest_file, replace, sync_tree
+from stages.disk import digest_files, replace, sync_tree
 from stages.job import Job
 
 COMPLETE = "complete.json"
@@ -85,8 +85,8 @@ def seal(checkpoint: Path, step: int, job: Job, execution: dict[str, Any]) -> No
     """Say that a checkpoint is whole. The disk has all of it when this returns."""
     paths = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
     files = tuple(
-        Entry(path=path.relative_to(checkpoint).as_posix(), size=path.stat().st_size, sha256=digest_file(path))
-        for path in paths
+        Entry(path=path.relative_to(checkpoint).as_posix(), size=path.stat().st_size, sha256=digest)
+        for path, digest in zip(paths, digest_files(paths), strict=True)
     )
     record = Record(step=step, asked=asked(job), execution=execution, files=files)
     sync_tree(checkpoint)
@@ -125,10 +125,15 @@ def _other(then: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _damage(checkpoint: Path, record: Record) -> Iterator[str]:
-    for file in record.files:
-        path = checkpoint / file.path
-        if not path.is_file() or path.stat().st_size != file.size or digest_file(path) != file.sha256:
-            yield f"{file.path} is not what was saved"
+    other = [file for file in record.files if _size(checkpoint / file.path) != file.size]
+    if not other:
+        digests = digest_files([checkpoint / file.path for file in record.files])
+        other = [file for file, digest in zip(record.files, digests, strict=True) if digest != file.sha256]
+    yield from (f"{file.path} is not what was saved" for file in other)
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
 
 
 def whole(work: Path) -> list[Path]:

@@ -20,12 +20,14 @@ import pytest
 import torch
 import yaml
 
+from pipeline.launch import Launcher
 from pipeline.registry import Registry, runs
 from stages import checkpoints, randomness
 from stages.disk import digest_file
 from stages.job import Execution, Job
 from tests.conftest import LEARNED, ROOT, SWITCHBACK, environment, printed_json, run_cli, stage
 from tests.models import save
+from tests.stage_crashes import digests
 from tests.test_grpo import trained
 from tests.test_processes import wait_for
 
@@ -137,6 +139,38 @@ def test_a_checkpoint_of_another_execution_is_set_aside_and_named(jobs, quick):
         "set aside checkpoint-6: it was not finished",
         "set aside checkpoint-4: it was made with micro-batch 8, not 16",
         "set aside checkpoint-2: it was made with micro-batch 8, not 16",
+        "starts from its beginning",
+    ]
+
+
+@pytest.mark.slow
+def test_two_processes_stop_at_one_step_go_on_exactly_and_not_as_one(jobs, quick):
+    base = json.loads(jobs["rl1"].read_text())
+    base["config"] |= {**GRPO, "steps": 30, "save_every": None, "kl": {"beta": 0.05}}
+
+    def launch(place: Path, processes: int, at: int | None = None) -> tuple[Job, list[str]]:
+        """Run the job, with Ctrl-C at a step; (job, what was said)."""
+        execution = {**base["execution"], "processes": processes}
+        job = Job.model_validate({**base, "work": str(place), "out": str(place / "out"), "execution": execution})
+        words: list[str] = []
+
+        def press(line):
+            if at and line["step"] >= at:
+                raise KeyboardInterrupt
+
+        with Launcher(1, preload=False) as launcher:
+            launcher.launch(job, on_metrics=press, on_word=words.append)
+        return job, words
+
+    whole, _ = launch(quick / "whole", 2)
+    with pytest.raises(KeyboardInterrupt):
+        launch(quick / "stopped", 2, at=4)
+    (checkpoint,) = (quick / "stopped").glob("checkpoint-*")
+    resumed, words = launch(quick / "stopped", 2)
+    assert words == [f"resumed from {checkpoint.name}"] and digests(resumed) == digests(whole)
+    _, words = launch(quick / "stopped", 1)
+    assert words == [
+        f"set aside {checkpoint.name}: it was made with processes 2, not 1, micro-batch 8, not 16, distribution MULTI_CPU, not NO",
         "starts from its beginning",
     ]
 

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline.registry import headers
 from pipeline.registry.artifact import File, check_path, printable, refuse_clashes
 from pipeline.registry.store import walk
-from stages.disk import digest_file
+from stages.disk import digest_files
 from stages.job import MANIFEST
 
 TENSORS = ".safetensors"
-
-AT_ONCE = 8
-"""Files that are hashed at once, where there are as many cores."""
 
 
 class UnsafeFile(ValueError):
@@ -41,12 +35,6 @@ def list_files(directory: Path) -> tuple[File, ...]:
     return tuple(
         File(path=path, size=size, sha256=digest) for (path, size), digest in zip(found.items(), digests, strict=True)
     )
-
-
-def digest_files(paths: Sequence[Path]) -> list[str]:
-    """SHA-256 of the bytes of each, several at once: hashing waits for a core, not for a disk."""
-    with ThreadPoolExecutor(min(AT_ONCE, os.cpu_count() or 1)) as pool:
-        return list(pool.map(digest_file, paths))
 
 
 def _unsafe(path: Path, size: int) -> str | None:
