@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.mirror import Mirror, bring_back, copies, copy_out, forget, mirrored
+from pipeline.registry.local import LocalStore
 from pipeline.registry.places import open_store
-from pipeline.registry.store import LocalStore, Store
+from pipeline.registry.store import Store
 from stages.checkpoints import COMPLETE, Entry, Record
 from stages.disk import digest_file
 from tests.conftest import SWITCHBACK, environment, run_cli, stage

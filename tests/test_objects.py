@@ -20,8 +20,9 @@ from moto.s3.models import s3_backends
 from obstore.store import S3Store
 
 from pipeline.registry import Artifact, File, Registry
+from pipeline.registry.local import LocalStore
 from pipeline.registry.places import open_store
-from pipeline.registry.store import JSON_LIMIT, Damaged, LocalStore
+from pipeline.registry.store import JSON_LIMIT, Damaged
 from stages.job import BadInput
 from tests.conftest import TINY, environment, run_cli, tensors
 from tests.object_server import ObjectServer, serving

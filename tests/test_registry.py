@@ -12,7 +12,7 @@ import pytest
 from pipeline.identity import key_of
 from pipeline.registry import Artifact, Registry, Source, UnsafeFile, runs
 from pipeline.registry.lineage import lineage
-from pipeline.registry.store import LocalStore
+from pipeline.registry.local import LocalStore
 from pipeline.registry.verify import verify
 from stages.job import BadInput
 from tests.conftest import tensors

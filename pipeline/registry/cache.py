@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.registry.artifact import File
-from pipeline.registry.store import LocalStore, held
+from pipeline.registry.local import LocalStore, held
 from stages.disk import digest_file, sync_tree
 from stages.job import BadInput
 

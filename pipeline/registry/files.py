@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.registry import headers
 from pipeline.registry.artifact import File, check_path, printable, refuse_clashes
-from pipeline.registry.store import walk
+from pipeline.registry.local import walk
 from stages.disk import digest_files
 from stages.job import MANIFEST
 

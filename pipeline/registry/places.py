@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.registry.store import LocalStore, Store
+from pipeline.registry.local import LocalStore
+from pipeline.registry.store import Store
 from stages.job import BadInput
 
 BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]+")
