@@ -19,7 +19,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import AfterValidator, ValidationError
 
 from stages import chunks
-from stages.config import Frozen, identity_values
+from stages.config import Config, Frozen, identity_values
 from stages.disk import digest_files, replace, sync_tree
 from stages.job import Job
 
@@ -58,6 +58,13 @@ class Record(Frozen):
     files: tuple[Entry, ...]
 
 
+class Belongs(NamedTuple):
+    """What a checkpoint has to be of, to be used."""
+
+    asked: str
+    execution: dict[str, Any]
+
+
 class Found(NamedTuple):
     """Where a stage can go on, and what was said on the way."""
 
@@ -66,14 +73,12 @@ class Found(NamedTuple):
     words: list[str]
 
 
-def asked(job: Job) -> str:
-    """SHA-256 of what is to be done, wherever it lies and however it is run: two jobs of which it is equal make the same."""
-    from stages import STAGES
-
-    config = identity_values(STAGES[job.kind].config.model_validate(job.config))
+def asked(job: Job, config: Config) -> str:
+    """SHA-256 of what is to be done, wherever it lies and however it is run: two jobs of which it is equal make the same. `config` is the job's."""
     inputs = {role: Path(path).parts[-2:] for role, path in job.inputs.items()}
     what = job.model_dump(mode="json", exclude={"name", "config", "inputs", "work", "out", "execution"})
-    return sha256(json.dumps({**what, "config": config, "inputs": inputs}, sort_keys=True).encode()).hexdigest()
+    what |= {"config": identity_values(config), "inputs": inputs}
+    return sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
 def directory(work: Path, step: int) -> Path:
@@ -81,30 +86,30 @@ def directory(work: Path, step: int) -> Path:
     return work / f"checkpoint-{step}"
 
 
-def seal(checkpoint: Path, step: int, job: Job, execution: dict[str, Any]) -> None:
+def seal(checkpoint: Path, step: int, belongs: Belongs) -> None:
     """Say that a checkpoint is whole. The disk has all of it when this returns."""
     paths = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
     files = tuple(
         Entry(path=path.relative_to(checkpoint).as_posix(), size=path.stat().st_size, sha256=digest)
         for path, digest in zip(paths, digest_files(paths), strict=True)
     )
-    record = Record(step=step, asked=asked(job), execution=execution, files=files)
+    record = Record(step=step, asked=belongs.asked, execution=belongs.execution, files=files)
     sync_tree(checkpoint)
     replace(checkpoint / COMPLETE, record.model_dump_json(indent=1).encode())
 
 
-def newest(job: Job, execution: dict[str, Any]) -> Found:
-    """The newest checkpoint that this job can go on from. Those that are newer and cannot be used are set aside, and named."""
+def newest(work: Path, belongs: Belongs) -> Found:
+    """The newest checkpoint that a job can go on from. Those that are newer and cannot be used are set aside, and named."""
     words: list[str] = []
-    for checkpoint in reversed(_all(Path(job.work))):
-        if not (wrong := what_is_wrong(checkpoint, job, execution)):
+    for checkpoint in reversed(_all(work)):
+        if not (wrong := what_is_wrong(checkpoint, belongs)):
             return Found(checkpoint, words)
         _set_aside(checkpoint)
         words.append(f"set aside {checkpoint.name}: {wrong}")
     return Found(None, [*words, "starts from its beginning"] if words else [])
 
 
-def what_is_wrong(checkpoint: Path, job: Job, execution: dict[str, Any]) -> str:
+def what_is_wrong(checkpoint: Path, belongs: Belongs) -> str:
     """Why a checkpoint cannot be used; "" when it can."""
     try:
         record = Record.model_validate_json((checkpoint / COMPLETE).read_bytes())
@@ -112,10 +117,10 @@ def what_is_wrong(checkpoint: Path, job: Job, execution: dict[str, Any]) -> str:
         return "it was not finished"
     except (OSError, ValidationError):
         return f"its {COMPLETE} cannot be read"
-    if record.asked != asked(job):
+    if record.asked != belongs.asked:
         return "it was made from another job, such as other inputs"
-    if record.execution != execution:
-        return _other(record.execution, execution)
+    if record.execution != belongs.execution:
+        return _other(record.execution, belongs.execution)
     return next(_damage(checkpoint, record), "")
 
 

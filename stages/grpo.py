@@ -129,7 +129,7 @@ def run(job: Job) -> Result:
         processing_class=tokenizer,
         peft_config=lora.peft_config(job.lora) if job.lora else None,
     )
-    checkpoint = resume.find(trainer, job)
+    checkpoint = resume.find(trainer, job, config)
     listen(trainer, job)
     with own_settings(model):
         resume.train(trainer, job, config, checkpoint, config.steps)

@@ -163,7 +163,7 @@ def run(job: Job) -> Result:
         weights=config.weights,
         normaliser=config.normaliser,
     )
-    checkpoint = resume.find(trainer, job)
+    checkpoint = resume.find(trainer, job, config)
     listen(trainer, job)
     packed = len(cast(Sized, trainer.train_dataset))
     expected = optimiser_steps(config, packed)

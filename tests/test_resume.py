@@ -25,6 +25,7 @@ from pipeline.registry import Registry, runs
 from stages import checkpoints, randomness
 from stages.disk import digest_file
 from stages.job import Execution, Job
+from stages.sft import SftConfig
 from tests.conftest import LEARNED, ROOT, SWITCHBACK, environment, printed_json, run_cli, stage
 from tests.models import save
 from tests.stage_crashes import digests
@@ -227,13 +228,17 @@ def job(tmp_path):
     )  # fmt: skip
 
 
+def of(job, execution=EXECUTION):
+    return checkpoints.Belongs(checkpoints.asked(job, SftConfig.model_validate(job.config)), execution)
+
+
 def make(job, *steps):
     for step in steps:
         checkpoint = checkpoints.directory(Path(job.work), step)
         (checkpoint / "logs").mkdir(parents=True)
         (checkpoint / "optimizer.pt").write_bytes(b"state")
         (checkpoint / "logs" / "metrics.jsonl").write_text("{}\n")
-        checkpoints.seal(checkpoint, step, job, EXECUTION)
+        checkpoints.seal(checkpoint, step, of(job))
 
 
 def leaving(record: Path) -> None:
@@ -243,7 +248,7 @@ def leaving(record: Path) -> None:
 
 def test_the_newest_whole_checkpoint_is_used_by_step_and_not_by_name(job, tmp_path):
     make(job, 9, 10, 2)
-    assert checkpoints.newest(job, EXECUTION) == (tmp_path / "checkpoint-10", [])
+    assert checkpoints.newest(Path(job.work), of(job)) == (tmp_path / "checkpoint-10", [])
 
 
 @pytest.mark.parametrize(
@@ -261,14 +266,17 @@ def test_the_newest_whole_checkpoint_is_used_by_step_and_not_by_name(job, tmp_pa
 def test_a_torn_checkpoint_is_set_aside_and_the_one_before_it_is_used(damage, said, job, tmp_path):
     make(job, 2, 4)
     damage(tmp_path / "checkpoint-4")
-    assert checkpoints.newest(job, EXECUTION) == (tmp_path / "checkpoint-2", [f"set aside checkpoint-4: {said}"])
+    assert checkpoints.newest(Path(job.work), of(job)) == (
+        tmp_path / "checkpoint-2",
+        [f"set aside checkpoint-4: {said}"],
+    )
     assert not (tmp_path / "checkpoint-4").exists() and (tmp_path / "set-aside" / "checkpoint-4").is_dir()
 
 
 @pytest.mark.parametrize("field", ["processes", "micro-batch", "device"])
 def test_a_checkpoint_of_another_execution_is_not_used(field, job):
     make(job, 4)
-    _, said = checkpoints.newest(job, {**EXECUTION, field: "other"})
+    _, said = checkpoints.newest(Path(job.work), of(job, {**EXECUTION, field: "other"}))
     assert said == [
         f"set aside checkpoint-4: it was made with {field} {EXECUTION[field]}, not other",
         "starts from its beginning",
@@ -288,7 +296,7 @@ def test_a_checkpoint_of_another_execution_is_not_used(field, job):
 )
 def test_a_checkpoint_belongs_to_what_was_asked_wherever_it_lies(change, used, job):
     make(job, 4)
-    found, said = checkpoints.newest(job.model_copy(update=change), EXECUTION)
+    found, said = checkpoints.newest(Path(job.work), of(job.model_copy(update=change)))
     assert (found is not None) == used
     assert used or said[0] == "set aside checkpoint-4: it was made from another job, such as other inputs"
 

@@ -28,9 +28,9 @@ from obstore.store import AzureStore, GCSStore, S3Store
 from typing_extensions import override
 
 from pipeline.registry.artifact import File
+from pipeline.registry.bucket import Bucket
 from pipeline.registry.cache import adopt, cache_of, copying, discard, is_whole
 from pipeline.registry.local import parts
-from pipeline.registry.places import Bucket
 from pipeline.registry.store import JSON_LIMIT, PART, Damaged, Stopped, Store, inside, never
 from stages.checkpoints import Entry
 from stages.job import BadInput

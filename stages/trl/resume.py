@@ -30,8 +30,10 @@ GO_ON, SAVE, SAVE_AND_STOP = 0, 1, 2
 class ExactResume(Trainer):
     """Goes before a TRL trainer in the order of bases: `class Mine(ExactResume, GRPOTrainer)`."""
 
-    job: Job | None = None
-    """Whose checkpoints are sealed; None for a trainer on its own, whose checkpoints are complete all the same."""
+    out: Path | None = None
+    """Where the job logs; None for a trainer on its own, whose checkpoints are complete all the same, and not sealed."""
+    belongs: checkpoints.Belongs
+    """What its checkpoints are of."""
 
     def held(self) -> dict[str, Any]:
         """State of this process that transformers does not save: tensors, numbers, strings, and lists and dicts of them."""
@@ -74,10 +76,10 @@ class ExactResume(Trainer):
         checkpoint = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         torch.save(self.held(), checkpoint / _file_of_rank())
         self.accelerator.wait_for_everyone()
-        if ranks.first() and self.job is not None:
+        if ranks.first() and self.out is not None:
             (checkpoint / PICKLE).unlink(missing_ok=True)
-            checkpoints.save_logs(Path(self.job.out), checkpoint)
-            checkpoints.seal(checkpoint, self.state.global_step, self.job, execution(self))
+            checkpoints.save_logs(self.out, checkpoint)
+            checkpoints.seal(checkpoint, self.state.global_step, self.belongs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -102,15 +104,18 @@ def execution(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def find(trainer: ExactResume, job: Job) -> str | None:
+def find(trainer: ExactResume, job: Job, config: TrainingConfig) -> str | None:
     """Where the job can go on, its logs cut back to there; None: at its start. All processes call it. What was found is said."""
-    trainer.job = job
+    trainer.out, trainer.belongs = (
+        Path(job.out),
+        checkpoints.Belongs(checkpoints.asked(job, config), execution(trainer)),
+    )
     mine = {0: _newest(trainer, job)} if ranks.first() else {}
     return ranks.together(mine)[0]
 
 
 def _newest(trainer: ExactResume, job: Job) -> str | None:
-    checkpoint, words = checkpoints.newest(job, execution(trainer))
+    checkpoint, words = checkpoints.newest(Path(job.work), trainer.belongs)
     for text in words:
         say(job, text)
     if checkpoint is None:
