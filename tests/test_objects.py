@@ -26,6 +26,7 @@ from pipeline.registry.store import JSON_LIMIT, Damaged
 from stages.job import BadInput
 from tests.conftest import TINY, environment, run_cli, tensors
 from tests.object_server import ObjectServer, serving
+from tests.storm import storm
 from tests.test_registry import OWNER, draft, finished
 
 URL = "s3://bucket/team/registry"
@@ -559,3 +560,18 @@ def test_one_machine_begins_a_climb_and_another_goes_on(started, tmp_path, write
         assert done.returncode == 0 and said in done.stdout, done.stderr
     assert not any(secret in json.dumps(listed) for secret in SECRETS)
     assert environment().get("SWITCHBACK_REGISTRY") is None
+
+
+# ---- many at once
+
+
+@pytest.mark.slow
+def test_on_s3_too_no_alias_loses_anything_to_a_clean_up_beside_many_publishers(server):
+    """The full number of them: make test-full."""
+    seen = storm(URL, processes=3, publishes=8, keys=8, cleaners=1)
+    assert seen["cleaned"] and seen["moves"]
+
+
+@pytest.mark.full
+def test_on_s3_too_eight_processes_publish_a_hundred_times_while_a_clean_up_loops(server):
+    print(f"storm on S3: {storm(URL, cleaners=1)}")
