@@ -1,6 +1,7 @@
 # `make demo` and `make test` need Python 3.11 or newer and make; each sets up everything else in .venv.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
+WORKERS ?= 2
 
 .PHONY: demo test test-full check format clean
 
@@ -8,7 +9,7 @@ demo: .venv/user
 	$(BIN)/switchback run configs/demo.yaml
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-full: .venv/dev
 	$(BIN)/python -m pytest -m full -s

@@ -112,7 +112,7 @@ def _free(registry: Registry, directory: Path) -> Path:
         raise BadInput(f"export: {directory} is there and not an empty directory; name one that is not there")
     if target == Path.cwd():
         raise BadInput(f"export: {directory} is the working directory; name one that is not there")
-    if target.is_relative_to(registry.url):
+    if "://" not in registry.url and target.is_relative_to(Path(registry.url).resolve()):
         raise BadInput(f"export: {directory} lies in the registry {registry.url}; choose a directory outside")
     return target
 

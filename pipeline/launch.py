@@ -7,6 +7,7 @@ its own log.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -27,7 +28,7 @@ from stages.metrics import WORDS
 from stages.process import adopt_orphans, kill_marked, kill_tree
 from stages.stopping import STOPPED
 from stages.training import TRL_CONFIGS
-from stages.worker import BUSY, ERROR, RESULT
+from stages.worker import BUSY, ERROR, LOCK, PATIENCE, RESULT
 
 WORKER = [sys.executable, "-P", "-m", "stages"]
 """The worker's command; -P, because no module of the working directory is ours."""
@@ -81,6 +82,7 @@ class Launcher:
         """
         self.warm_up()
         assert self._worker is not None
+        _refuse_busy(job)
         path, log = job.save(), _next_log(Path(job.work))
         metrics = Path(job.out, METRICS)
         for stale in (metrics, Path(job.work, RESULT), Path(job.work, ERROR), Path(job.work, WORDS)):
@@ -210,6 +212,25 @@ class _ServingWorker:
         return said[-1] if said else "it said nothing; it may have been killed for want of memory"
 
 
+def _refuse_busy(job: Job) -> None:
+    """Raise StageFailed, and touch nothing, where another job works in the directory; one whose launcher was killed needs a moment to be gone."""
+    path = Path(job.work, LOCK)
+    ends_at = time.monotonic() + PATIENCE
+    while path.exists():
+        with path.open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > ends_at:
+                    raise _busy(job) from None
+        time.sleep(0.1)
+
+
+def _busy(job: Job) -> StageFailed:
+    return StageFailed(f"{job.name}: another job still works in {job.work}; wait for it or stop it")
+
+
 def _next_log(work: Path) -> Path:
     """logs/attempt-<n>.log, n from 1: an attempt never writes into another's."""
     logs = work / "logs"
@@ -242,7 +263,7 @@ def _result(job: Job, status: int, log: Path) -> Result:
             raise BadInput(error["message"])
         raise StageFailed(f"{job.name}: {error['message']} (log: {log})")
     if status == BUSY:
-        raise StageFailed(f"{job.name}: another job still works in {work}; wait for it or stop it")
+        raise _busy(job)
     if status == STOPPED:
         raise StageFailed(f"{job.name}: it was asked to stop; the same command goes on with what it saved (log: {log})")
     how = f"killed by signal {-status}" if status < 0 else f"exited with {status}"

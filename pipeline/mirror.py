@@ -144,20 +144,31 @@ def copy_out(store: Store, key12: str, checkpoint: Path, stopped: Callable[[], b
 
 
 def bring_back(store: Store, key12: str, work: Path, warn: Warn) -> str | None:
-    """Where a work directory has no whole checkpoint, put the newest of the mirror there; returns its name. None when there is nothing to bring.
+    """Put the newest checkpoint of the mirror into a work directory that has none, or only older ones; returns its name. None when there is nothing to
+    bring.
 
     A damaged copy is named to `warn`, and the one before it is taken. Raises BadInput when the mirror does not answer.
     """
     _sweep(work)
-    if whole(work):
-        return None
-    for copy in reversed(copies(store, key12)):
+    for copy in reversed(_ahead(copies(store, key12), work)):
         if record := _record(store, copy):
             try:
                 return _bring(store, copy, record, work).name
             except Damaged as error:
                 warn(f"a mirrored checkpoint cannot be used: {error}")
     return None
+
+
+def _ahead(there: list[Copy], work: Path) -> list[Copy]:
+    """The copies that are newer than what a work directory has: another machine may have gone on from it. A checkpoint that was never copied, or whose
+    copy has been pruned since, is compared by its step."""
+    if not (here := whole(work)):
+        return there
+    content = (here[-1] / COMPLETE).read_bytes()
+    digest, step = sha256(content).hexdigest()[:12], Record.model_validate_json(content).step
+    if known := [copy.number for copy in there if copy.digest == digest]:
+        return [copy for copy in there if copy.number > max(known)]
+    return there if there and there[-1].step > step else []
 
 
 def forget(store: Store | None, key12: str, warn: Warn) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.registry import Artifact, Registry
-from pipeline.registry.aliases import Move, current, set_to
+from pipeline.registry.aliases import Move, current, newest, set_to
 from pipeline.registry.verify import verify
 from stages.config import Frozen
 from stages.job import BadInput, read_evaluation
@@ -53,9 +53,10 @@ def promote(registry: Registry, policy: Artifact, alias: str, reason: str = "", 
     lies below 0, and when the two cannot be compared. `force` moves in any case, and the entry says so."""
     if "policy" not in policy.outputs:
         raise BadInput(f"{policy.id} is of kind {policy.kind} and holds no policy; give a policy")
+    seen = newest(registry, alias)
     now = current(registry, alias)
     if now is None or now.artifact in (None, policy.id):
-        return set_to(registry, alias, policy, reason=reason)
+        return set_to(registry, alias, policy, expect=seen.number if seen else 0, reason=reason)
     evidence = _evidence(registry, policy, registry.get(now.artifact), now.artifact, alias, force)
     return set_to(registry, alias, policy, expect=now.number, reason=reason, evidence=evidence)
 
@@ -99,8 +100,13 @@ def compare(registry: Registry, policy: Artifact, other: Artifact) -> Comparison
 
 def evaluations(registry: Registry, policy: Artifact) -> list[Artifact]:
     """The evaluate artifacts of a policy, newest first."""
-    of_policy = (one for one in registry.artifacts() if one.kind == "evaluate" and one.inputs["policy"].id == policy.id)
+    of_policy = (one for one in registry.artifacts() if one.kind == "evaluate" and _is_of(one, policy))
     return [one for one in of_policy if registry.usable(one)][::-1]
+
+
+def _is_of(evaluation: Artifact, policy: Artifact) -> bool:
+    source = evaluation.inputs.get("policy")
+    return source is not None and source.id == policy.id
 
 
 def scores(registry: Registry, evaluation: Artifact) -> dict[str, float]:

@@ -136,6 +136,8 @@ def _one_line(target: str, token: str) -> Iterator[None]:
         disable_progress_bars()
     try:
         yield
+    except StageFailed:
+        raise  # has said what to do
     except (HTTPError, RuntimeError) as error:
         found = error.__cause__ if isinstance(error, RuntimeError) else error  # an upload wraps what stopped it
         if isinstance(found, HfHubHTTPError):

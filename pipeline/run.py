@@ -9,10 +9,11 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from pydantic import ValidationError
 
@@ -20,11 +21,12 @@ from pipeline.launch import Launcher, StageFailed
 from pipeline.mirror import forget, mirrored
 from pipeline.plan import Planned
 from pipeline.registry import Artifact, Published, Registry, Source, UnsafeFile, runs
+from pipeline.registry.remains import RUN_LOCK
 from pipeline.registry.store import Store
 from pipeline.registry.verify import as_read, condemn
 from pipeline.steps import InputRef, Step
 from stages import checkpoints
-from stages.job import Execution, Finding, Job, Result
+from stages.job import BadInput, Execution, Finding, Job, Result
 from stages.metrics import FILE as METRICS
 
 WORK = "SWITCHBACK_WORK"
@@ -77,14 +79,19 @@ def run_step(
 
     def said(text: str) -> None:
         observer.said(step, text)
-        runs.record(registry, run, "said", step=step.name, text=text)
+        with _not_the_end(observer, step):
+            runs.record(registry, run, "said", step=step.name, text=text)
+
+    def beat() -> None:
+        with _not_the_end(observer, step):
+            runs.beat(registry, run)
 
     if artifact := _held(registry, step, run):
         forget(mirror, step.key[:12], said)
         observer.reused(step, artifact)
         return artifact, True
     sources, work = sources_of(step, made, registry), work_of(step, registry)
-    with alone(work, lambda pid: observer.waiting(step, pid)):
+    with alone(work, lambda pid: observer.waiting(step, pid), beat):
         if artifact := _held(registry, step, run) or registry.recover(step.key, step.name, run):
             checkpoints.clear(work)
             forget(mirror, work.name, said)
@@ -97,7 +104,7 @@ def run_step(
 
             def tick() -> None:
                 look()
-                runs.beat(registry, run)
+                beat()
 
             result = launcher.launch(job, step.deadline, lambda line: observer.logged(step, line), said, tick)
         for finding in result.findings:
@@ -112,6 +119,15 @@ def run_step(
         return artifact, True
     observer.finished(step, artifact)
     return artifact, False
+
+
+@contextmanager
+def _not_the_end(observer: Observer, step: Step) -> Iterator[None]:
+    """A registry that does not take what is only said about a run does not end it."""
+    try:
+        yield
+    except (BadInput, OSError) as error:
+        observer.said(step, f"could not be remembered: {error}; the stage goes on")
 
 
 def _held(registry: Registry, step: Step, run: str) -> Artifact | None:
@@ -164,23 +180,34 @@ def differences(winner: Artifact, lost: Artifact) -> Iterator[Finding]:
 
 
 @contextmanager
-def alone(work: Path, on_wait: Callable[[str], None]) -> Iterator[None]:
+def alone(work: Path, on_wait: Callable[[str], None], on_tick: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Be the only run on this machine that makes this step, from the look into the registry to its publication.
 
-    Where another run is at it, `on_wait` hears that run's pid, once. The kernel frees the lock whatever ends its holder.
+    Where another run is at it, `on_wait` hears that run's pid, once, and `on_tick` is called again and again. The kernel frees the lock whatever ends its
+    holder.
     """
     work.mkdir(parents=True, exist_ok=True)
-    with (work / "run.lock").open("a+") as lock:
+    with (work / RUN_LOCK).open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
             on_wait(lock.read().strip())
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            while not _locked(lock):
+                on_tick()
+                time.sleep(0.5)
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
         yield
+
+
+def _locked(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def job_of(step: Step, made: Mapping[str, Artifact], registry: Registry, execution: Execution) -> Job:

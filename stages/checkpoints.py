@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, NamedTuple
@@ -175,13 +176,11 @@ def _all(work: Path) -> list[Path]:
 
 def _remove(path: Path) -> None:
     """Under another name first, so that what is left of it is never taken for a torn checkpoint."""
-    if path.is_dir():
-        gone = path.with_name(f".removed-{path.name}")
-        shutil.rmtree(gone, ignore_errors=True)
+    gone = path.with_name(f".removed-{path.name}")
+    shutil.rmtree(gone, ignore_errors=True)
+    with suppress(FileNotFoundError):  # somebody else is at it, too
         path.rename(gone)
-        shutil.rmtree(gone)
-    else:
-        path.unlink(missing_ok=True)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _set_aside(checkpoint: Path) -> None:

@@ -57,6 +57,7 @@ class GrpoConfig(TrainingConfig):
             ("top_p", "top_k", "min_p", "repetition_penalty"),
             "what is sampled has to be the policy that is trained; remove it",
         ),
+        "sync_ref_model": "the KL reference is the policy this stage starts from; remove it",
         "reward_weights": "the problem's rewards have their weights; remove it",
     }
 

@@ -161,11 +161,11 @@ def test_a_plan_remembers_the_base_model(cache, tmp_path, settings, write):
 
 def test_verify_hashes_whatever_the_cache_says(cache, tmp_path):
     out = finished(tmp_path / "out")
-    large(out / "large.safetensors")
+    large(out / "large.parquet")
     registry = Registry(tmp_path / "registry")
     artifact = registry.publish(out, draft(), OWNER).artifact
     time.sleep(2.1)  # publishing sets modes and moves
-    path = registry.path(artifact) / "large.safetensors"
+    path = registry.path(artifact) / "large.parquet"
     digests.digest_once(path)
     poison(cache)
     assert digests.digest_once(path) == FALSE and verify(registry, artifact) == []

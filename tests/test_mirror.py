@@ -102,9 +102,21 @@ def test_what_was_lost_comes_back_byte_for_byte_and_only_where_it_is_missing(sto
     compared = subprocess.run(["diff", "-r", tmp_path / "as it was", elsewhere])
     assert compared.returncode == 0
     shutil.rmtree(elsewhere / "checkpoint-2")
-    save(elsewhere, 1)
-    assert bring_back(store, KEY, elsewhere, pytest.fail) is None, "there is a whole one"
+    save(elsewhere, 2, b"weights 2")
+    assert bring_back(store, KEY, elsewhere, pytest.fail) is None, "there is the same one"
+    save(elsewhere, 3)
+    assert bring_back(store, KEY, elsewhere, pytest.fail) is None, "there is one that was not copied yet"
     assert bring_back(store, "another", tmp_path / "another", pytest.fail) is None
+
+
+def test_a_machine_that_comes_back_takes_what_another_one_has_done_since(store, work, tmp_path):
+    """Its own checkpoint was copied, or its copy is gone by now."""
+    save(tmp_path / "back", 50)
+    copied(store, work, [50, 450])
+    assert bring_back(store, KEY, tmp_path / "back", pytest.fail) == "checkpoint-450"
+    save(tmp_path / "later", 50)
+    copied(store, work, [500])
+    assert bring_back(store, KEY, tmp_path / "later", pytest.fail) == "checkpoint-500"
 
 
 def test_a_torn_checkpoint_gives_way_to_the_whole_one_of_its_step(store, work):

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.launch import Launcher, StageFailed
 from pipeline.registry import Registry, runs
+from stages.job import Execution, Job
 from stages.process import descendants, kill_marked, marked
 from tests.conftest import ROOT, SWITCHBACK, environment, stage
 
@@ -207,3 +209,21 @@ def test_one_job_runs_from_its_file_alone_in_a_directory_of_its_own(climbed, tmp
         busy = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert busy.returncode == 75 and "already working in" in busy.stderr
     assert sorted(path.name for path in work.iterdir()) == before, "it touches nothing of the other's"
+
+
+def test_a_launcher_touches_nothing_where_another_job_works(tmp_path):
+    work = tmp_path / "work"
+    (work / "out").mkdir(parents=True)
+    kept = [work / "job.json", work / "out" / "metrics.jsonl", work / "said.jsonl"]
+    for path in kept:
+        path.write_text("somebody's")
+    config = {"name": "x", "kind": "sft", "policy": "base"}
+    job = Job(
+        kind="sft", name="x", config=config, inputs={}, work=str(work), out=str(work / "out"), problem=None, rows=None, format=None, seed=0,
+        dtype="float32", execution=Execution(),
+    )  # fmt: skip
+    with (work / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with Launcher(preload=False) as launcher, pytest.raises(StageFailed, match="another job still works"):
+            launcher.launch(job)
+    assert [path.read_text() for path in kept] == ["somebody's"] * 3

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import tempfile
+import uuid
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from pipeline.identity import key_of
-from pipeline.registry import Artifact, Registry, Source, UnsafeFile, runs
+from pipeline.registry import Artifact, Registry, Source, UnsafeFile, gc, runs
+from pipeline.registry.aliases import set_to
 from pipeline.registry.lineage import lineage
 from pipeline.registry.local import LocalStore
-from pipeline.registry.verify import verify
+from pipeline.registry.store import Unreadable
+from pipeline.registry.verify import verify, verify_ids
 from stages.job import BadInput
 from tests.conftest import tensors
 
@@ -196,3 +201,73 @@ def test_a_run_whose_process_is_gone_was_interrupted(registry):
     event = registry.store.path(f"runs/{run}/events/000001.json")
     event.write_text(event.read_text().replace('"process": "', '"process": "9'))
     assert runs.runs(registry)[0].state == "interrupted"
+
+
+def test_what_cannot_be_read_just_now_is_not_judged(tmp_path):
+    """As another user's file, or a disk that fails: neither void nor cleaned."""
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o777)
+        registry = Registry(Path(directory, "registry"))
+        first = registry.publish(finished(tmp_path / "a"), draft("1"), OWNER).artifact
+        source = Source(id=first.id, output="policy", key=first.key, name="warmup", digest=first.digest)
+        second = registry.publish(finished(tmp_path / "b"), draft("2", "rl1", {"policy": source}), OWNER).artifact
+        set_to(registry, "prod", second)
+        for one in (first, second):
+            registry.release(one.id, OWNER)
+        for hidden in ("artifact.json", "model.safetensors"):
+            (registry.path(second) / hidden).chmod(0)
+            assert unreadable(lambda: verify_ids(registry))
+            assert hidden != "artifact.json" or unreadable(lambda: gc.clean(registry, Path(directory, "work"), timedelta(0)))
+            (registry.path(second) / hidden).chmod(0o644)
+        assert registry.find(first.key) == first and registry.find(second.key) == second
+
+
+def unreadable(act) -> bool:
+    """Whether somebody else, who may not read everything, is told so."""
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    try:
+        if os.geteuid() == 0:
+            os.seteuid(65534)
+        act()
+    except Unreadable:
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def test_a_clean_up_stops_at_a_manifest_that_is_not_one_rather_than_lose_what_it_was_made_from(registry, tmp_path):
+    artifact = registry.publish(finished(tmp_path / "a"), draft(), OWNER).artifact
+    (registry.path(artifact) / "artifact.json").write_text("{")
+    with pytest.raises(BadInput, match=artifact.id):
+        gc.clean(registry, tmp_path / "work", timedelta(0))
+
+
+def test_a_clean_up_leaves_hidden_files_that_are_not_its_own(registry, tmp_path):
+    registry.initialise()
+    old = datetime.now(UTC) - timedelta(days=30)
+    for name in (".gitignore", ".env", f".x.json.{uuid.uuid4().hex}"):
+        (registry.store.root / name).touch()
+        os.utime(registry.store.root / name, (old.timestamp(), old.timestamp()))
+    gc.clean(registry, tmp_path / "work", timedelta(0))
+    assert {path.name for path in registry.store.root.glob(".*")} == {".gitignore", ".env"}
+
+
+def test_what_is_made_again_is_recovered_too(registry, tmp_path):
+    first = registry.publish(finished(tmp_path / "a"), draft(), OWNER).artifact
+    registry.void(first, "a test")
+    second = registry.publish(finished(tmp_path / "b"), draft(), OWNER).artifact
+    log = sorted((registry.store.root / "keys" / first.key).iterdir())
+    log[-1].unlink()
+    assert registry.find(first.key) is None
+    assert registry.recover(first.key, first.stage, OWNER) == second == registry.find(first.key)
+
+
+def test_a_run_of_another_machine_that_is_silent_was_interrupted(registry):
+    run = runs.start(registry, "tiny", "", {"steps": []})
+    event = registry.store.path(f"runs/{run}/events/000001.json")
+    said = {**json.loads(event.read_text()), "host": "elsewhere"}
+    event.write_text(json.dumps(said))
+    assert runs.state(registry, run) == "running"
+    event.write_text(json.dumps({**said, "at": (datetime.now(UTC) - timedelta(hours=4)).isoformat()}))
+    assert runs.state(registry, run) == "interrupted" and runs.unfinished(registry, "tiny") == run

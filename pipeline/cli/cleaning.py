@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from datetime import timedelta
 from typing import Annotated
 
@@ -14,9 +13,11 @@ from pipeline.cli.common import JsonOption, RegistryOption, open_registry, print
 from pipeline.cli.tables import show, table
 from pipeline.registry.gc import Survey, clean, survey
 from pipeline.run import work_root
+from stages.config import seconds
 from stages.job import BadInput
 
-SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+LONGEST = 100 * 365 * 86400.0
+"""Seconds."""
 Apply = Annotated[bool, typer.Option("--apply", help="Remove it; without this it is only shown.")]
 Grace = Annotated[
     str, typer.Option("--grace", metavar="TIME", help="Keep what is younger, such as 30m, 24h, 7d; 0: nothing.")
@@ -40,10 +41,10 @@ def gc(apply: Apply = False, grace: Grace = "24h", registry: RegistryOption = No
 
 def age(text: str) -> timedelta:
     """A time such as 30m, 24h, 7d, or seconds. Raises BadInput on anything else."""
-    match = re.fullmatch(r"(\d{1,9})([smhd]?)", text)
-    if not match:
+    found = seconds(f"{text}s" if text.isascii() and text.isdigit() else text)
+    if not isinstance(found, float) or found > LONGEST:
         raise BadInput(f"--grace: found {text!r}, expected a time such as 30m, 24h or 7d")
-    return timedelta(seconds=int(match[1]) * SECONDS[match[2]])
+    return timedelta(seconds=found)
 
 
 def _print(found: Survey, applied: bool) -> None:

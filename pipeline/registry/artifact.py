@@ -33,6 +33,7 @@ _ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}-[0-9a-f]{8}"
 PATH = rf"^(?:\.|{_INSIDE})$"
 FILE = rf"^(?:{_PART}/)*{_ANY}+(?:{'|'.join(map(re.escape, SAFE_SUFFIXES))})$"
 DIGEST, ID, DRAFT_ID = r"^[0-9a-f]{64}$", rf"^{_ID}$", rf"^(?:{_ID})?$"
+MOMENT = r"^(?:[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])T(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,6})?\+00:00)?$"
 TEXT = rf"^[^{_INVISIBLE}]*$"
 SAID = {
     PATH: "is no path that stays inside the artifact",
@@ -40,6 +41,7 @@ SAID = {
     DIGEST: "is no SHA-256 in hex",
     ID: "is no id of an artifact, such as rl1-1a2b3c4d",
     DRAFT_ID: "is no id of an artifact, such as rl1-1a2b3c4d",
+    MOMENT: "is no time in UTC, such as 2026-11-22T12:00:00+00:00",
     TEXT: "has control characters in it",
 }
 """Pattern -> what is said of a value that does not match it."""
@@ -48,6 +50,7 @@ InsidePath = Annotated[str, StringConstraints(pattern=PATH, max_length=1024)]
 FilePath = Annotated[str, StringConstraints(pattern=FILE, max_length=1024)]
 Digest = Annotated[str, StringConstraints(pattern=DIGEST)]
 Id = Annotated[str, StringConstraints(pattern=ID)]
+Moment = Annotated[str, StringConstraints(pattern=MOMENT)]
 Text = Annotated[str, StringConstraints(pattern=TEXT, max_length=4096)]
 
 
@@ -83,7 +86,7 @@ class Artifact(Frozen):
     key: Digest
     kind: Text
     stage: Text
-    created: Text
+    created: Moment
     """UTC, ISO 8601."""
     outputs: dict[Text, InsidePath]
     """Name -> path relative to the artifact; a policy is "."."""

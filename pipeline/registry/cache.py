@@ -8,26 +8,22 @@ nothing runs.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pipeline.digests import CACHE, cache_directory
 from pipeline.registry.artifact import File
 from pipeline.registry.local import LocalStore, held
 from stages.disk import digest_file, sync_tree
 from stages.job import BadInput
 
-CACHE = "SWITCHBACK_CACHE"
-"""Environment variable that moves copies to another disk."""
-
 
 def cache_of(place: str) -> LocalStore:
     """Where the copies of a store lie; `place` tells it from all others."""
-    root = os.environ.get(CACHE) or Path.home() / ".cache" / "switchback"
-    return LocalStore(Path(root) / hashlib.sha256(place.encode()).hexdigest()[:16])
+    return LocalStore(cache_directory() / hashlib.sha256(place.encode()).hexdigest()[:16])
 
 
 def is_whole(copy: Path, files: Sequence[File], manifest: str, with_bytes: bool) -> bool:

@@ -43,14 +43,15 @@ def problem(first: Callable[[int], bytes], size: int) -> str | None:
 def _tensors(header: bytes) -> list[dict[str, Any]]:
     if header[:1] != b"{":
         raise ValueError("it does not begin with a {")
-    found = json.loads(header.decode(), object_pairs_hook=_once)
+    found = json.loads(header.decode(), object_pairs_hook=once)
     metadata = found.pop(METADATA, {})
     if not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError(f"{METADATA} holds more than text")
     return list(found.values())
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names are all different. Raises ValueError for any other."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a name is there twice")

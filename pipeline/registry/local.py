@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -22,11 +23,15 @@ from pathlib import Path
 from typing_extensions import override
 
 from pipeline.registry.artifact import File, printable
-from pipeline.registry.store import JSON_LIMIT, PART, Damaged, Stopped, Store, inside, never
+from pipeline.registry.store import JSON_LIMIT, PART, Damaged, Stopped, Store, Unreadable, inside, never
 from stages.checkpoints import Entry
 from stages.disk import digest_file, sync, sync_tree, write_through
 from stages.job import BadInput
 
+NO_FILE = (errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENAMETOOLONG)
+"""What opening says of a link, a socket, a directory or a name that cannot be."""
+PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}")
+"""What a file is called while it is put."""
 PUT_BELOW = ("keys", "refs", "pins", "tombstones", "runs")
 """Where single files are put, besides the root itself; artifacts are taken in whole."""
 
@@ -83,8 +88,12 @@ class LocalStore(Store):
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise BadInput(
-                f"{self.url}/{printable(name)} cannot be read ({error.strerror}); what switchback wrote is a plain file, and no link"
+            if error.errno in NO_FILE:
+                raise BadInput(
+                    f"{self.url}/{printable(name)} cannot be read ({error.strerror}); what switchback wrote is a plain file, and no link"
+                ) from None
+            raise Unreadable(
+                f"{self.url}/{printable(name)} cannot be read ({error.strerror}); mend that and try again"
             ) from None
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
@@ -187,7 +196,8 @@ class LocalStore(Store):
     @override
     def leftovers(self, before: datetime) -> list[str]:
         inner = (path for top in PUT_BELOW for path in self.path(top).rglob(".*"))
-        partials = (path for path in (*self.root.glob(".*"), *inner) if path.is_file())
+        mine = (path for path in self.root.glob(".*") if PARTIAL.fullmatch(path.name))  # a user's own may lie beside them
+        partials = (path for path in (*mine, *inner) if path.is_file())
         return sorted(str(path.relative_to(self.root)) for path in partials if _changed(path) < before.timestamp())
 
     @override
@@ -225,13 +235,19 @@ def parts(path: Path, stopped: Stopped) -> Iterator[bytes]:
             yield part
 
 
+def _unlisted(error: OSError) -> None:
+    """A directory that is not there has no files; one that cannot be listed may have any."""
+    if not isinstance(error, FileNotFoundError):
+        raise Unreadable(f"{error.filename} cannot be listed ({error.strerror}); mend that and try again")
+
+
 def walk(root: Path) -> Iterator[tuple[Path, int]]:
     """(path, bytes) of every file below a directory; -1 for what is no plain file: a link, to a directory too or the root itself, a pipe, a device.
     Nothing is opened."""
     if root.is_symlink():
         yield root, -1
         return
-    for directory, inner, names in os.walk(root):
+    for directory, inner, names in os.walk(root, onerror=_unlisted):
         for name in (*inner, *names):
             path = Path(directory, name)
             found = path.lstat()

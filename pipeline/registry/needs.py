@@ -16,11 +16,12 @@ def needed(
 ) -> tuple[list[Artifact], dict[str, str]]:
     """(all artifacts, id -> why it is needed). `spared` says why an artifact is needed that nobody points at; None where it is not.
 
+    Raises BadInput for a manifest that cannot be read: what it was made from could not be known, and would go.
     Who sets an alias pins first and lets go last, so pins are read before aliases; who publishes holds what was read until then, so artifacts are read last.
     """
     why = {id: f"pinned by {pin.owner}" for id, pin in pins(registry) if counts(registry, pin, moment)}
     why |= {move.artifact: f"alias {alias}" for alias, move in aliases(registry).items() if move.artifact}
-    artifacts = registry.artifacts()
+    artifacts = registry.artifacts(strict=True)
     for one in artifacts:
         if said := spared(one):
             why.setdefault(one.id, said)

@@ -31,7 +31,7 @@ from pipeline.registry.artifact import File
 from pipeline.registry.bucket import Bucket
 from pipeline.registry.cache import adopt, cache_of, copying, discard, is_whole
 from pipeline.registry.local import parts
-from pipeline.registry.store import JSON_LIMIT, PART, Damaged, Stopped, Store, inside, never
+from pipeline.registry.store import JSON_LIMIT, PART, Damaged, Stopped, Store, Unreadable, inside, never
 from stages.checkpoints import Entry
 from stages.job import BadInput
 
@@ -270,7 +270,7 @@ class ObjectStore(Store):
         try:
             yield
         except (BaseError, FileNotFoundError) as error:
-            raise BadInput(f"registry: {self.url}: {_cause(error, self._place)}") from None
+            raise Unreadable(f"registry: {self.url}: {_cause(error, self._place)}") from None
 
 
 def several(

@@ -108,23 +108,27 @@ class Registry:
                 return id
         return None
 
-    def artifacts(self, stage: str | None = None) -> list[Artifact]:
+    def artifacts(self, stage: str | None = None, strict: bool = False) -> list[Artifact]:
         """All whole artifacts, or those of one stage, oldest first. One whose manifest is not one is left out, and said so in the log: somebody's bad
-        artifact must not keep others from being used."""
+        artifact must not keep others from being used. `strict`: BadInput is raised instead, for who takes what is not listed for gone."""
         names = [name for name in self.store.names("artifacts") if stage is None or name.rpartition("-")[0] == stage]
         with unswept():
-            found = self._all(names)
+            found = self._all(names, strict)
         return sorted(
             (artifact for artifact in found if artifact), key=lambda artifact: (artifact.created, artifact.id)
         )
 
-    def _all(self, names: Sequence[str]) -> list[Artifact | None]:
+    def _all(self, names: Sequence[str], strict: bool) -> list[Artifact | None]:
         """Many at once, as the store likes best; one by one where one of them cannot be read."""
         try:
             contents = self.store.read_each([f"artifacts/{name}/{MANIFEST}" for name in names])
         except BadInput:
+            if strict:
+                raise
             return [self._readable(name, self.read) for name in names]
         there = dict(zip(names, contents, strict=True))
+        if strict:
+            return [_parsed(name, there[name]) for name in names]
         return [self._readable(name, lambda name: _parsed(name, there[name])) for name in names]
 
     def read(self, name: str) -> Artifact | None:
@@ -162,13 +166,13 @@ class Registry:
         return Published(winner, whole)
 
     def recover(self, key: str, stage: str, owner: str) -> Artifact | None:
-        """Record a stage's whole artifact whose maker was killed before it could write the key's first entry, and hold it; None when there is none."""
-        if self.store.last(f"keys/{key}"):
+        """Record a stage's whole artifact whose maker was killed before it could write an entry of it, and hold it; None when there is none."""
+        if self.find(key):
             return None
         for found in self.artifacts(stage):
-            if found.key == key:
+            if found.key == key and not self.entries_about(found):
                 self.pin(found.id, owner)
-                if self.store.last(f"keys/{key}") and not self.find(key):  # a clean-up was faster than the pin
+                if self.entries_about(found) and not self.usable(found):  # a clean-up was faster than the pin
                     self.release(found.id, owner)
                     return None
                 winner = self._record(found, owner)

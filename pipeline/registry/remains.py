@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,8 @@ STALE = timedelta(hours=24)
 """How old what a killed writer left has to be."""
 RESUMABLE = ("checkpoint-[0-9]*", ".removed-*", *TEMPORARY)
 """What a job resumes from, as `stages.checkpoints` names it."""
+RUN_LOCK = "run.lock"
+"""Held by the run that makes a step, from its look into the registry to its publication."""
 KEY_DIGITS = 12
 """How much of a key names the directory of its work."""
 
@@ -47,13 +49,12 @@ def resumable(registry: Registry, work: Path) -> Iterator[tuple[Path, list[Remov
 
 @contextmanager
 def _unused(job: Path) -> Iterator[bool]:
-    """Whether no job works in a directory; none can start there while this block lasts."""
-    if not (job / LOCK).exists():
-        yield True
-        return
-    with (job / LOCK).open("a") as lock:
+    """Whether neither a job nor a run works in a directory; none can start there while this block lasts."""
+    with ExitStack() as stack:
+        locks = [stack.enter_context((job / name).open("a")) for name in (LOCK, RUN_LOCK) if (job / name).exists()]
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for lock in locks:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
         else:

@@ -27,6 +27,8 @@ FIRST = {"pid", "process", "host"}
 ENDED = ("done", "failed", "stopped")
 BEAT = 3600.0
 """Seconds between two heartbeats of a run."""
+SILENT = 3
+"""Heartbeats that a run on another machine may miss before it counts as interrupted."""
 ALIVE = timedelta(hours=24)
 """How long after its last event a run that is not done still holds what it needs; one that failed may be resumed until then."""
 _beaten: dict[tuple[str, str], float] = {}
@@ -68,8 +70,10 @@ def beat(registry: Registry, run: str, every: float = BEAT) -> None:
     in between."""
     before = _beaten.setdefault((registry.url, run), time.monotonic())
     if time.monotonic() - before >= every:
+        _beaten[registry.url, run] = (
+            time.monotonic()
+        )  # before, so that a registry that does not answer is asked again in an hour
         record(registry, run, "heartbeat")
-        _beaten[registry.url, run] = time.monotonic()
 
 
 def alive(registry: Registry, run: str, moment: datetime) -> bool | None:
@@ -136,5 +140,7 @@ def _state(log: list[dict[str, Any]]) -> str:
     last, first = log[-1]["event"], log[0]
     if last in ENDED:
         return last
-    here = first["host"] == socket.gethostname()
-    return "interrupted" if here and started_at(first["pid"]) != first["process"] else "running"
+    if first["host"] == socket.gethostname():
+        return "running" if started_at(first["pid"]) == first["process"] else "interrupted"
+    silent = datetime.now(UTC) - datetime.fromisoformat(log[-1]["at"])
+    return "interrupted" if silent > timedelta(seconds=SILENT * BEAT) else "running"

@@ -36,6 +36,10 @@ class Damaged(BadInput):
     """A file is not what was put; the line names it."""
 
 
+class Unreadable(BadInput):
+    """Something could not be read just now, by this user: nothing is said about what it is, and nobody may judge it."""
+
+
 class Store(ABC):
     """A tree of names, each put once. Names are relative and have `/` in them, whatever the place."""
 

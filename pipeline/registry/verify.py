@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pipeline.identity import key_of
 from pipeline.registry import headers
@@ -18,7 +18,7 @@ from pipeline.registry.aliases import aliases
 from pipeline.registry.artifact import Artifact, File, Source, printable
 from pipeline.registry.files import TENSORS
 from pipeline.registry.registry import Registry
-from pipeline.registry.store import Damaged
+from pipeline.registry.store import Damaged, Unreadable
 from stages.config import Frozen
 from stages.job import MANIFEST, BadInput
 
@@ -131,6 +131,8 @@ def _opened(
     for name in names:
         try:
             found = read(name)
+        except Unreadable:
+            raise
         except BadInput as error:
             broken[name] = [str(error)]
         else:
@@ -146,10 +148,12 @@ def _wrong(registry: Registry, id: str, file: File, size: int | None) -> str | N
         return _inside(registry, f"artifacts/{id}/{file.path}", file)
     except Damaged:
         return "is gone"  # since its size was read
-    except PermissionError:
-        raise BadInput(f"{registry.url}: {id}/{file.path} may not be read by this user; nothing was judged") from None
+    except FileNotFoundError:
+        return "is gone"
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
+        raise Unreadable(
+            f"{registry.url}: {id}/{file.path} cannot be read ({error.strerror}); nothing was judged, so mend that and try again"
+        ) from None
 
 
 def _is_other(size: int, file: File) -> str:
@@ -174,7 +178,7 @@ def _strays(artifact: Artifact, there: Mapping[str, int]) -> Iterator[str]:
 def _of_manifest(registry: Registry, artifact: Artifact) -> Iterator[str]:
     """What is wrong with what an artifact says of itself."""
     try:
-        json.loads(registry.store.read(_manifest(artifact)) or b"", object_pairs_hook=_once)
+        json.loads(registry.store.read(_manifest(artifact)) or b"", object_pairs_hook=headers.once)
         if key_of(artifact.identity) != artifact.key:
             yield "its key is not that of its identity"
     except ValueError as error:
@@ -206,10 +210,3 @@ def _get(registry: Registry, id: str) -> Artifact | None:
         return registry.get(id)
     except BadInput:
         return None
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name is there twice")
-    return found
