@@ -114,7 +114,10 @@ class Launcher:
         if self._worker.job is None or not job.execution.grace:
             return
         if job.kind in TRL_CONFIGS:
-            on_word(f"asked to stop; saves at its next step, within {job.execution.grace:g} s (Ctrl-C: ends at once)")
+            with suppress(OSError):  # the terminal may be gone
+                on_word(
+                    f"asked to stop; saves at its next step, within {job.execution.grace:g} s (Ctrl-C: ends at once)"
+                )
         with suppress(KeyboardInterrupt, StageFailed):
             self._worker.stop(job.execution.grace)
 

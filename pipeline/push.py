@@ -65,7 +65,8 @@ def repository(target: str) -> str:
             return match["repo"]
     except HFValidationError:
         pass
-    raise BadInput(f"push: found {target!r}, expected hf://org/name; a branch is given with --revision")
+    found = "a target with a user or a password in it" if "@" in target else repr(target)
+    raise BadInput(f"push: found {found}, expected hf://org/name; a branch is given with --revision")
 
 
 def push(

@@ -161,7 +161,7 @@ def refuse_damaged(step: Step, sources: Mapping[str, Source], registry: Registry
         if artifact and (wrong := as_read(registry, artifact)):
             condemn(registry, artifact.id)
             raise StageFailed(
-                f"{step.name}: its input is damaged: {wrong[0]}; {artifact.id} is void now, so run the same command again to make it again"
+                f"{step.name}: its input is damaged: {wrong[0]}; {artifact.id} is void now; run the recipe again, {artifact.stage} included, to make it again"
             )
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, model_validator
 
-from stages.config import StageConfig, execution, identity
+from stages.config import StageConfig, execution, identity, seconds
 from stages.job import BadInput, Job
 
 if TYPE_CHECKING:
@@ -22,6 +22,13 @@ OURS = ("output_dir", "seed", "data_seed", "report_to", "use_cpu", "bf16", "fp16
         "save_strategy", "save_steps", "save_only_model", "save_total_limit", "load_best_model_at_end", "ignore_data_skip", "enable_jit_checkpoint", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "resume_from_checkpoint",
         "trust_remote_code", "ddp_backend", "push_to_hub", "hub_token", "model_init_kwargs", "chat_template_kwargs")  # fmt: skip
 """TRL settings that follow from the job; a recipe cannot pass them."""
+
+
+def _steps_or_time(value: int | str | None) -> int | str | None:
+    good = value > 0 if isinstance(value, int) else value is None or isinstance(seconds(value), float)
+    if not good:
+        raise ValueError(f'found {value!r}, expected a number of steps such as 50, or a time such as "10m"')
+    return value
 
 
 class TrainingConfig(StageConfig):
@@ -49,9 +56,7 @@ class TrainingConfig(StageConfig):
     """AdamW's weight decay. 0 = off (TRL's default)."""
     max_grad_norm: float = identity(1.0, ge=0)
     """Gradients are scaled down to this norm. 0 = off. TRL's default."""
-    save_every: Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=r"^\d+(\.\d+)?[smhd]$")] | None = execution(
-        "10m"
-    )
+    save_every: Annotated[int | str | None, AfterValidator(_steps_or_time)] = execution("10m")
     """How often a resume checkpoint is written: optimiser steps (50), or a time ("10m"). Off: only when the stage is asked to stop."""
     keep_last: int = execution(2, ge=1)
     """How many resume checkpoints are kept until the stage is published."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from pipeline.identity import key_of
 from pipeline.registry import Artifact, Registry, Source
 from pipeline.registry.aliases import aliases
+from pipeline.registry.gc import DOUBTED
 from pipeline.registry.lineage import Ancestor, lineage
 from pipeline.registry.verify import verify
 
@@ -56,14 +57,15 @@ def wrong(registry: Registry) -> list[str]:
     return said + [f"{log} has a gap" for log in logs if store.names(log) != dense(len(store.names(log)))]
 
 
-def wrong_alias(registry: Registry, alias: str) -> str | None:
-    """Why an alias is broken; None when it is not, or has moved meanwhile."""
+def wrong_alias(registry: Registry, alias: str, meanwhile: bool = False) -> str | None:
+    """Why an alias is broken; None when it is not, or has moved meanwhile. `meanwhile`: a clean-up is under way, which may doubt what an alias's artifact was
+    made from before it sees the alias."""
     move = aliases(registry).get(alias)
     if move is None or not move.artifact:
         return None
     artifact = registry.get(move.artifact)
     said = "is gone" if artifact is None else "; ".join(verify(registry, artifact))
-    if artifact and not said and not _whole(lineage(registry, artifact)):
+    if artifact and not said and not _whole(lineage(registry, artifact), meanwhile):
         said = "was made from what is gone"
     return f"{alias} -> {move.artifact} {said}" if said and aliases(registry).get(alias) == move else None
 
@@ -72,5 +74,6 @@ def dense(count: int) -> list[str]:
     return [f"{n:06d}.json" for n in range(1, count + 1)]
 
 
-def _whole(ancestor: Ancestor) -> bool:
-    return ancestor.whole and all(map(_whole, ancestor.inputs))
+def _whole(ancestor: Ancestor, meanwhile: bool) -> bool:
+    doubted = meanwhile and ancestor.note == f"void: {DOUBTED}"
+    return (ancestor.whole or doubted) and all(_whole(inner, meanwhile) for inner in ancestor.inputs)

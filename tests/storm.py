@@ -77,7 +77,7 @@ def _clean(place: str, over: Event, said: multiprocessing.SimpleQueue) -> None: 
     while not over.is_set():
         found = clean(registry, NO_WORK, timedelta(0))
         cleaned += sum(removal.what == "artifact" for removal in found.removals)
-        lost += [line for alias in ALIASES if (line := wrong_alias(registry, alias))]
+        lost += [line for alias in ALIASES if (line := wrong_alias(registry, alias, meanwhile=True))]
     said.put((lost, cleaned))
 
 

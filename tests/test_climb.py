@@ -138,7 +138,7 @@ def test_runs_lineage_verify_and_show_say_the_same_thing_to_people(climbed):
     _, registry = climbed
     listed = {one["stage"]: one["id"] for one in json_of("ls", "--registry", registry)}
     runs = json_of("runs", "--registry", registry)
-    assert set(runs[0]) == {"run", "recipe", "state", "started"} and runs[-1]["state"] == "done"
+    assert set(runs[0]) == {"run", "recipe", "state", "started", "resumes"} and runs[-1]["state"] == "done"
     assert runs[-1]["run"] in run_cli("runs", "--registry", registry).stdout
     assert "10 artifacts are whole" in run_cli("verify", "--registry", registry).stdout
     tree = run_cli("lineage", listed["rl2"], "--registry", registry).stdout

@@ -217,7 +217,9 @@ def test_what_cannot_be_read_just_now_is_not_judged(tmp_path):
         for hidden in ("artifact.json", "model.safetensors"):
             (registry.path(second) / hidden).chmod(0)
             assert unreadable(lambda: verify_ids(registry))
-            assert hidden != "artifact.json" or unreadable(lambda: gc.clean(registry, Path(directory, "work"), timedelta(0)))
+            assert hidden != "artifact.json" or unreadable(
+                lambda: gc.clean(registry, Path(directory, "work"), timedelta(0))
+            )
             (registry.path(second) / hidden).chmod(0o644)
         assert registry.find(first.key) == first and registry.find(second.key) == second
 
@@ -264,10 +266,15 @@ def test_what_is_made_again_is_recovered_too(registry, tmp_path):
 
 
 def test_a_run_of_another_machine_that_is_silent_was_interrupted(registry):
-    run = runs.start(registry, "tiny", "", {"steps": []})
+    run = runs.start(registry, "tiny", "recipe", {"steps": [], "selection": {}})
     event = registry.store.path(f"runs/{run}/events/000001.json")
     said = {**json.loads(event.read_text()), "host": "elsewhere"}
     event.write_text(json.dumps(said))
     assert runs.state(registry, run) == "running"
     event.write_text(json.dumps({**said, "at": (datetime.now(UTC) - timedelta(hours=4)).isoformat()}))
-    assert runs.state(registry, run) == "interrupted" and runs.unfinished(registry, "tiny") == run
+    assert runs.state(registry, run) == "interrupted" and runs.unfinished(registry, "tiny", "recipe", {}) == run
+    assert (
+        runs.unfinished(registry, "tiny", "another", {})
+        is None
+        is runs.unfinished(registry, "tiny", "recipe", {"only": "rl1"})
+    )

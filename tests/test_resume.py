@@ -382,7 +382,7 @@ def registry(climbed, tmp_path):
 def test_sigterm_saves_at_the_next_step_and_the_same_command_goes_on(long_recipe, registry, uninterrupted):
     """Without any checkpoint on the way: save_every is 10 minutes. What was never saved ends where what was saved and resumed ends."""
     checkpoint = stopped(Running(long_recipe, registry).after(10), signal.SIGTERM, 143)
-    before = runs.unfinished(Registry(registry), "tiny")
+    before = runs.runs(Registry(registry))[0].run
     done = run_cli("run", long_recipe, "--registry", registry, "--no-prefect", "--only", "rl1")
     assert f"goes on with run {before}, which is stopped" in done.stdout
     assert f"rl1: resumed from {checkpoint.name}" in done.stdout

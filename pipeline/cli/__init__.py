@@ -24,6 +24,8 @@ COLLECT_EVERY = 100_000
 """Objects made between two looks for garbage; Python's 700 make it a third of the time of reading thousands of manifests."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a write is refused with where there is no space."""
+BARRED = (errno.EACCES, errno.EPERM, errno.EROFS)
+"""What is refused to this user, or to everybody."""
 
 app = typer.Typer(
     help="SFT, reinforcement learning, rejection sampling and reinforcement learning again, as one recipe.",
@@ -67,6 +69,10 @@ def exit_code(arguments: list[str]) -> int:  # noqa: PLR0911 - one for each way 
             return complain(
                 f"the disk is full ({error.strerror}); free some space (switchback gc) and run the same command again",
                 1,
+            )
+        if isinstance(error, OSError) and error.errno in BARRED:
+            return complain(
+                f"{error.filename}: {error.strerror}; give a place that can be written, or mend its permissions", 2
             )
         return complain(f"{type(error).__name__}: {error} (this should not happen; {DEBUG}=1 shows the traceback)", 1)
     return code if isinstance(code, int) else 0

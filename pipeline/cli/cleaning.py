@@ -32,6 +32,7 @@ def add_to(app: typer.Typer) -> None:
 def gc(apply: Apply = False, grace: Grace = "24h", registry: RegistryOption = None, json: JsonOption = False) -> None:
     """Show, or remove, what no alias, pin, live run or kept artifact needs, and resume checkpoints of published stages."""
     place = open_registry(registry)
+    place.must_exist()
     found = (clean if apply else survey)(place, work_root(place), age(grace))
     if json:
         print_json({"applied": apply, "frees": found.frees, **found.model_dump(mode="json")})

@@ -34,12 +34,15 @@ def add_to(app: typer.Typer) -> None:
 def export(id: Id, directory: Directory, registry: RegistryOption = None, json: JsonOption = False) -> None:
     """Write a policy as a plain model directory with a model card, or data as a data set."""
     place = open_registry(registry)
-    done = exports.export(place, resolve(place, id), directory)
+    artifact = resolve(place, id)
+    done = exports.export(place, artifact, directory)
     if json:
         files = [str(file) for file in done.files]
-        print_json({"id": id, "path": str(done.directory), "files": files, "size": done.size})
+        print_json({"id": artifact.id, "path": str(done.directory), "files": files, "size": done.size})
     else:
-        print(f"{id} is in {done.directory}: {len(done.files)} files, {decimal(done.size)}; README.md is its card")
+        print(
+            f"{artifact.id} is in {done.directory}: {len(done.files)} files, {decimal(done.size)}; README.md is its card"
+        )
 
 
 def push(
@@ -52,8 +55,9 @@ def push(
 ) -> None:
     """Export to the Hugging Face hub as one commit. The token is HF_TOKEN's, or that of hf auth login."""
     place = open_registry(registry)
-    done = pushes.push(place, resolve(place, id), target, public, revision)
+    artifact = resolve(place, id)
+    done = pushes.push(place, artifact, target, public, revision)
     if json:
-        print_json({"id": id, **done._asdict()})
+        print_json({"id": artifact.id, **done._asdict()})
     else:
-        print(f"{id} is in {done.url} ({'private' if done.private else 'public'})")
+        print(f"{artifact.id} is in {done.url} ({'private' if done.private else 'public'})")

@@ -16,11 +16,15 @@ from pipeline.cli.common import RecipeArgument, RegistryOption, SetOption, Termi
 from pipeline.cli.progress import Progress
 from pipeline.cli.recipes import Fresh, From, Only, Until
 from pipeline.cli.tables import run_table, show
-from pipeline.recipe import Recipe, load, parse
+from pipeline.recipe import Recipe, dump, load, parse
 from pipeline.registry import Registry, runs
 from pipeline.summary import summarise
 
 NoPrefect = Annotated[bool, typer.Option("--no-prefect", help="Run the same steps without a Prefect server.")]
+
+
+ENDINGS = (signal.SIGTERM, signal.SIGHUP)
+"""A closed terminal ends a run as SIGTERM does: what can be saved is saved."""
 
 
 class Stopped(Exception):
@@ -57,7 +61,9 @@ def run(
         loaded = planning.freshen(loaded, place, fresh, selection)
         replicate = next(stage.replicate for stage in loaded.stages if stage.name == fresh)
         print(f"{fresh}: replicate {replicate}; later runs use it with --set stages.{fresh}.replicate={replicate}")
-    _run(loaded, place, selection, not no_prefect, runs.unfinished(place, loaded.name))
+    _run(
+        loaded, place, selection, not no_prefect, runs.unfinished(place, loaded.name, dump(loaded), selection._asdict())
+    )
 
 
 def resume(
@@ -84,7 +90,8 @@ def _run(
     planned = planning.plan(recipe, place, selection)
     if resumes:
         print(f"goes on with run {resumes}, which is {runs.state(place, resumes)}")
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in ENDINGS:
+        signal.signal(number, _terminate)
     try:
         with Progress() as progress:
             id = climb.run(recipe, planned, place, progress, use_prefect, selection, resumes)
@@ -96,7 +103,8 @@ def _run(
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough; what follows must not be cut short
+    for other in ENDINGS:
+        signal.signal(other, signal.SIG_IGN)  # once is enough; what follows must not be cut short
     raise Terminated
 
 

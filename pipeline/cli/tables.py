@@ -89,9 +89,9 @@ def artifact_table(registry: Registry, artifact: Artifact) -> Table:
 
 def runs_table(runs: Sequence[Run]) -> Table:
     """Runs, a line each."""
-    made = table("run", "recipe", "state", "started")
+    made = table("run", "recipe", "state", "started", "goes on with")
     for one in runs:
-        made.add_row(one.run, one.recipe, one.state, _moment(one.started))
+        made.add_row(one.run, one.recipe, one.state, _moment(one.started), one.resumes or "-")
     return made
 
 

@@ -196,7 +196,9 @@ class LocalStore(Store):
     @override
     def leftovers(self, before: datetime) -> list[str]:
         inner = (path for top in PUT_BELOW for path in self.path(top).rglob(".*"))
-        mine = (path for path in self.root.glob(".*") if PARTIAL.fullmatch(path.name))  # a user's own may lie beside them
+        mine = (
+            path for path in self.root.glob(".*") if PARTIAL.fullmatch(path.name)
+        )  # a user's own may lie beside them
         partials = (path for path in (*mine, *inner) if path.is_file())
         return sorted(str(path.relative_to(self.root)) for path in partials if _changed(path) < before.timestamp())
 

@@ -60,6 +60,11 @@ class Registry:
         """What a user gives to open it: an absolute path, or a URL."""
         return self.store.url
 
+    def must_exist(self) -> None:
+        """Raise BadInput where there is no registry, for commands that would find nothing wrong with an empty place."""
+        if self._is_new:
+            raise BadInput(f"there is no registry in {self.url}; give its directory or URL with --registry")
+
     def initialise(self) -> None:
         """Make an empty place a registry. Raises BadInput for one that cannot be written, or that does not keep what a registry needs."""
         if self._is_new:
@@ -85,6 +90,8 @@ class Registry:
         """An artifact by id. Raises BadInput when it is not there, or when its manifest is not one."""
         if artifact := self.get(id):
             return artifact
+        if is_id(id) and self.store.read(f"tombstones/{id}.json"):
+            raise BadInput(f"{id} was cleaned; switchback gc removed it from {self.url}, and its recipe makes it again")
         raise BadInput(f"there is no artifact {printable(id)} in {self.url}; switchback ls shows what there is")
 
     def find(self, key: str) -> Artifact | None:

@@ -51,7 +51,7 @@ def resumable(registry: Registry, work: Path) -> Iterator[tuple[Path, list[Remov
 def _unused(job: Path) -> Iterator[bool]:
     """Whether neither a job nor a run works in a directory; none can start there while this block lasts."""
     with ExitStack() as stack:
-        locks = [stack.enter_context((job / name).open("a")) for name in (LOCK, RUN_LOCK) if (job / name).exists()]
+        locks = [stack.enter_context((job / name).open()) for name in (LOCK, RUN_LOCK) if (job / name).exists()]
         try:
             for lock in locks:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

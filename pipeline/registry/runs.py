@@ -44,6 +44,8 @@ class Run(Frozen):
     state: str
     """running, done, failed, stopped (by a signal) or interrupted (its process is gone)."""
     started: str
+    resumes: str | None
+    """The run that it goes on with."""
 
 
 def start(
@@ -117,12 +119,15 @@ def recipe_of(registry: Registry, run: str) -> str:
     raise BadInput(f"there is no run {run} in {registry.url}; switchback runs shows what there is")
 
 
-def unfinished(registry: Registry, recipe_name: str) -> str | None:
-    """The newest run of a recipe, where that did not come to its end and is not running."""
+def unfinished(registry: Registry, recipe_name: str, recipe_yaml: str, selection: dict[str, Any]) -> str | None:
+    """The newest run of a recipe's name, where that was the same recipe and selection, did not come to its end and is not running."""
     of_recipe = re.compile(rf"{re.escape(recipe_name)}-(\d{{8}}-\d{{6}})-[0-9a-f]{{4}}")
     found = {match[1]: match[0] for name in registry.store.names("runs") if (match := of_recipe.fullmatch(name))}
     newest = found[max(found)] if found else None
-    return newest if newest and state(registry, newest) not in ("done", "running") else None
+    if newest is None or state(registry, newest) in ("done", "running"):
+        return None
+    same = recipe_of(registry, newest) == recipe_yaml and planned(registry, newest).get("selection") == selection
+    return newest if same else None
 
 
 def state(registry: Registry, run: str) -> str:
@@ -133,7 +138,7 @@ def state(registry: Registry, run: str) -> str:
 def _run(registry: Registry, run: str) -> Run:
     log = events(registry, run)
     recipe = planned(registry, run)["recipe"]
-    return Run(run=run, recipe=recipe, state=_state(log), started=log[0]["at"])
+    return Run(run=run, recipe=recipe, state=_state(log), started=log[0]["at"], resumes=log[0].get("resumes"))
 
 
 def _state(log: list[dict[str, Any]]) -> str:
