@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from pipeline.evaluations import of_policy, settings
 from pipeline.identity import changes
 from pipeline.registry import Artifact, Registry
 from stages.config import Frozen
@@ -64,7 +65,8 @@ class Comparison(Frozen):
 def compare(registry: Registry, a: Artifact, b: Artifact) -> Comparison:
     """Raises BadInput where a file of an evaluation or of rollouts is not what was published."""
     evaluations = _evaluations(registry, a, b)
-    comparable = None not in evaluations and len({_settings(one) for one in evaluations if one}) == 1
+    first, second = evaluations
+    comparable = first is not None and second is not None and settings(first) == settings(second)
     return Comparison(
         ids=(a.id, b.id),
         asked=changes(a.identity, b.identity),
@@ -88,27 +90,12 @@ def _format(artifact: Artifact) -> dict[str, Any]:
 
 def _evaluations(registry: Registry, a: Artifact, b: Artifact) -> tuple[Artifact | None, Artifact | None]:
     """The evaluations of two policies: the newest two with equal settings, else the newest of each. An evaluation stands for itself."""
-    everything = registry.artifacts()
-    ours, theirs = (
-        [one] if one.kind == "evaluate" else [found for found in reversed(everything) if _is_of(found, one)]
-        for one in (a, b)
-    )
+    ours, theirs = ([one] if one.kind == "evaluate" else of_policy(registry, one) for one in (a, b))
     for mine in ours:
         for other in theirs:
-            if _settings(mine) == _settings(other):
+            if settings(mine) == settings(other):
                 return mine, other
     return next(iter(ours), None), next(iter(theirs), None)
-
-
-def _is_of(evaluation: Artifact, policy: Artifact) -> bool:
-    source = evaluation.inputs.get("policy")
-    return evaluation.kind == "evaluate" and source is not None and source.id == policy.id
-
-
-def _settings(evaluation: Artifact) -> str:
-    """Everything that was asked of an evaluation, but for whom."""
-    asked = {name: value for name, value in evaluation.identity.items() if name not in ("inputs", "format")}
-    return json.dumps(asked, sort_keys=True)
 
 
 def _scores(

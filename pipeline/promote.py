@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
 from typing import Any
 
+from pipeline.evaluations import of_policy, settings
 from pipeline.registry import Artifact, Registry
 from pipeline.registry.aliases import Move, current, newest, set_to
 from pipeline.registry.verify import verify
@@ -20,8 +20,6 @@ from stages.job import BadInput, read_evaluation
 
 RESAMPLES, SEED = 2000, 0
 """Of the bootstrap."""
-OF_THE_POLICY = ("inputs", "format")
-"""What of an evaluation's identity belongs to the policy; the rest is how it was evaluated."""
 
 
 class Refused(RuntimeError):
@@ -83,11 +81,11 @@ def _evidence(
 
 def compare(registry: Registry, policy: Artifact, other: Artifact) -> Comparison:
     """How a policy does against another. Raises NotComparable without evaluations of both with equal settings on the same rows."""
-    ours, theirs = evaluations(registry, policy), evaluations(registry, other)
+    ours, theirs = of_policy(registry, policy), of_policy(registry, other)
     for one, found in ((policy, ours), (other, theirs)):
         if not found:
             raise NotComparable(f"{one.id} has no evaluation")
-    pair = next(((a, b) for a in ours for b in theirs if _settings(a) == _settings(b)), None)
+    pair = next(((a, b) for a in ours for b in theirs if settings(a) == settings(b)), None)
     if pair is None:
         raise NotComparable(f"{policy.id} and {other.id} were not evaluated with equal settings")
     a, b = (scores(registry, evaluation) for evaluation in pair)
@@ -96,17 +94,6 @@ def compare(registry: Registry, policy: Artifact, other: Artifact) -> Comparison
     differences = [a[row] - b[row] for row in sorted(a)]
     mean = sum(differences) / len(differences)
     return Comparison(against=other.id, difference=mean, interval=bootstrap(differences), rows=len(differences))
-
-
-def evaluations(registry: Registry, policy: Artifact) -> list[Artifact]:
-    """The evaluate artifacts of a policy, newest first."""
-    of_policy = (one for one in registry.artifacts() if one.kind == "evaluate" and _is_of(one, policy))
-    return [one for one in of_policy if registry.usable(one)][::-1]
-
-
-def _is_of(evaluation: Artifact, policy: Artifact) -> bool:
-    source = evaluation.inputs.get("policy")
-    return source is not None and source.id == policy.id
 
 
 def scores(registry: Registry, evaluation: Artifact) -> dict[str, float]:
@@ -124,7 +111,3 @@ def bootstrap(values: list[float]) -> tuple[float, float]:
     draw = random.Random(SEED)
     means = sorted(sum(draw.choices(values, k=len(values))) / len(values) for _ in range(RESAMPLES))
     return means[round(0.025 * (RESAMPLES - 1))], means[round(0.975 * (RESAMPLES - 1))]
-
-
-def _settings(evaluation: Artifact) -> Mapping[str, Any]:
-    return {name: value for name, value in evaluation.identity.items() if name not in OF_THE_POLICY}

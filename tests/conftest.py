@@ -111,3 +111,21 @@ def climbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     done = run_cli("run", recipe, "--registry", directory / "registry", "--no-prefect")
     assert done.returncode == 0, done.stderr
     return recipe, directory / "registry"
+
+
+@pytest.fixture(scope="module")
+def started() -> Any:
+    """An S3 server for the tests of a file; moto takes seconds to import."""
+    from tests.object_server import serving
+
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture
+def server(started: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The server with an empty bucket, and an environment that leads to it."""
+    started.reset()
+    for name, value in {**started.env, "SWITCHBACK_CACHE": str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(name, value)
+    return started

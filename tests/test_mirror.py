@@ -9,7 +9,6 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,25 +20,10 @@ from pipeline.registry.store import Store
 from stages.checkpoints import COMPLETE, Entry, Record
 from stages.disk import digest_file
 from tests.conftest import SWITCHBACK, environment, run_cli, stage
-from tests.object_server import ObjectServer, serving
 from tests.test_objects import PROCESSES, machine
 
 KEY = "0123456789ab"
 S3 = "s3://bucket/mirror"
-
-
-@pytest.fixture(scope="module")
-def started() -> Iterator[ObjectServer]:
-    with serving() as server:
-        yield server
-
-
-@pytest.fixture
-def server(started, monkeypatch, tmp_path) -> ObjectServer:
-    started.reset()
-    for name, value in {**started.env, "SWITCHBACK_CACHE": str(tmp_path / "cache")}.items():
-        monkeypatch.setenv(name, value)
-    return started
 
 
 @pytest.fixture(params=["directory", "s3"])

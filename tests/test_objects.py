@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from pipeline.registry.places import open_store
 from pipeline.registry.store import JSON_LIMIT, Damaged
 from stages.job import BadInput
 from tests.conftest import TINY, environment, run_cli, tensors
-from tests.object_server import ObjectServer, serving
+from tests.object_server import ObjectServer
 from tests.storm import storm
 from tests.test_registry import OWNER, draft, finished
 
@@ -35,21 +35,6 @@ MANIFEST = "artifact.json"
 PROCESSES = multiprocessing.get_context("forkserver")
 """Processes that have imported everything and used nothing: obstore does not survive a fork."""
 PROCESSES.set_forkserver_preload(["tests.test_objects"])
-
-
-@pytest.fixture(scope="module")
-def started() -> Iterator[ObjectServer]:
-    with serving() as server:
-        yield server
-
-
-@pytest.fixture
-def server(started, monkeypatch, tmp_path) -> ObjectServer:
-    """An empty bucket, and an environment that leads to it."""
-    started.reset()
-    for name, value in {**started.env, "SWITCHBACK_CACHE": str(tmp_path / "cache")}.items():
-        monkeypatch.setenv(name, value)
-    return started
 
 
 @pytest.fixture
