@@ -88,6 +88,7 @@ def plain(out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
     from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
+    from stages.problems.base import Answer
     from stages.problems.scheduling import Scheduling
 
     torch.set_num_threads(1)
@@ -141,6 +142,9 @@ def plain(out: Path) -> None:
     def text(ids):
         return PREFIX + tokenizer.decode(ids, skip_special_tokens=True)
 
+    def judge(row, completion):
+        return problem.judge([Answer(row, completion)])[0]
+
     def evaluate(name, path):
         """Greedy and eight samples on validation and held-out rows; the held-out mean is kept."""
         model = load(path)
@@ -148,7 +152,7 @@ def plain(out: Path) -> None:
             rows = problem.rows(split, 0, count, seed=0)
             for samples in (1, 8):
                 judged = [
-                    problem.judge(row, text(ids)).score
+                    judge(row, text(ids)).score
                     for row, group in zip(rows, generate(model, rows, samples), strict=True)
                     for ids in group
                 ]
@@ -188,7 +192,7 @@ def plain(out: Path) -> None:
         def component(name):
             def reward(completions, row, **_):
                 return [
-                    problem.rewards(rows[i], PREFIX + completion)[name]
+                    judge(rows[i], PREFIX + completion).rewards[name]
                     for i, completion in zip(row, completions, strict=True)
                 ]
 
@@ -228,7 +232,7 @@ def plain(out: Path) -> None:
     rl1 = grpo(stage["rl1"], warmup)
     kept, rows = [], train_rows(stage["rl1"])
     for row, group in zip(rows, generate(load(rl1), rows, 8), strict=True):
-        best = [ids for ids in group if problem.judge(row, text(ids)).score >= 1.0][:1]
+        best = [ids for ids in group if judge(row, text(ids)).score >= 1.0][:1]
         kept += [(encode(rendered(row)), encode(PREFIX) + ids) for ids in best]
     distill = sft(stage["distill"], warmup, kept)
     grpo(stage["rl2"], distill)

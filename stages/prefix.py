@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import lru_cache
 from typing import Any, cast
 
@@ -100,7 +99,7 @@ def of_row(format: Format, row: Columns) -> str:
 
 
 def _columns(row: Columns) -> Mapping[str, Any]:
-    return asdict(row) if isinstance(row, Row) else row
+    return row.columns() if isinstance(row, Row) else row
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:

@@ -115,17 +115,10 @@ def select(group: Sequence[Rollout], keep: Keep, problem: Problem) -> list[int]:
 def _write_rollouts(
     path: Path, rows: Sequence[Row], groups: Sequence[Sequence[Rollout]], chosen: Sequence[Sequence[int]]
 ) -> None:
+    from stages.rollouts import line
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         for row, group, picks in zip(rows, groups, chosen, strict=True):
             for i, rollout in enumerate(group):
-                judgement = rollout.judgement
-                line = {
-                    "row": row.id,
-                    "sample": i,
-                    "score": judgement.score,
-                    "outcome": judgement.outcome,
-                    "kept": i in picks,
-                    "text": rollout.text,
-                }
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps({**line(row.id, i, rollout), "kept": i in picks}) + "\n")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from stages.problems.base import Problem, Row
+from stages.problems.base import Answer, Problem, Row
 
 RewardFunction = Callable[..., list[float | None]]
 
@@ -23,7 +23,8 @@ def reward_functions(problem: Problem, rows: Sequence[Row]) -> tuple[list[Reward
 def _component(problem: Problem, rows: Sequence[Row], name: str) -> RewardFunction:
     def reward(completions: list[list[dict[str, str]]], row: list[int], **_: Any) -> list[float | None]:
         texts = [turns[0]["content"] for turns in completions]
-        return [problem.rewards(rows[i], text)[name] for i, text in zip(row, texts, strict=True)]
+        answers = [Answer(rows[i], text) for i, text in zip(row, texts, strict=True)]
+        return [judgement.rewards[name] for judgement in problem.judge(answers)]
 
     reward.__name__ = name
     return reward

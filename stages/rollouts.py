@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stages import models, prefix, problems, sampling
 from stages.chunks import Chunks
 from stages.job import Format, Job, RowRange
 from stages.prefix import Dressed
-from stages.problems.base import Judgement, Problem, Row
+from stages.problems.base import Answer, Judgement, Problem, Row
+from stages.tokens import PREFIX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +33,26 @@ class Rollout:
     judgement: Judgement
     finished: bool
     """It came to its turn end before it was cut."""
+
+
+def line(row: str, sample: int, rollout: Rollout, step: int | None = None) -> dict[str, Any]:
+    """A rollout as a line of `rollouts.jsonl`, which grpo and rejection stages write and rejection reads. `step` is the optimiser step that sampled
+    it; None for a policy that stood still."""
+    judgement = rollout.judgement
+    ids, roles = rollout.answer
+    return {
+        "row": row,
+        "sample": sample,
+        "step": step,
+        "ids": ids,
+        "prefix": roles.count(PREFIX),
+        "text": rollout.text,
+        "finished": rollout.finished,
+        "score": judgement.score,
+        "outcome": judgement.outcome,
+        "rewards": dict(judgement.rewards),
+        "failure": judgement.failure,
+    }
 
 
 @dataclass(frozen=True)
@@ -61,12 +82,19 @@ class Player:
         sampled = sampling.sample(self.model, self.tokenizer, given, decoding, self.seed, on_progress, self.chunks)
         ends = sampling.turn_ends(self.model, self.tokenizer)
 
-        def rollout(i: int, ids: list[int]) -> Rollout:
-            text = prefix.completion_text(self.tokenizer, starts[i], ids)
-            answer = prefix.answer(start_ids[i], ids)
-            return Rollout(prompts[i], answer, text, self.problem.judge(rows[i], text), finished=ids[-1] in ends)
+        answers = [
+            Answer(row, prefix.completion_text(self.tokenizer, start, ids), ids)
+            for row, start, completions in zip(rows, starts, sampled, strict=True)
+            for ids in completions
+        ]
+        judgements = iter(zip(answers, self.problem.judge(answers), strict=True))
 
-        return [[rollout(i, ids) for ids in completions] for i, completions in enumerate(sampled)]
+        def rollout(i: int) -> Rollout:
+            answer, judgement = next(judgements)
+            dressed = prefix.answer(start_ids[i], answer.ids)
+            return Rollout(prompts[i], dressed, answer.text, judgement, finished=answer.ids[-1] in ends)
+
+        return [[rollout(i) for _ in completions] for i, completions in enumerate(sampled)]
 
     def seen_format(self) -> Format:
         """The Format with the digest of the template that was used."""

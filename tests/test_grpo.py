@@ -15,6 +15,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from stages import chat, models, prefix
 from stages.job import BadInput, Lora
 from stages.lora import peft_config
+from stages.problems.base import Answer
 from stages.problems.scheduling import Scheduling
 from stages.rewards import reward_functions
 from stages.trl.prefill import PrefillGRPOTrainer, prefilled
@@ -130,7 +131,7 @@ def test_a_reward_function_is_a_component_under_its_own_name():
     order = [2, 0, 3]
     completions = [[{"role": "assistant", "content": texts[i]}] for i in order]
     for function in functions:
-        expected = [problem.rewards(rows[i], texts[i])[function.__name__] for i in order]
+        expected = [one.rewards[function.__name__] for one in problem.judge([Answer(rows[i], texts[i]) for i in order])]
         assert function(completions=completions, row=order, prompts=None, trainer_state=None) == expected
 
 

@@ -8,7 +8,7 @@ from itertools import combinations, pairwise
 import pytest
 
 from stages.problems import compact
-from stages.problems.base import split_of
+from stages.problems.base import Answer, Judgement, Row, split_of
 from stages.problems.intervals import Event, Instance, optimum, overlaps
 from stages.problems.scheduling import Scheduling, SchedulingRow
 
@@ -22,6 +22,11 @@ def hour(name: str, start: int, end: int) -> Event:
 A, B, C, D = hour("A", 12, 13), hour("B", 11, 14), hour("C", 14, 16), hour("D", 17, 18)
 INSTANCE = Instance((A, B, C, D), frozenset("A"))
 ROW = SchedulingRow("id", compact.prompt(INSTANCE), INSTANCE, optimum(INSTANCE))
+
+
+def judged(row: Row, completion: str) -> Judgement:
+    (judgement,) = PROBLEM.judge([Answer(row, completion)])
+    return judgement
 
 
 def answered(*events: Event) -> str:
@@ -63,7 +68,7 @@ def test_the_optimum_is_that_of_brute_force():
     ],
 )
 def test_the_first_broken_rule_is_the_outcome(completion, outcome):
-    judgement = PROBLEM.judge(ROW, completion)
+    judgement = judged(ROW, completion)
     assert judgement.outcome == outcome
     assert (judgement.score > 0) == (outcome == "valid")
     assert judgement.well_formed == (outcome != "format")
@@ -71,8 +76,8 @@ def test_the_first_broken_rule_is_the_outcome(completion, outcome):
 
 def test_a_valid_schedule_scores_its_weighted_time_over_the_optimum():
     assert ROW.optimum == 6 * 60  # B, C, D; A would bring 2 instead of B's 3
-    assert PROBLEM.judge(ROW, answered(A, C)).score == pytest.approx(4 / 6)
-    best = PROBLEM.judge(ROW, answered(B, C, D))
+    assert judged(ROW, answered(A, C)).score == pytest.approx(4 / 6)
+    best = judged(ROW, answered(B, C, D))
     assert (best.score, best.solved) == (1.0, True)
 
 
@@ -93,7 +98,7 @@ def test_a_valid_schedule_scores_its_weighted_time_over_the_optimum():
     ],
 )
 def test_rewards_weigh_10_20_70(completion, reward):
-    components = PROBLEM.rewards(ROW, completion)
+    components = judged(ROW, completion).rewards
     weighted = sum(PROBLEM.reward_weights[name] * value for name, value in components.items())
     assert weighted == pytest.approx(reward)
 
@@ -130,9 +135,9 @@ def test_a_row_id_decides_its_split():
 
 def test_demonstrations_have_the_form_and_leave_the_task_to_be_learned():
     rng, rows = random.Random(0), PROBLEM.rows("train", 0, 1000, seed=0)
-    judged = [PROBLEM.judge(row, PROBLEM.demonstration(row, rng)) for row in rows]
-    assert all(judgement.well_formed for judgement in judged)
-    assert 0.37 < sum(judgement.score for judgement in judged) / 1000 < 0.46
+    judgements = PROBLEM.judge([Answer(row, PROBLEM.demonstration(row, rng)) for row in rows])
+    assert all(judgement.well_formed for judgement in judgements)
+    assert 0.37 < sum(judgement.score for judgement in judgements) / 1000 < 0.46
 
 
 def test_instances_have_an_overlap_and_whole_hours_in_the_day():

@@ -1,7 +1,7 @@
 """What a checkable problem is: rows to work on, rewards to train by, and a score that says what the task means.
 
-A problem is a value with the methods of `Problem`. It knows nothing of models, tokens, prompts or prefixes: it sees a row and
-the text of a completion (response prefix included), and answers with plain numbers. The same row and text always give the same answer.
+A problem is a value with the methods of `Problem`. It knows nothing of models, prompts or prefixes: it sees rows and the texts of completions
+(response prefix included), and answers with plain numbers. The same row and text always give the same answer.
 
 Rows belong to a split by the digest of their content (`split_of`), so no row can be in two splits, whatever the seeds and ranges.
 """
@@ -11,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from stages.job import Split
 
@@ -27,10 +27,27 @@ class Row:
     prompt: str
     """The instance in words, as the user's turn says it; the Format's user template may put more around it."""
 
+    def columns(self) -> Mapping[str, Any]:
+        """What the user template and a prefix per row can name, `id` and `prompt` among them."""
+        return asdict(self)
+
+
+R = TypeVar("R", bound=Row)
+
+
+class Answer(NamedTuple):
+    """A completion of a row, to be judged."""
+
+    row: Row
+    text: str
+    """Response prefix included."""
+    ids: Sequence[int] = ()
+    """What was sampled, the prefix not included; empty for a text that nobody sampled."""
+
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a completion is worth to the task, as opposed to what it earned in training."""
+    """What a completion earns in training (`rewards`), and what it is worth to the task (everything else)."""
 
     score: float
     """0..1; 0 when any rule is broken."""
@@ -40,6 +57,10 @@ class Judgement:
     """The score is the best possible."""
     well_formed: bool
     """The text has the right form, whatever it says."""
+    rewards: Mapping[str, float | None] = field(default_factory=dict)
+    """Component -> its value; None where it does not apply to the row, or could not be had."""
+    failure: str | None = None
+    """What user code did instead of judging, such as `timeout`; every reward is then None and the score 0. None: it judged."""
 
 
 class Problem(Protocol):
@@ -59,16 +80,20 @@ class Problem(Protocol):
         """Rows start..stop of the endless stream that (split, seed) names; the same call always gives the same rows."""
         ...
 
+    def row(self, columns: Mapping[str, Any]) -> Row:
+        """The row that a line of a file describes. Raises BadInput for a line that is none."""
+        ...
+
     def demonstration(self, row: Row, rng: random.Random) -> str:
         """A completion to imitate, from its first character on; it need not be a good one."""
         ...
 
-    def rewards(self, row: Row, completion: str) -> dict[str, float]:
-        """Each component's value in 0..1."""
+    def baselines(self, row: Row, rng: random.Random) -> Mapping[str, str]:
+        """Name -> a completion that needs no model, for the audit; `gold` is the best there is. Empty: none are known."""
         ...
 
-    def judge(self, row: Row, completion: str) -> Judgement:
-        """The score and why."""
+    def judge(self, answers: Sequence[Answer]) -> list[Judgement]:
+        """Rewards and score of each, in order. An answer's judgement does not depend on the others."""
         ...
 
     def passed(self, score: float) -> bool:
@@ -84,3 +109,21 @@ def row_id(content: Any) -> str:
 def split_of(id: str) -> Split:
     """Half of all possible rows are for training, a quarter each for validation and held-out; decided by the id alone."""
     return ("train", "train", "validation", "held_out")[int(id[:8], 16) % 4]
+
+
+def allotted(rows: Iterator[R], split: Split) -> Iterator[R]:
+    """The rows of a stream that belong to a split, each once."""
+    seen: set[str] = set()
+    for row in rows:
+        if split_of(row.id) == split and row.id not in seen:
+            seen.add(row.id)
+            yield row
+
+
+STREAMS: dict[Split, str] = {"train": "train-{seed}", "validation": "validation", "held_out": "held-out-7c41"}
+"""What seeds the generator of a split's stream. Validation and held-out rows are the same for every seed."""
+
+
+def stream(generate: Callable[[random.Random], Iterator[R]], split: Split, seed: int) -> Iterator[R]:
+    """The rows of (split, seed) of a problem that makes them up."""
+    return allotted(generate(random.Random(STREAMS[split].format(seed=seed))), split)

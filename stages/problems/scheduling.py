@@ -10,16 +10,15 @@ How an instance is written and an answer is read is the form's business (`FORMS`
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice, pairwise
 from types import MappingProxyType
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from stages.job import Split
 from stages.problems import compact
-from stages.problems.base import Judgement, Row, row_id, split_of
+from stages.problems.base import Answer, Judgement, Row, row_id, stream
 from stages.problems.intervals import Event, Instance, greedy, optimum
 
 
@@ -46,9 +45,6 @@ class Form(Protocol):
 
 
 FORMS: dict[str, Form] = {"compact": cast(Form, compact)}
-
-STREAMS: dict[Split, str] = {"train": "train-{seed}", "validation": "validation", "held_out": "held-out-7c41"}
-"""What seeds the generator of a split's stream. Validation and held-out rows are the same for every seed."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,7 @@ class Scheduling:
 
     def rows(self, split: Split, start: int, stop: int, seed: int) -> list[Row]:
         """See Problem.rows."""
-        return list(islice(self._stream(split, seed), start, stop))
+        return list(islice(stream(self._generate, split, seed), start, stop))
 
     def demonstration(self, row: Row, rng: random.Random) -> str:
         """See Problem.demonstration."""
@@ -91,37 +87,37 @@ class Scheduling:
         (choose,) = rng.choices(demonstrators, shares)
         return FORMS[self.form].answer(instance, choose(instance, rng))
 
-    def rewards(self, row: Row, completion: str) -> dict[str, float]:
-        """format: the form is right. sorted: two or more real events, in strict order of start. score: the judgement's score."""
-        events = _parse(self.form, completion)
-        real = events is not None and set(events) <= set(cast(SchedulingRow, row).instance.events)
-        in_order = events is not None and len(events) > 1 and real and _sorted(events)
-        return {
-            "format": float(events is not None),
-            "sorted": float(in_order),
-            "score": self.judge(row, completion).score,
-        }
+    def row(self, columns: Mapping[str, Any]) -> Row:
+        """See Problem.row."""
+        raise NotImplementedError
 
-    def judge(self, row: Row, completion: str) -> Judgement:
-        """See Problem.judge."""
-        row = cast(SchedulingRow, row)
-        events = _parse(self.form, completion)
+    def baselines(self, row: Row, rng: random.Random) -> Mapping[str, str]:
+        """See Problem.baselines."""
+        return {}
+
+    def judge(self, answers: Sequence[Answer]) -> list[Judgement]:
+        """See Problem.judge. Rewards: format: the form is right. sorted: two or more real events, in strict order of start. score: the score."""
+        return [self._judge(cast(SchedulingRow, answer.row), answer.text) for answer in answers]
+
+    def _judge(self, row: SchedulingRow, completion: str) -> Judgement:
+        events = FORMS[self.form].parse(completion)
+        real = events is not None and set(events) <= set(row.instance.events)
+        in_order = events is not None and len(events) > 1 and real and _sorted(events)
         outcome = broken_rule(row.instance, events, FORMS[self.form].MIN_EVENTS) or "valid"
         weight = sum(map(row.instance.weight, events or ())) if outcome == "valid" else 0
-        return Judgement(weight / row.optimum, outcome, solved=weight == row.optimum, well_formed=events is not None)
+        score = weight / row.optimum
+        rewards = {"format": float(events is not None), "sorted": float(in_order), "score": score}
+        return Judgement(score, outcome, solved=weight == row.optimum, well_formed=events is not None, rewards=rewards)
 
     def passed(self, score: float) -> bool:
         """A valid schedule passes, however short of the optimum."""
         return score > 0
 
-    def _stream(self, split: Split, seed: int) -> Iterator[SchedulingRow]:
-        form, rng, seen = FORMS[self.form], random.Random(STREAMS[split].format(seed=seed)), set[str]()
+    def _generate(self, rng: random.Random) -> Iterator[SchedulingRow]:
+        form = FORMS[self.form]
         while True:
             instance = form.generate(rng)
-            id = row_id(instance.content())
-            if split_of(id) == split and id not in seen:
-                seen.add(id)
-                yield SchedulingRow(id, form.prompt(instance), instance, optimum(instance))
+            yield SchedulingRow(row_id(instance.content()), form.prompt(instance), instance, optimum(instance))
 
 
 def broken_rule(instance: Instance, events: list[Event] | None, min_events: int) -> str | None:
@@ -141,9 +137,3 @@ def broken_rule(instance: Instance, events: list[Event] | None, min_events: int)
 
 def _sorted(events: list[Event]) -> bool:
     return all(a.start < b.start for a, b in pairwise(events))
-
-
-@lru_cache(maxsize=4096)
-def _parse(form: str, completion: str) -> list[Event] | None:
-    """Parsed once for all components; callers do not change it."""
-    return FORMS[form].parse(completion)
