@@ -21,6 +21,7 @@ from stages.evaluate import EvaluateConfig
 from stages.job import BadInput, Dtype, Format, Lora, RowRange, parse_rows
 from stages.problems import PROBLEMS
 from stages.sft import SftConfig
+from stages.training import TrainingConfig
 
 SAMPLER = "transformers"
 """What generates; part of the key, because another one gives other completions."""
@@ -104,6 +105,8 @@ def _step(recipe: Recipe, base: Base, base_format: Format, stage: Box, made: dic
         maker = made.get(stage.data)
         inputs["data"] = _output(maker, "data") if maker else _file(stage.data)
         data = (maker.name, maker.format) if maker else None
+    if isinstance(stage, TrainingConfig) and stage.mix:
+        inputs["mix"] = _file(stage.mix.data)
     policy_format = base_format if stage.policy == checks.BASE else made[stage.policy].format
     format = formats.of_stage(stage.name, stage.format, policy_format, data)
     rows = parse_rows(text, recipe.seed) if text else None

@@ -24,9 +24,9 @@ class Stage(NamedTuple):
 
 STAGES: dict[str, Stage] = {
     "sft": Stage(sft.SftConfig, sft.run, 1),
-    "grpo": Stage(grpo.GrpoConfig, grpo.run, 1),
-    "rejection": Stage(rejection.RejectionConfig, rejection.run, 2),
-    "evaluate": Stage(evaluate.EvaluateConfig, evaluate.run, 2),
+    "grpo": Stage(grpo.GrpoConfig, grpo.run, 2),
+    "rejection": Stage(rejection.RejectionConfig, rejection.run, 3),
+    "evaluate": Stage(evaluate.EvaluateConfig, evaluate.run, 3),
     "preflight": Stage(preflight.PreflightConfig, preflight.run, 1),
     "inspect": Stage(inspect.InspectConfig, inspect.run, 1),
     "probe": Stage(probe.ProbeConfig, probe.run, 1),
