@@ -111,6 +111,8 @@ def _run(job: Job) -> Result:
         raise BadInput(
             f"{job.name}: the job is for {job.execution.processes} processes, but the launcher started {world}"
         )
+    if STAGES[job.kind].light:
+        return STAGES[job.kind].run(job)
     import torch
     from transformers.utils import logging
 

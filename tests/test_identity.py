@@ -40,7 +40,7 @@ OTHER: dict[str, Any] = {
     "stage.learning_rate": 0.5, "stage.lr_scheduler": "constant", "stage.warmup_steps": 3.0, "stage.weight_decay": 0.5, "stage.max_grad_norm": 0.5,
     "stage.trl": {"adam_beta2": 0.5}, "stage.prompt_loss_weight": 0.7, "stage.completion_loss_weight": 0.7, "stage.epochs": 2.0, "stage.rows_per_step": 16,
     "stage.steps": 7, "stage.prompts_per_step": 4, "stage.group_size": 8, "stage.max_completion_length": 9, "stage.temperature": 0.5, "stage.epsilon": 0.1,
-    "stage.epsilon_high": 0.5, "stage.samples": 3, "kl.beta": 0.5, "kl.reference": "base",
+    "stage.epsilon_high": 0.5, "stage.audit": False, "stage.samples": 3, "kl.beta": 0.5, "kl.reference": "base",
     "stage.format": {"response_prefix": "x"}, "stage.normaliser": "nonzero_count", "stage.padding_free": True, "stage.packing": {"max_length": 64},
     "packing.strategy": "wrapped", "packing.max_length": 99,
     **{f"loss_weights.{role}": 0.9 for role in ("system", "user", "template", "prefix", "completion")},
