@@ -308,10 +308,11 @@ def _covariance(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def _shares_of_variance(audited: Audited) -> dict[str, float]:
-    """Component -> its part of the reward's variance (its covariance with the reward); they add up to 1. Empty where the reward is constant."""
+    """Component -> its part of the reward's variance (its covariance with the reward); they add up to 1. Empty where the reward is constant, and without a
+    gold, because what only right answers earn does not vary then."""
     complete = [one for one in audited.played if one.reward is not None]
     rewards = [one.reward for one in complete if one.reward is not None]
-    if not (whole := _covariance(rewards, rewards)):
+    if not (whole := _covariance(rewards, rewards)) or not audited.has_gold:
         return {}
     parts = {
         name: [weight * (one.judgement.rewards.get(name) or 0.0) for one in complete]
