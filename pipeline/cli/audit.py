@@ -14,7 +14,7 @@ from rich.text import Text
 from pipeline import ask, checks
 from pipeline import plan as planning
 from pipeline.cli.common import JsonOption, RecipeArgument, RegistryOption, SetOption, open_registry, print_json
-from pipeline.cli.tables import console, show, table
+from pipeline.cli.tables import SEVERITY_STYLE, console, show, table
 from pipeline.launch import Launcher
 from pipeline.plan import Planned
 from pipeline.recipe import load, nearest
@@ -39,7 +39,6 @@ Stage = Annotated[
 BAR = 10
 """Characters of a bar that stands for 100."""
 EIGHTHS = " ▏▎▍▌▋▊▉█"
-STYLES = {"stop": "bold red", "warn": "yellow", "note": "dim"}
 RANGES = {
     "seen": "the least and the greatest reward that any of these answers earned",
     "possible": "what components that reach 0 and 1 could earn; no best answer is known",
@@ -102,7 +101,7 @@ def _print(report: Report, source: str) -> None:
 
 def _said(finding: Finding) -> Text:
     override = f" (--set {finding.override})" if finding.override else ""
-    return Text(f"{finding.severity}: {finding.rule}: {finding.advice}{override}", STYLES[finding.severity])
+    return Text(f"{finding.severity}: {finding.rule}: {finding.advice}{override}", SEVERITY_STYLE[finding.severity])
 
 
 def _table(report: Report, terminal: Console) -> Table:
