@@ -10,20 +10,23 @@ no gold, the greatest that was seen may be far from the best; there the range is
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin
 
 from stages import baselines, problems
-from stages.audit_rules import Audited, Line, Played, findings
-from stages.baselines import GOLD
+from stages.audit_rules import Audited, Line, exploits, findings
+from stages.audit_table import Range, Table, play
+from stages.baselines import GOLD, Baseline
 from stages.config import Config, Frozen, identity
 from stages.job import BadInput, Finding, Job, Result, RowRange
-from stages.problems.base import Judgement, Problem, Row
+from stages.problems.base import Problem, Row
 
 FILE = "audit.json"
+KEPT = 0.02
+"""Score and reward share that gold may lose by a change that mends something; with touching events as overlaps, an optimal schedule earns .993."""
+Others = Iterable[tuple[str, Problem]]
+"""(a `--set`, the problem with it)"""
 
 
 class AuditConfig(Config):
@@ -31,19 +34,6 @@ class AuditConfig(Config):
 
     rows: int = identity(100, ge=1)
     """The first so many of the job's rows. Rows from a file (the input `rows`) are all played."""
-
-
-class Range(Frozen):
-    """What a share of the reward is a share of."""
-
-    least: float
-    greatest: float
-    source: Literal["seen", "possible"]
-    """`seen`: what the answers earned. `possible`: what components from 0 to 1 could, where no gold was played."""
-
-    def share(self, reward: float) -> float:
-        """0..1; 0 where every reward is the same."""
-        return (reward - self.least) / (self.greatest - self.least) if self.greatest > self.least else 0.0
 
 
 class Report(Frozen):
@@ -67,24 +57,49 @@ def run(job: Job) -> Result:
     file = job.inputs.get("rows")
     rows = read_rows(problem, Path(file)) if file else problems.rows(problem, _first(job.rows, config.rows))
     asked, astray = baselines.of_rows(problem, rows, job.format, job.seed)
-    report = audit(job.name, problem, asked, astray)
+    report = audit(job.name, problem, asked, astray, with_one_change(job.problem))
     Path(job.out, FILE).write_text(report.model_dump_json(indent=1))
     return Result(outputs={"audit": FILE}, metrics={"answers": len(asked)}, findings=report.findings)
 
 
-def audit(stage: str, problem: Problem, asked: Sequence[baselines.Baseline], astray: int) -> Report:
-    """What the problem says to every baseline. `astray` is how many golds do not start with the response prefix."""
-    weights = dict(problem.reward_weights)
-    judged = problem.judge([one.answer for one in asked])
-    played = [
-        Played(one.name, one.own, one.row, judgement, problem.passed(judgement.score), _reward(judgement, weights))
-        for one, judgement in zip(asked, judged, strict=True)
-    ]
-    whole = _range(played, weights)
-    lines = tuple(sorted(_lines(played, weights, whole), key=lambda line: (line.name != GOLD, -(line.reward or 0.0))))
-    found = findings(Audited(stage, weights, played, lines, astray))
-    rows = len({one.row for one in played})
-    return Report(stage=stage, rows=rows, weights=weights, range=whole, baselines=lines, findings=tuple(found))
+def audit(stage: str, problem: Problem, asked: Sequence[Baseline], astray: int, others: Others = ()) -> Report:
+    """What the problem says to every baseline. `astray` is how many golds do not start with the response prefix; `others` are what the problem would be with
+    one setting changed."""
+    weights, table = dict(problem.reward_weights), play(problem, asked)
+    mended = _mended(table, asked, others)
+    found = findings(Audited(stage, weights, table.played, table.lines, astray, mended))
+    rows = len({one.row for one in asked})
+    return Report(
+        stage=stage, rows=rows, weights=weights, range=table.range, baselines=table.lines, findings=tuple(found)
+    )
+
+
+def with_one_change(settings: Mapping[str, Any]) -> Iterator[tuple[str, Problem]]:
+    """(a `--set`, the problem with it) for every other choice that a built-in problem's settings have. Nothing for other problems."""
+    if (name := settings.get("name")) is None:
+        return
+    for field, info in problems.PROBLEMS[name].settings.model_fields.items():
+        for choice in get_args(info.annotation) if get_origin(info.annotation) is Literal else ():
+            if choice != settings.get(field, info.default):
+                yield f"problem.{field}={choice}", problems.load({**settings, field: choice})
+
+
+def _mended(table: Table, asked: Sequence[Baseline], others: Others) -> dict[str, str]:
+    """Exploitable baseline -> the first change with which it is not, and gold is worth and paid as before."""
+    left = {line.name for line in table.lines if exploits(line)}
+    gold = next((line for line in table.lines if line.name == GOLD), None)
+    mended = dict[str, str]()
+    for change, problem in others if left else ():
+        lines = {line.name: line for line in play(problem, asked).lines}
+        if _worth_the_same(lines.get(GOLD), gold):
+            mended |= {name: change for name in left - mended.keys() if not exploits(lines[name])}
+    return mended
+
+
+def _worth_the_same(changed: Line | None, gold: Line | None) -> bool:
+    """Whether gold is still the best, as far as it was."""
+    pairs = [(changed.score, gold.score), (changed.share, gold.share)] if changed and gold else [(None, None)]
+    return all(a is not None and b is not None and abs(a - b) <= KEPT for a, b in pairs)
 
 
 def read_rows(problem: Problem, path: Path) -> list[Row]:
@@ -102,45 +117,3 @@ def read_rows(problem: Problem, path: Path) -> list[Row]:
 
 def _first(rows: RowRange, most: int) -> RowRange:
     return rows.model_copy(update={"stop": min(rows.stop, rows.start + most)})
-
-
-def _reward(judgement: Judgement, weights: dict[str, float]) -> float | None:
-    """The weighted sum of the components that apply, as training sums them."""
-    values = [(weight, judgement.rewards.get(name)) for name, weight in weights.items()]
-    applied = [weight * value for weight, value in values if value is not None]
-    return sum(applied) if applied else None
-
-
-def _range(played: Sequence[Played], weights: dict[str, float]) -> Range:
-    earned = [one.reward for one in played if one.reward is not None] or [0.0]
-    if any(one.name == GOLD for one in played):
-        return Range(least=min(earned), greatest=max(earned), source="seen")
-    values = {name: [one.judgement.rewards.get(name) or 0.0 for one in played] for name in weights}
-    ends = [sorted((weights[name] * min(0.0, *seen), weights[name] * max(1.0, *seen))) for name, seen in values.items()]
-    return Range(least=sum(low for low, _ in ends), greatest=sum(high for _, high in ends), source="possible")
-
-
-def _lines(played: Sequence[Played], weights: dict[str, float], whole: Range) -> Iterator[Line]:
-    """A line a baseline."""
-    for name in dict.fromkeys(one.name for one in played):
-        group = [one for one in played if one.name == name]
-        reward = _mean([one.reward for one in group])
-        yield Line(
-            name=name,
-            own=group[0].own,
-            rows=len(group),
-            reward=reward,
-            share=None if reward is None else whole.share(reward),
-            score=fmean(one.judgement.score for one in group),
-            outcomes=dict(Counter(one.judgement.outcome for one in group)),
-            rewards={
-                component: _mean([one.judgement.rewards.get(component) for one in group]) for component in weights
-            },
-            failures=dict(Counter(one.judgement.failure for one in group if one.judgement.failure)),
-        )
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    """Of those that are there; None where none is."""
-    there = [value for value in values if value is not None]
-    return fmean(there) if there else None

@@ -83,6 +83,8 @@ class Audited(NamedTuple):
     lines: Sequence[Line]
     astray: int
     """Rows whose gold does not start with the response prefix."""
+    mended: Mapping[str, str]
+    """Exploitable baseline -> a `--set` with which it is not."""
 
     @property
     def has_gold(self) -> bool:
@@ -147,18 +149,25 @@ def gold_prefix(audited: Audited) -> Iterator[Finding]:
 def exploitable(audited: Audited) -> Iterator[Finding]:
     """No baseline is paid much better than it does."""
     for line in audited.lines:
-        if line.name == GOLD or line.share is None or line.gap <= EXPLOITABLE:
+        if not exploits(line):
             continue
+        share = line.share or 0.0
         paid = {name: audited.weights[name] * (value or 0.0) for name, value in line.rewards.items()}
         most = sorted(paid, key=lambda name: -paid[name])
         by = ", ".join(f"{name} {paid[name]:.3g}" for name in most if paid[name] > 0)
         yield _warn(
             audited,
             "exploitable",
-            {"reward_share": line.share, "score": line.score, "gap": line.gap},
-            f"{line.name} earns {100 * line.share:.1f} of 100 reward and {100 * line.score:.1f} of 100 score, so training may settle for it;"
-            f" it is paid by {by}: let what breaks a rule earn less there, or lower the weight",
+            {"reward_share": share, "score": line.score, "gap": line.gap},
+            f"{line.name} earns {100 * share:.1f} of 100 reward and {100 * line.score:.1f} of 100 score, so training may settle for it;"
+            f" it is paid by {by}: let a broken rule cost more there",
+            audited.mended.get(line.name),
         )
+
+
+def exploits(line: Line) -> bool:
+    """Whether a baseline is paid much better than it does."""
+    return line.name != GOLD and line.gap > EXPLOITABLE
 
 
 def unearned(audited: Audited) -> Iterator[Finding]:
@@ -321,8 +330,8 @@ def _shares_of_variance(audited: Audited) -> dict[str, float]:
     return {name: _covariance(values, rewards) / whole for name, values in parts.items()}
 
 
-def _warn(audited: Audited, rule: str, evidence: dict[str, float], advice: str) -> Finding:
-    return Finding(rule=rule, severity="warn", stage=audited.stage, evidence=evidence, advice=advice)
+def _warn(audited: Audited, rule: str, evidence: dict[str, float], advice: str, override: str | None = None) -> Finding:
+    return Finding(rule=rule, severity="warn", stage=audited.stage, evidence=evidence, advice=advice, override=override)
 
 
 def _score(one: Played) -> float:

@@ -148,6 +148,24 @@ def off_by_one(row):
     return f"<a>{int(row.answer) + 1}</a>"
 
 
+def pays_the_form(row, text):
+    return {"correct": 1.0 if text == f"<a>{row.answer}</a>" else 0.7 * (text[:3] == "<a>")}
+
+
+def test_a_setting_that_mends_a_flag_is_found_by_trying_it():
+    """Two changes take the flag away; one of them takes gold's worth with it."""
+    problem = Sums(more=pays_the_form)
+    asked, astray = baselines.of_rows(problem, problem.rows("train", 0, 40, 0), FORMAT, 0)
+    others = [
+        ("problem.bad=1", Sums(score=lambda row, text: 0.0)),
+        ("problem.idle=1", problem),
+        ("problem.good=1", Sums()),
+    ]
+    found = [one for one in audit("rl1", problem, asked, astray, others).findings if one.rule == "exploitable"]
+    assert {one.override for one in found} == {"problem.good=1"}
+    assert {one.override for one in audit("rl1", problem, asked, astray, others[:2]).findings} == {None}
+
+
 @pytest.mark.parametrize(
     ("problem", "says"),
     [
