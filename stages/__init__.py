@@ -20,8 +20,8 @@ class Stage(NamedTuple):
     run: Callable[[Job], Result]
     version: int
     """Raised when the same config gives another result; part of the key."""
-    light: bool = False
-    """Plain Python: torch is not imported for it."""
+    torch: bool = True
+    """It needs torch, which takes seconds to import."""
 
 
 STAGES: dict[str, Stage] = {
@@ -32,6 +32,6 @@ STAGES: dict[str, Stage] = {
     "preflight": Stage(preflight.PreflightConfig, preflight.run, 1),
     "inspect": Stage(inspect.InspectConfig, inspect.run, 1),
     "probe": Stage(probe.ProbeConfig, probe.run, 1),
-    "audit": Stage(audit.AuditConfig, audit.run, 1, light=True),
+    "audit": Stage(audit.AuditConfig, audit.run, 1, torch=False),
 }
 """The last four answer questions: what they make is shown, and never published."""

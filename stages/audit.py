@@ -104,15 +104,24 @@ def _worth_the_same(changed: Line | None, gold: Line | None) -> bool:
 
 def read_rows(problem: Problem, path: Path) -> list[Row]:
     """The rows of a JSON Lines file. Raises BadInput, with the line, for what is none."""
-    rows = list[Row]()
-    for i, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            rows.append(problem.row(json.loads(line)))
-        except (BadInput, json.JSONDecodeError) as error:
-            raise BadInput(f"{path} line {i}: {error}") from None
+    try:
+        lines = path.read_text().split("\n")  # not splitlines, which also cuts at characters that JSON may hold
+    except UnicodeDecodeError:
+        raise BadInput(f"{path} is not text; expected a row a line, as JSON") from None
+    rows = [_row(problem, line, f"{path} line {i}") for i, line in enumerate(lines, start=1) if line.strip()]
     if not rows:
         raise BadInput(f"{path} is empty; expected a row a line, as JSON")
     return rows
+
+
+def _row(problem: Problem, line: str, where: str) -> Row:
+    try:
+        columns = json.loads(line)
+        if not isinstance(columns, dict):
+            raise BadInput(f"found {line[:40]}, expected an object with the row's columns")
+        return problem.row(columns)
+    except (BadInput, json.JSONDecodeError) as error:
+        raise BadInput(f"{where}: {error}") from None
 
 
 def _first(rows: RowRange, most: int) -> RowRange:

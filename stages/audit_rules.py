@@ -23,6 +23,8 @@ policy's answers still overlap."""
 GOLD_MISSES = 0.05
 """Share of the rows on which gold may fail before the run is stopped. Real data sets have a few wrong answers; a wrong judge or a wrong column fails on
 many rows."""
+GOLD_ROWS = 2
+"""Rows on which gold has to fail before the run is stopped, where there are so many: one of a few rows may be odd."""
 SPARSE = 0.9
 """Share of the well-formed answers of the problem's own baselines for which a component is 0. A group of 8 in which one answer in ten earns something
 has nothing to learn from in 43 % of the cases."""
@@ -30,6 +32,8 @@ DOMINATED = 0.95
 """Share of the weights, or of the reward's variance, that is one component's: the others then decide between ties only."""
 DISAGREE = 0.1
 """Rank correlation of a component with the score, below which it leads elsewhere, or nowhere; over hundreds of answers chance alone stays below it."""
+HOLD_GOLD = (f"{HOSTILE}repeated", f"{HOSTILE}tags_swapped")
+"""Texts in which nothing but the right answer stands, so that a judge may well accept them."""
 UNEARNED = 0.5
 """Mean score of answers that do not look at their row. A coin does as well on a question with two answers; more is a task that asks for nothing."""
 EXACT = 1e-9
@@ -118,19 +122,20 @@ def gold(audited: Audited) -> Iterator[Finding]:
     missed = set[int]().union(*fails.values())
     if not (missed or equals):
         return
-    share = len(missed) / len(of_row)
+    stops = len(missed) > GOLD_MISSES * len(of_row) and len(missed) >= min(GOLD_ROWS, len(of_row))
     fails = fails if missed else {"earn less than an answer that scores as much": equals}
     said = ", ".join(f"{len(rows)} {what}" for what, rows in fails.items() if rows)
     above = Counter(
         one.name for one, best in others if _more(_score(one), _score(best)) or _more(one.reward, best.reward)
     )
     by = f" (most often {above.most_common(1)[0][0]})" if above else ""
+    mend = "training would lead away from the task: mend the reward, the score or the gold answers"
     yield Finding(
         rule="gold",
-        severity="stop" if share > GOLD_MISSES else "warn",
+        severity="stop" if stops else "warn",
         stage=audited.stage,
-        evidence={"rows": len(of_row), "missed": len(missed), "share": share},
-        advice=f"of {len(of_row)} gold answers, {said}{by}; training would lead away from the task: mend the reward, the score or the gold answers",
+        evidence={"rows": len(of_row), "missed": len(missed), "share": len(missed) / len(of_row)},
+        advice=f"of {len(of_row)} gold answers, {said}{by}; {mend if stops else 'look at what is odd about these rows'}",
     )
 
 
@@ -173,7 +178,7 @@ def exploits(line: Line) -> bool:
 def unearned(audited: Audited) -> Iterator[Finding]:
     """Answers that do not look at their row do not score."""
     for line in audited.lines:
-        if line.own or line.name == f"{HOSTILE}repeated" or line.score <= UNEARNED:
+        if line.own or line.name in HOLD_GOLD or line.score <= UNEARNED:
             continue
         why = (
             "one class of rows outweighs the others"

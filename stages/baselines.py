@@ -113,6 +113,6 @@ def _hostile(gold: str | None, golds: Sequence[str | None], i: int) -> dict[str,
     if gold is not None:
         swapped = TAG.sub(lambda tag: f"<{'' if tag[1] else '/'}{tag[2]}>", gold)
         others = [other for other in (*golds[i + 1 :], *golds[:i]) if other is not None and other != gold][:MANY]
-        texts |= {"tags_swapped": swapped, "repeated": "\n".join([gold] * 3)}
+        texts |= {"repeated": "\n".join([gold] * 3), **({"tags_swapped": swapped} if swapped != gold else {})}
         texts |= {"many_answers": "\n".join([*others[::2], gold, *others[1::2]])} if others else {}
     return {HOSTILE + name: text for name, text in texts.items()}

@@ -182,12 +182,15 @@ def test_a_gold_answer_that_is_not_at_the_top_stops(problem, says):
     assert says in first.advice
 
 
-@pytest.mark.parametrize(("wrong", "severity"), [(0, None), (2, "warn"), (3, "stop")])
-def test_a_few_wrong_gold_answers_are_a_warning_and_many_stop(wrong, severity):
-    """Of 40, 2 are one in twenty."""
-    last = {row.id for row in Sums().rows("train", 40 - wrong, 40, 0)}
+@pytest.mark.parametrize(
+    ("wrong", "rows", "severity"),
+    [(0, 40, None), (2, 40, "warn"), (3, 40, "stop"), (1, 10, "warn"), (2, 10, "stop"), (1, 1, "stop")],
+)
+def test_a_few_wrong_gold_answers_are_a_warning_and_many_stop(wrong, rows, severity):
+    """Of 40, 2 are one in twenty; one of 10 may be an odd row."""
+    last = {row.id for row in Sums().rows("train", rows - wrong, rows, 0)}
     problem = Sums(known=lambda row: {"gold": f"<a>{int(row.answer) + (row.id in last)}</a>"})
-    assert rules(problem).get("gold") == severity
+    assert rules(problem, rows=rows).get("gold") == severity
 
 
 def test_an_answer_as_good_as_gold_that_earns_more_does_not_stop():
@@ -315,6 +318,16 @@ def test_failures_are_counted_and_earn_nothing():
     assert (long.reward, long.share, long.score, long.failures) == (None, None, 0.0, {"timeout": 10})
     (finding,) = report.findings
     assert finding.evidence["timeout"] == sum(one.failures.get("timeout", 0) for one in report.baselines) >= 10
+
+
+def test_a_judge_that_takes_the_right_answer_among_many_wrong_ones_is_flagged():
+    """Here, too, the right answer said three times is right."""
+
+    def says(row, text):
+        return float(f"<a>{row.answer}</a>" in text)
+
+    found = audited(Sums(score=says, more=lambda row, text: {"correct": says(row, text)})).findings
+    assert [one.advice.split()[0] for one in found if one.rule == "unearned"] == ["hostile_many_answers"]
 
 
 def test_one_answer_that_is_right_for_most_rows_is_flagged():
