@@ -19,7 +19,7 @@ from stages.config import Config, FormatSettings, FromList, Seconds, execution, 
 from stages.evaluate import Evaluate, Validation
 from stages.grpo import GrpoConfig
 from stages.job import BadInput, Dtype, Execution, Lora
-from stages.problems import SchedulingSettings
+from stages.problems import PROBLEMS, BuiltInSettings
 from stages.rejection import RejectionConfig
 from stages.sft import SftConfig
 
@@ -73,9 +73,9 @@ def _which_problem(value: Any) -> str | None:
     return next((name for name in ("name", "file", "dataset") if name in given), None)
 
 
-ProblemSettings = SchedulingSettings | FileProblem | DatasetProblem
+ProblemSettings = BuiltInSettings | FileProblem | DatasetProblem
 Problem = Annotated[
-    Annotated[SchedulingSettings, Tag("name")]
+    Annotated[BuiltInSettings, Tag("name")]
     | Annotated[FileProblem, Tag("file")]
     | Annotated[DatasetProblem, Tag("dataset")],
     Discriminator(
@@ -248,7 +248,10 @@ def _first(error: ValidationError, data: Any) -> str:
     where = _where(first["loc"], data)
     found = first.get("input")
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+    if first["type"] == "union_tag_invalid" and first["loc"][:1] == ("problem",):
+        name = str(found["name"]) if isinstance(found, dict) else str(found)
+        where, message = "problem.name", f"found {name!r}{nearest(name, list(PROBLEMS))}"
+    elif first["type"] in ("union_tag_invalid", "union_tag_not_found"):
         kind = found.get("kind") if isinstance(found, dict) else found
         where, message = f"{where}.kind", f"found {kind!r}{nearest(str(kind), ['sft', 'grpo', 'rejection'])}"
     elif first["type"] == "missing":
@@ -270,7 +273,7 @@ def _where(loc: tuple[int | str, ...], data: Any) -> str:
             stage = data["stages"][part]
             parts.append(str(stage.get("name", part)) if isinstance(stage, dict) else str(part))
             skip = True
-        elif parts == ["problem"] and part in ("name", "file", "dataset") and len(loc) > 2:
+        elif parts == ["problem"] and part in ("name", "file", "dataset", *PROBLEMS) and len(loc) > 2:
             continue
         else:
             parts.append(str(part))
