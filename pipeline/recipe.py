@@ -168,6 +168,23 @@ def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
         raise BadInput(f"{where}: {_first(error, data)}") from None
 
 
+class _OneProblem(Config):
+    """As in a recipe."""
+
+    problem: Problem = resolved()
+
+
+def problem(name: str, overrides: Sequence[str] = ()) -> ProblemSettings:
+    """The settings of a problem by its name, or by the path of its .py file, with `field=value` overrides. Raises BadInput, one line."""
+    data = {"problem": {"file": name} if name.endswith(".py") else {"name": name}}
+    for override in overrides:
+        _override(data, f"problem.{override}")
+    try:
+        return _OneProblem.model_validate(data).problem
+    except ValidationError as error:
+        raise BadInput(_first(error, data)) from None
+
+
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `load` reads back."""
     return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False, width=120)
