@@ -20,6 +20,7 @@ from pipeline.run import job_of, place_of
 from stages import audit as audit_job
 from stages import loss_map as loss_map_file
 from stages import probe as probe_job
+from stages import score as score_job
 from stages.job import BadInput, Execution, Finding, Job
 
 CHECKED = ("sft", "grpo", "rejection")
@@ -109,6 +110,17 @@ def probe(
     with _question("probe", config, job, policies) as question:
         launcher.launch(question, on_metrics=on_metrics)
         return json.loads(Path(question.out, probe_job.FILE).read_text())["lines"]
+
+
+def score(problem: dict[str, Any], rows: Path, completions: Path, launcher: Launcher) -> dict[str, Any]:
+    """What `stages.score` finds out about a file of completions. Raises BadInput with file and line for what cannot be used."""
+    inputs = {"rows": str(rows.absolute()), "completions": str(completions.absolute())}
+    like = Job(
+        kind="score", name="score", config={}, inputs={}, work="", out="", problem=problem, rows=None, format=None, seed=0, dtype="float32", execution=Execution()
+    )  # fmt: skip
+    with _question("score", {}, like, inputs) as job:
+        launcher.launch(job)
+        return json.loads(Path(job.out, score_job.FILE).read_text())
 
 
 def stand_in(one: Planned, planned: Sequence[Planned], registry: Registry, execution: Execution) -> Job:

@@ -9,7 +9,6 @@ no gold, the greatest that was seen may be far from the best; there the range is
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -19,8 +18,9 @@ from stages.audit_rules import Audited, Line, exploits, findings
 from stages.audit_table import Range, Table, play
 from stages.baselines import GOLD, Baseline
 from stages.config import Config, Frozen, identity
-from stages.job import BadInput, Finding, Job, Result, RowRange
-from stages.problems.base import Problem, Row
+from stages.job import Finding, Job, Result, RowRange
+from stages.problems import files
+from stages.problems.base import Problem
 
 FILE = "audit.json"
 KEPT = 0.02
@@ -55,7 +55,7 @@ def run(job: Job) -> Result:
     assert job.problem is not None and job.rows is not None and job.format is not None, "the plan gives grpo all three"
     problem = problems.load(job.problem)
     file = job.inputs.get("rows")
-    rows = read_rows(problem, Path(file)) if file else problems.rows(problem, _first(job.rows, config.rows))
+    rows = files.rows(problem, Path(file)) if file else problems.rows(problem, _first(job.rows, config.rows))
     asked, astray = baselines.of_rows(problem, rows, job.format, job.seed)
     report = audit(job.name, problem, asked, astray, with_one_change(job.problem))
     Path(job.out, FILE).write_text(report.model_dump_json(indent=1))
@@ -100,28 +100,6 @@ def _worth_the_same(changed: Line | None, gold: Line | None) -> bool:
     """Whether gold is still the best, as far as it was."""
     pairs = [(changed.score, gold.score), (changed.share, gold.share)] if changed and gold else [(None, None)]
     return all(a is not None and b is not None and abs(a - b) <= KEPT for a, b in pairs)
-
-
-def read_rows(problem: Problem, path: Path) -> list[Row]:
-    """The rows of a JSON Lines file. Raises BadInput, with the line, for what is none."""
-    try:
-        lines = path.read_text().split("\n")  # not splitlines, which also cuts at characters that JSON may hold
-    except UnicodeDecodeError:
-        raise BadInput(f"{path} is not text; expected a row a line, as JSON") from None
-    rows = [_row(problem, line, f"{path} line {i}") for i, line in enumerate(lines, start=1) if line.strip()]
-    if not rows:
-        raise BadInput(f"{path} is empty; expected a row a line, as JSON")
-    return rows
-
-
-def _row(problem: Problem, line: str, where: str) -> Row:
-    try:
-        columns = json.loads(line)
-        if not isinstance(columns, dict):
-            raise BadInput(f"found {line[:40]}, expected an object with the row's columns")
-        return problem.row(columns)
-    except (BadInput, json.JSONDecodeError) as error:
-        raise BadInput(f"{where}: {error}") from None
 
 
 def _first(rows: RowRange, most: int) -> RowRange:

@@ -81,8 +81,8 @@ def problems_row(problem, i):
     ("content", "says"),
     [
         (b"", "is empty"),
-        (b"\xff\xfe", "is not text"),
-        (b'{"a": ', "line 1: "),
+        (b"\xff\xfe", "cannot be read as text"),
+        (b'{"a": ', "line 1: found no JSON"),
         (b"[1]\n", "line 1: found [1], expected an object"),
         (b"{}\n", "line 1: "),
     ],

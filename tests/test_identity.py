@@ -30,7 +30,7 @@ OTHER: dict[str, Any] = {
     "recipe.name": "other", "recipe.seed": 1, "recipe.registry": "elsewhere", "recipe.deadline": 7,
     "model.path": None, "model.hub": None, "model.revision": None, "model.artifact": None, "model.dtype": "bfloat16",
     "lora.r": 4, "lora.alpha": 4.0, "lora.dropout": 0.5, "lora.targets": ["q_proj"], "lora.quantize": "nf4",
-    "problem.name": None, "problem.form": "text",
+    "problem.name": None, "problem.form": "text", "problem.overlap": "zero", "problem.reward_overlap": "touching",
     "format.prompt": "scheduler", "format.response_prefix": "", "format.per_row": None, "format.chat_template": "configs/tiny-base/chat_template.jinja",
     "evaluate.rows": 9, "evaluate.samples": 3, "evaluate.temperature": 0.5, "evaluate.max_completion_length": 9, "validation.rows": 5,
     "launch.processes": 2, "launch.threads": 2, "launch.device": "cpu", "launch.micro_batch": 4, "launch.accelerate": None, "launch.grace": 0.0,
@@ -120,6 +120,12 @@ POSITION = {0: 1, 1: 3, 2: 5, 3: 6, 4: 8}
         ({"dataset": "org/data", "rewards": ["a"], "answer": "x"}, "dataset", "org/other"),
         ({"dataset": "org/data", "rewards": ["a"], "answer": "x"}, "rewards", ["a", "b"]),
         ({"dataset": "org/data", "rewards": ["a"], "answer": "x"}, "answer", "y"),
+        ({"name": "arithmetic"}, "digits", 3),
+        ({"name": "arithmetic"}, "operations", ["*"]),
+        ({"name": "countdown"}, "numbers", 3),
+        ({"name": "countdown"}, "largest", 50),
+        ({"name": "countdown"}, "largest_target", 500),
+        ({"name": "countdown"}, "use_all", True),
     ],
 )
 def test_a_field_of_another_kind_of_problem_moves_the_keys_of_what_uses_it(problem, field, other, settings, tmp_path):

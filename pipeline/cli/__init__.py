@@ -12,7 +12,20 @@ import sys
 
 import typer
 
-from pipeline.cli import aliases, artifacts, audit, cleaning, diff, export, lineage, questions, recipes, run, runs
+from pipeline.cli import (
+    aliases,
+    artifacts,
+    audit,
+    cleaning,
+    diff,
+    export,
+    lineage,
+    questions,
+    recipes,
+    run,
+    runs,
+    score,
+)
 from pipeline.cli.common import Terminated
 from pipeline.launch import StageFailed
 from pipeline.refused import Refused
@@ -33,7 +46,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for noun in (recipes, questions, audit, run, runs, artifacts, lineage, diff, export, aliases, cleaning):
+for noun in (recipes, questions, audit, score, run, runs, artifacts, lineage, diff, export, aliases, cleaning):
     noun.add_to(app)
 
 

@@ -121,6 +121,16 @@ def probe_table(lines: Sequence[dict[str, Any]]) -> Table:
     return made
 
 
+def outcome_table(outcomes: dict[str, int], intervals: dict[str, Sequence[float]]) -> Table:
+    """A line an outcome."""
+    numbers = ("completions", "share", "95 %")
+    made = table("outcome", *numbers, right=numbers)
+    total = sum(outcomes.values())
+    for name, count in outcomes.items():
+        made.add_row(escape(name), str(count), _x100(count / total), _between(intervals[name]))
+    return made
+
+
 def _between(interval: Sequence[float]) -> str:
     return f"{_x100(interval[0])} - {_x100(interval[1])}"
 
