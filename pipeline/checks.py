@@ -16,7 +16,6 @@ from pipeline.recipe import Box, DatasetProblem, FileProblem, Recipe, nearest
 from stages.config import RESERVED_NAMES, FormatSettings
 from stages.grpo import GrpoConfig
 from stages.job import BadInput, parse_rows
-from stages.problems import FORMS, SchedulingSettings
 from stages.rejection import CONTROL, RejectionConfig
 from stages.sft import DEMONSTRATIONS, SftConfig
 from stages.training import TrainingConfig
@@ -59,9 +58,6 @@ def refuse_unbuilt(recipe: Recipe) -> None:
 UNBUILT: dict[str, Callable[[Recipe], bool]] = {
     "problem.file": lambda recipe: isinstance(recipe.problem, FileProblem),
     "problem.dataset": lambda recipe: isinstance(recipe.problem, DatasetProblem),
-    "problem.form: text": lambda recipe: (
-        isinstance(recipe.problem, SchedulingSettings) and recipe.problem.form not in FORMS
-    ),
     "track.wandb": lambda recipe: recipe.track.wandb is not None,
 }
 """What parses and plans, and whether a recipe asks for it."""

@@ -19,7 +19,7 @@ from stages.config import Config, FormatSettings, FromList, Seconds, execution, 
 from stages.evaluate import Evaluate, Validation
 from stages.grpo import GrpoConfig
 from stages.job import BadInput, Dtype, Execution, Lora
-from stages.problems import SchedulingSettings
+from stages.problems import PROBLEMS, BuiltInSettings
 from stages.rejection import RejectionConfig
 from stages.sft import SftConfig
 
@@ -73,9 +73,9 @@ def _which_problem(value: Any) -> str | None:
     return next((name for name in ("name", "file", "dataset") if name in given), None)
 
 
-ProblemSettings = SchedulingSettings | FileProblem | DatasetProblem
+ProblemSettings = BuiltInSettings | FileProblem | DatasetProblem
 Problem = Annotated[
-    Annotated[SchedulingSettings, Tag("name")]
+    Annotated[BuiltInSettings, Tag("name")]
     | Annotated[FileProblem, Tag("file")]
     | Annotated[DatasetProblem, Tag("dataset")],
     Discriminator(
@@ -168,6 +168,23 @@ def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
         raise BadInput(f"{where}: {_first(error, data)}") from None
 
 
+class _OneProblem(Config):
+    """As in a recipe."""
+
+    problem: Problem = resolved()
+
+
+def problem(name: str, overrides: Sequence[str] = ()) -> ProblemSettings:
+    """The settings of a problem by its name, or by the path of its .py file, with `field=value` overrides. Raises BadInput, one line."""
+    data = {"problem": {"file": name} if name.endswith(".py") else {"name": name}}
+    for override in overrides:
+        _override(data, f"problem.{override}")
+    try:
+        return _OneProblem.model_validate(data).problem
+    except ValidationError as error:
+        raise BadInput(_first(error, data)) from None
+
+
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `load` reads back."""
     return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False, width=120)
@@ -248,7 +265,10 @@ def _first(error: ValidationError, data: Any) -> str:
     where = _where(first["loc"], data)
     found = first.get("input")
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+    if first["type"] == "union_tag_invalid" and first["loc"][:1] == ("problem",):
+        name = str(found["name"]) if isinstance(found, dict) else str(found)
+        where, message = "problem.name", f"found {name!r}{nearest(name, list(PROBLEMS))}"
+    elif first["type"] in ("union_tag_invalid", "union_tag_not_found"):
         kind = found.get("kind") if isinstance(found, dict) else found
         where, message = f"{where}.kind", f"found {kind!r}{nearest(str(kind), ['sft', 'grpo', 'rejection'])}"
     elif first["type"] == "missing":
@@ -270,7 +290,7 @@ def _where(loc: tuple[int | str, ...], data: Any) -> str:
             stage = data["stages"][part]
             parts.append(str(stage.get("name", part)) if isinstance(stage, dict) else str(part))
             skip = True
-        elif parts == ["problem"] and part in ("name", "file", "dataset") and len(loc) > 2:
+        elif parts == ["problem"] and part in ("name", "file", "dataset", *PROBLEMS) and len(loc) > 2:
             continue
         else:
             parts.append(str(part))

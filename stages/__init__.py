@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from stages import evaluate, grpo, inspect, preflight, probe, rejection, sft
+from stages import audit, evaluate, grpo, inspect, preflight, probe, rejection, score, sft
 from stages.config import Config
 from stages.job import Job, Result
 
@@ -20,6 +20,8 @@ class Stage(NamedTuple):
     run: Callable[[Job], Result]
     version: int
     """Raised when the same config gives another result; part of the key."""
+    torch: bool = True
+    """It needs torch, which takes seconds to import."""
 
 
 STAGES: dict[str, Stage] = {
@@ -30,5 +32,7 @@ STAGES: dict[str, Stage] = {
     "preflight": Stage(preflight.PreflightConfig, preflight.run, 1),
     "inspect": Stage(inspect.InspectConfig, inspect.run, 1),
     "probe": Stage(probe.ProbeConfig, probe.run, 1),
+    "audit": Stage(audit.AuditConfig, audit.run, 1, torch=False),
+    "score": Stage(score.ScoreConfig, score.run, 1, torch=False),
 }
-"""The last three answer questions: what they make is shown, and never published."""
+"""The last five answer questions: what they make is shown, and never published."""

@@ -146,8 +146,8 @@ class Finding(Frozen):
 
     rule: str
     """What was looked at."""
-    severity: Literal["note", "warn"]
-    """What must not be is no finding: it is refused."""
+    severity: Literal["note", "warn", "stop"]
+    """`stop`: nothing is trained on it (exit 3). What cannot work at all is no finding: it is refused."""
     stage: str
     step: int | None = None
     """Optimiser step; None for what is known before training."""

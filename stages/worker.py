@@ -111,6 +111,16 @@ def _run(job: Job) -> Result:
         raise BadInput(
             f"{job.name}: the job is for {job.execution.processes} processes, but the launcher started {world}"
         )
+    stage = STAGES[job.kind]
+    if stage.torch:
+        _set_up(job)
+    start = time.monotonic()
+    result = stage.run(job)
+    seen = {"processes": world, "seconds": round(time.monotonic() - start, 3)}
+    return result.model_copy(update={"seen": seen | (_machinery(job) if stage.torch else {})})
+
+
+def _set_up(job: Job) -> None:
     import torch
     from transformers.utils import logging
 
@@ -118,18 +128,18 @@ def _run(job: Job) -> Result:
     if job.execution.threads:
         torch.set_num_threads(job.execution.threads)
     ranks.meet(on_gpu=torch.cuda.is_available() and job.execution.device != "cpu")
-    start = time.monotonic()
-    result = STAGES[job.kind].run(job)
-    seen = {
-        "processes": world,
+
+
+def _machinery(job: Job) -> dict[str, Any]:
+    """What the stage ran on."""
+    import torch
+
+    on_gpu = torch.cuda.is_available() and job.execution.device != "cpu"
+    return {
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available() and job.execution.device != "cpu"
-        else "cpu",
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "versions": {name: version(name) for name in LIBRARIES},
-        "seconds": round(time.monotonic() - start, 3),
     }
-    return result.model_copy(update={"seen": seen})
 
 
 def _take(lock: IO[str]) -> bool:

@@ -168,7 +168,6 @@ LATER = {
     "track.wandb": "offline",
     "stages.rl1.gate": {"pass_rate": 0.2},
     "stages.rl1.kl": {"reference": "base"},
-    "problem.form": "text",
 }
 
 

@@ -1,4 +1,4 @@
-"""The scheduling problem: its optimum, its rules in their order, its rewards and its splits."""
+"""The scheduling problem in its compact form: its optimum, its rules in their order, its rewards and its splits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from stages.problems import compact
 from stages.problems.base import Answer, Judgement, Row, split_of
-from stages.problems.intervals import Event, Instance, optimum, overlaps
+from stages.problems.intervals import Event, Instance, best_schedule, optimum, overlaps
 from stages.problems.scheduling import Scheduling, SchedulingRow
 
 PROBLEM = Scheduling("compact")
@@ -48,6 +48,9 @@ def test_the_optimum_is_that_of_brute_force():
             events.append(Event(name, start, start + rng.randint(1, 20)))
         instance = Instance(tuple(events), frozenset(rng.sample([e.name for e in events], rng.randint(0, len(events)))))
         assert optimum(instance) == brute_force(instance)
+        schedule = best_schedule(instance)
+        assert sum(map(instance.weight, schedule)) == optimum(instance)
+        assert not any(overlaps(a, b) for a, b in combinations(schedule, 2))
 
 
 @pytest.mark.parametrize(
@@ -88,25 +91,48 @@ def test_a_valid_schedule_scores_its_weighted_time_over_the_optimum():
         (answered(A, C), 0.1 + 0.2 + 0.7 * 4 / 6),
         (answered(D), 0.1 + 0.7 / 6),  # one event is never "sorted"
         (answered(A, B), 0.1),
+        (answered(D, C), 0.1 + 0.7 * 3 / 6),  # out of order is no reason not to pay for the time
         (answered(B, A), 0.1 + 0.2),
-        (answered(B, hour("E", 15, 16)), 0.1),
-        (
-            answered(*sorted([A, B, C, D], key=lambda e: e.start)),
-            0.1 + 0.2,
-        ),  # take everything: in order, and worth nothing
+        (answered(B, A, D), 0.3 + 0.7 / 6),  # of the two that overlap, neither counts
+        (answered(B, hour("E", 15, 16)), 0.1 + 0.2),
+        (answered(C, C), 0.1),
+        (answered(B, A, C, D), 0.3 + 0.7 * 3 / 6),
         ("nonsense", 0.0),
     ],
 )
 def test_rewards_weigh_10_20_70(completion, reward):
-    components = judged(ROW, completion).rewards
-    weighted = sum(PROBLEM.reward_weights[name] * value for name, value in components.items())
-    assert weighted == pytest.approx(reward)
+    assert weighted(PROBLEM, judged(ROW, completion)) == pytest.approx(reward)
+
+
+def weighted(problem: Scheduling, judgement: Judgement) -> float:
+    return sum(problem.reward_weights[name] * value for name, value in judgement.rewards.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "rewards"),
+    [
+        ({}, [0.3 + 0.7, 0.3 + 0.7 * 3 / 6]),
+        ({"overlap": "zero"}, [0.3 + 0.7, 0.3]),
+        ({"overlap": "reward"}, [0.3 + 0.2 + 0.5, 0.3 + 0.5 * 3 / 6]),
+        ({"reward_overlap": "touching"}, [0.3 + 0.7 / 6, 0.3 + 0.7 / 6]),
+        ({"reward_overlap": "touching", "overlap": "zero"}, [0.3, 0.3]),
+        ({"reward_overlap": "touching", "overlap": "reward"}, [0.3 + 0.5 / 6, 0.3 + 0.5 / 6]),
+    ],
+)
+def test_what_an_overlap_costs_and_whether_touching_is_one_are_settings(settings, rewards):
+    """B and C touch; A overlaps B. The score knows nothing of these settings."""
+    problem = Scheduling("compact", **settings)
+    everything = sorted([A, B, C, D], key=lambda e: (e.start, e.end))
+    best, all_of_them = problem.judge([Answer(ROW, answered(B, C, D)), Answer(ROW, answered(*everything))])
+    assert (best.score, all_of_them.score, all_of_them.outcome) == (1.0, 0.0, "overlap")
+    assert [weighted(problem, best), weighted(problem, all_of_them)] == pytest.approx(rewards)
+    assert sum(problem.reward_weights.values()) == pytest.approx(1)
 
 
 def test_what_is_written_is_read_back():
     for row in PROBLEM.rows("train", 0, 50, seed=0):
         events = list(row.instance.events)
-        assert compact.parse(compact.answer(row.instance, events)) == events
+        assert compact.read(compact.answer(row.instance, events)) == (True, True, events)
 
 
 def test_rows_are_the_same_in_whatever_pieces_they_are_asked_for():

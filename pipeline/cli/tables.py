@@ -19,6 +19,7 @@ from pipeline.registry.runs import Run
 from pipeline.summary import RunSummary, StageSummary
 
 ACTION_STYLE = {"reuse": "green", "run": "yellow", "skip": "dim"}
+SEVERITY_STYLE = {"stop": "bold red", "warn": "yellow", "note": "dim"}
 
 
 class _Console(Console):
@@ -117,6 +118,16 @@ def probe_table(lines: Sequence[dict[str, Any]]) -> Table:
             line["policy"], escape(line["prompt"]), escape(repr(line["response_prefix"])), _x100(line["pass_rate"]), _between(line["interval"]),
             _x100(line["format"]), *follows, f"{line['tokens']:.1f}",
         )  # fmt: skip
+    return made
+
+
+def outcome_table(outcomes: dict[str, int], intervals: dict[str, Sequence[float]]) -> Table:
+    """A line an outcome."""
+    numbers = ("completions", "share", "95 %")
+    made = table("outcome", *numbers, right=numbers)
+    total = sum(outcomes.values())
+    for name, count in outcomes.items():
+        made.add_row(escape(name), str(count), _x100(count / total), _between(intervals[name]))
     return made
 
 

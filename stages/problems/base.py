@@ -13,9 +13,12 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from stages.job import Split
+from pydantic import ValidationError
+
+from stages.job import BadInput, Split
 
 
 @dataclass(frozen=True)
@@ -111,13 +114,38 @@ def split_of(id: str) -> Split:
     return ("train", "train", "validation", "held_out")[int(id[:8], 16) % 4]
 
 
+EXHAUSTED = 20_000
+"""Rows in a stream of which none is new, after which there are taken to be no more."""
+
+
 def allotted(rows: Iterator[R], split: Split) -> Iterator[R]:
-    """The rows of a stream that belong to a split, each once."""
+    """The rows of a stream that belong to a split, each once, until nothing new comes."""
     seen: set[str] = set()
+    stale = 0
     for row in rows:
+        stale += 1
         if split_of(row.id) == split and row.id not in seen:
             seen.add(row.id)
+            stale = 0
             yield row
+        if stale == EXHAUSTED:
+            return
+
+
+def taken(rows: Iterator[R], start: int, stop: int) -> list[R]:
+    """Rows start..stop. Raises BadInput when there are fewer."""
+    found = list(islice(rows, stop))
+    if len(found) < stop:
+        raise BadInput(
+            f"rows: found {start}:{stop}, but the problem has only {len(found)} in this split; ask for fewer, or for harder rows"
+        )
+    return found[start:]
+
+
+def first_error(error: ValidationError) -> str:
+    """The first complaint about a line of a file: which field, and what is wrong with it."""
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
 STREAMS: dict[Split, str] = {"train": "train-{seed}", "validation": "validation", "held_out": "held-out-7c41"}

@@ -19,6 +19,7 @@ import random
 import re
 from collections.abc import Sequence
 
+from stages.problems.forms import Reading
 from stages.problems.intervals import Event, Instance, overlaps
 
 NAMES = "ABCDEF"
@@ -27,7 +28,7 @@ EVENTS = 4
 MIN_EVENTS = 1
 """A schedule with fewer events is refused."""
 
-ANSWER = re.compile(r"<think>\n(?:[^<]*)</think>\n<schedule>\n(?P<body>[^<]*)</schedule>\s*")
+ANSWER = re.compile(r"<think>\n[^<]*+</think>\n<schedule>\n(?P<body>[^<]*+)</schedule>\s*+")
 LINE = re.compile(r"([A-F]) (\d\d):00-(\d\d):00\n")
 
 
@@ -52,13 +53,13 @@ def answer(instance: Instance, chosen: Sequence[Event]) -> str:
     return f"<think>\n{hours}\n</think>\n<schedule>\n{''.join(_line(event) for event in chosen)}</schedule>"
 
 
-def parse(completion: str) -> list[Event] | None:
-    """The events of an answer in the order they are written; None when the form is wrong."""
+def read(completion: str) -> Reading:
+    """The events of an answer in the order they are written; none when the form is wrong."""
     if not (match := ANSWER.fullmatch(completion)):
-        return None
+        return Reading(False, False, [])
     body = match["body"]
     events = [Event(name, 60 * int(start), 60 * int(end)) for name, start, end in LINE.findall(body)]
-    return events if "".join(_line(event) for event in events) == body else None
+    return Reading(True, True, events) if "".join(map(_line, events)) == body else Reading(False, False, [])
 
 
 def _event(name: str, rng: random.Random) -> Event:

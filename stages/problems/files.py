@@ -1,0 +1,76 @@
+"""Rows and completions that somebody wrote into files: a JSON object a line.
+
+A line that cannot be used is named by file and number, and nothing after it is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from stages.job import BadInput
+from stages.problems.base import Answer, Problem, Row
+
+
+class Line(NamedTuple):
+    """A line of a file."""
+
+    where: str
+    """File and number, from 1; how an error starts."""
+    columns: dict[str, Any]
+
+
+def lines(path: Path) -> Iterator[Line]:
+    """The objects of a file. Raises BadInput for what is none, and for an empty file."""
+    try:
+        text = path.read_text(encoding="utf-8").removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} cannot be read as text: {getattr(error, 'strerror', None) or error}") from None
+    if not text:
+        raise BadInput(f"{path} is empty; expected a JSON object a line")
+    # split there and nowhere else: a JSON string may hold other ends of lines
+    for number, line in enumerate(text.split("\n"), start=1):
+        yield Line(where := f"{path}, line {number}", _object(line, where))
+
+
+def rows(problem: Problem, path: Path) -> list[Row]:
+    """The rows of a file, as the problem reads them."""
+    found: list[Row] = []
+    for where, columns in lines(path):
+        try:
+            found.append(problem.row(columns))
+        except BadInput as error:
+            raise BadInput(f"{where}: {error}") from None
+    return found
+
+
+def answers(path: Path, rows: Sequence[Row]) -> list[tuple[int, Answer]]:
+    """(row, answer) of each line {"row": line of the rows, from 0, "completion": text}; other columns are left alone."""
+    return [_answer(line, rows) for line in lines(path)]
+
+
+def _answer(line: Line, rows: Sequence[Row]) -> tuple[int, Answer]:
+    where, columns = line
+    row, completion = columns.get("row"), columns.get("completion")
+    if type(row) is not int or not 0 <= row < len(rows):
+        raise BadInput(f"{where}: row: found {_short(row)}, expected a line of the rows, from 0 to {len(rows) - 1}")
+    if not isinstance(completion, str):
+        raise BadInput(f"{where}: completion: found {_short(completion)}, expected text")
+    return row, Answer(rows[row], completion)
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of more than 4300 digits
+        raise BadInput(f"{where}: found no JSON ({error}), expected an object") from None
+    if not isinstance(found, dict):
+        raise BadInput(f"{where}: found {_short(found)}, expected an object")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
