@@ -59,7 +59,7 @@ def audit(
         raise BadInput(f"{one.step.name} is of kind {one.step.kind}; an audit looks at the rewards of a grpo stage")
     like = job_of(one.step.model_copy(update={"inputs": {}}), {}, registry, execution)
     inputs = {"rows": str(rows.absolute())} if rows else {}
-    with _question("audit", {}, like, inputs) as job:
+    with _question("audit", {"rewards": one.step.config["rewards"]}, like, inputs) as job:
         launcher.launch(job)
         return audit_job.Report.model_validate_json(Path(job.out, audit_job.FILE).read_text())
 
@@ -76,7 +76,9 @@ def audits(planned: Sequence[Planned], registry: Registry, launcher: Launcher, e
 
 def _paid_by(one: Planned) -> str:
     """What decides a step's rewards, but for its rows."""
-    return json.dumps([one.step.problem, one.step.format.model_dump(mode="json")], sort_keys=True)
+    return json.dumps(
+        [one.step.problem, one.step.config["rewards"], one.step.format.model_dump(mode="json")], sort_keys=True
+    )
 
 
 def loss_map(

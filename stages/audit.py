@@ -21,6 +21,7 @@ from stages.config import Config, Frozen, identity
 from stages.job import Finding, Job, Result, RowRange
 from stages.problems import files
 from stages.problems.base import Problem
+from stages.rewards import Rewards, weights_of
 
 FILE = "audit.json"
 KEPT = 0.02
@@ -34,6 +35,8 @@ class AuditConfig(Config):
 
     rows: int = identity(100, ge=1)
     """The first so many of the job's rows. Rows from a file (the input `rows`) are all played."""
+    rewards: Rewards = identity(Rewards())
+    """What the stage makes of the components; its penalties look at sampled ids, which no baseline has, and are left out."""
 
 
 class Report(Frozen):
@@ -57,20 +60,28 @@ def run(job: Job) -> Result:
     file = job.inputs.get("rows")
     rows = files.rows(problem, Path(file)) if file else problems.rows(problem, _first(job.rows, config.rows))
     asked, astray = baselines.of_rows(problem, rows, job.format, job.seed)
-    report = audit(job.name, problem, asked, astray, with_one_change(job.problem))
+    weights_of(job.name, config.rewards, problem.reward_weights)
+    report = audit(job.name, problem, asked, astray, with_one_change(job.problem), config.rewards.weights)
     Path(job.out, FILE).write_text(report.model_dump_json(indent=1))
     return Result(outputs={"audit": FILE}, metrics={"answers": len(asked)}, findings=report.findings)
 
 
-def audit(stage: str, problem: Problem, asked: Sequence[Baseline], astray: int, others: Others = ()) -> Report:
+def audit(
+    stage: str,
+    problem: Problem,
+    asked: Sequence[Baseline],
+    astray: int,
+    others: Others = (),
+    own: Mapping[str, float] = {},
+) -> Report:
     """What the problem says to every baseline. `astray` is how many golds do not start with the response prefix; `others` are what the problem would be with
-    one setting changed."""
-    weights, table = dict(problem.reward_weights), play(problem, asked)
-    mended = _mended(table, asked, others)
-    found = findings(Audited(stage, weights, table.played, table.lines, astray, mended))
+    one setting changed; `own` are the stage's weights, in place of the problem's."""
+    table = play(problem, asked, own)
+    mended = _mended(table, asked, others, own)
+    found = findings(Audited(stage, table.weights, table.played, table.lines, astray, mended))
     rows = len({one.row for one in asked})
     return Report(
-        stage=stage, rows=rows, weights=weights, range=table.range, baselines=table.lines, findings=tuple(found)
+        stage=stage, rows=rows, weights=table.weights, range=table.range, baselines=table.lines, findings=tuple(found)
     )
 
 
@@ -84,13 +95,13 @@ def with_one_change(settings: Mapping[str, Any]) -> Iterator[tuple[str, Problem]
                 yield f"problem.{field}={choice}", problems.load({**settings, field: choice})
 
 
-def _mended(table: Table, asked: Sequence[Baseline], others: Others) -> dict[str, str]:
+def _mended(table: Table, asked: Sequence[Baseline], others: Others, own: Mapping[str, float]) -> dict[str, str]:
     """Exploitable baseline -> the first change with which it is not, and gold is worth and paid as before."""
     left = {line.name for line in table.lines if exploits(line)}
     gold = next((line for line in table.lines if line.name == GOLD), None)
     mended = dict[str, str]()
     for change, problem in others if left else ():
-        lines = {line.name: line for line in play(problem, asked).lines}
+        lines = {line.name: line for line in play(problem, asked, own).lines}
         if _worth_the_same(lines.get(GOLD), gold):
             mended |= {name: change for name in left - mended.keys() if not exploits(lines[name])}
     return mended

@@ -7,11 +7,13 @@ policy the stage starts from (with adapters: the same weights, adapter off). Che
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from stages.config import Config, execution, identity, resolved
-from stages.job import Job, Result
+from stages.job import Finding, Job, Result
+from stages.rewards import Rewards, failures, weights_of
 from stages.training import TrainingConfig, accumulation, trl_arguments
 
 LOGGED = (
@@ -24,6 +26,10 @@ LOGGED = (
     "completions/clipped_ratio",
 )
 """TRL's metrics whose last value an artifact shows."""
+
+
+ROLLOUTS = "rollouts"
+"""Output and directory of the log of what training sampled."""
 
 
 class Kl(Config):
@@ -78,6 +84,8 @@ class GrpoConfig(TrainingConfig):
     """Peak learning rate, an order below SFT's. TRL's default."""
     kl: Kl = identity(Kl())
     """The KL term."""
+    rewards: Rewards = identity(Rewards())
+    """What is made of the problem's reward components."""
     epsilon: float = identity(0.2, gt=0)
     """The probability ratio is clipped below 1 - epsilon. PPO's and TRL's default; idle where every step samples anew."""
     epsilon_high: float = identity(0.28, gt=0)
@@ -93,13 +101,13 @@ def run(job: Job) -> Result:
     from transformers import set_seed
     from trl.trainer.grpo_config import GRPOConfig
 
-    from stages import lora, models, prefix, problems
+    from stages import lora, models, prefix, problems, ranks, rollouts
     from stages.metrics import latest
-    from stages.rewards import reward_functions
-    from stages.sampling import own_settings
+    from stages.sampling import own_settings, turn_ends
     from stages.trl import resume
     from stages.trl.callbacks import listen
-    from stages.trl.prefill import PrefillGRPOTrainer, prefilled
+    from stages.trl.prefill import prefilled
+    from stages.trl.rewarding import Judging, RewardedGRPOTrainer
 
     config = GrpoConfig.model_validate(job.config)
     assert job.format is not None and job.problem is not None and job.rows is not None, "the plan gives grpo all three"
@@ -110,7 +118,7 @@ def run(job: Job) -> Result:
     problem = problems.load(job.problem)
     rows = problems.rows(problem, job.rows)
     micro, steps = accumulation(config.prompts_per_step * config.group_size, job)
-    functions, weights = reward_functions(problem, rows)
+    weights = weights_of(job.name, config.rewards, problem.reward_weights)
     arguments = trl_arguments(
         job,
         config,
@@ -121,24 +129,48 @@ def run(job: Job) -> Result:
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=steps,
         steps_per_generation=steps,
-        reward_weights=weights,
+        reward_weights=[*weights.values()],
     )
     model = models.load_policy(path, job.dtype, adapters=job.lora)  # its path is where TRL loads the KL reference from
     prompts = [prefilled(prefix.messages(format, row), prefix.of_row(format, row)) for row in rows]
-    trainer = PrefillGRPOTrainer(
+    ends = frozenset(turn_ends(model, tokenizer))
+    log = Path(job.out, ROLLOUTS)
+    trainer = RewardedGRPOTrainer(
+        judging=Judging(problem, rows, weights, config.rewards, ends, log),
         model=model,
-        reward_funcs=[*functions],
         args=arguments,
         train_dataset=Dataset.from_list([{"prompt": prompt, "row": i} for i, prompt in enumerate(prompts)]),
         processing_class=tokenizer,
         peft_config=lora.peft_config(job.lora) if job.lora else None,
     )
     checkpoint = resume.find(trainer, job, config)
+    if ranks.first():
+        card = rollouts.card(tokenizer, job, config.temperature, config.max_completion_length)
+        rollouts.write_card(log, card)
     listen(trainer, job)
     with own_settings(model):
         resume.train(trainer, job, config, checkpoint, config.steps)
     findings = models.publish(trainer, tokenizer, job)
+    if not ranks.first():
+        return Result(outputs={}, metrics={})
     metrics = {"steps": config.steps, "rows": len(rows), **latest(Path(job.out), LOGGED)}
     return Result(
-        outputs={"policy": "."}, metrics=metrics, findings=findings, format=prefix.seen_format(format, tokenizer)
+        outputs={"policy": ".", ROLLOUTS: ROLLOUTS},
+        metrics=metrics,
+        findings=(*findings, *_failed(job, [*rollouts.read(log)])),
+        format=prefix.seen_format(format, tokenizer),
     )
+
+
+def _failed(job: Job, lines: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    """Rollouts that could not be judged."""
+    if found := failures(lines):
+        total = sum(found.values())
+        said = ", ".join(f"{kind} {count:g}" for kind, count in found.items())
+        yield Finding(
+            rule="failed_rewards",
+            severity="warn",
+            stage=job.name,
+            evidence={**found, "rollouts": len(lines)},
+            advice=f"{total:g} of {len(lines)} rollouts could not be judged ({said}) and moved nothing; look at the rewards",
+        )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 from stages.config import Config, FromList, identity
 from stages.grpo import GrpoConfig
 from stages.job import BadInput, Finding, Job, Result
+from stages.rewards import weights_of
 from stages.sft import SftConfig, optimiser_steps, ratio, sequences
 from stages.tokens import TokenRow
 from stages.training import TRL_CONFIGS, refuse_unknown_settings
@@ -52,6 +53,8 @@ def look_at(job: Job, policy_is_there: bool = True) -> list[Finding]:
         lora.refuse_targets(path, job.lora)
         lora.quantization(job.lora)
     prefix.prefix_ids(tokenizer, job.format.response_prefix)
+    if job.kind == "grpo":
+        _components(job)
     if policy_is_there:
         contract.refuse_other_formats(job, path, tokenizer)
     rows = _sft_rows(job, path, tokenizer) if job.kind == "sft" else []
@@ -64,6 +67,14 @@ def look_at(job: Job, policy_is_there: bool = True) -> list[Finding]:
         *_warm_up(job, rows),
         *contract.words(job, tokenizer, rows),
     ]
+
+
+def _components(job: Job) -> None:
+    """Raise BadInput for a reward component that the problem does not have."""
+    from stages import problems
+
+    assert job.problem is not None, "the plan gives grpo a problem"
+    weights_of(job.name, GrpoConfig.model_validate(job.config).rewards, problems.load(job.problem).reward_weights)
 
 
 def _sft_rows(job: Job, path: str, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:

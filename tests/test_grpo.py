@@ -15,9 +15,6 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from stages import chat, models, prefix
 from stages.job import BadInput, Lora
 from stages.lora import peft_config
-from stages.problems.base import Answer
-from stages.problems.scheduling import Scheduling
-from stages.rewards import reward_functions
 from stages.trl.prefill import PrefillGRPOTrainer, prefilled
 from tests.conftest import TINY_BASE
 from tests.models import CHATML, save
@@ -120,19 +117,6 @@ def test_an_empty_prefix_is_plain_trl(policy, tmp_path):
     _, _, ours = trained(policy, tmp_path, response_prefix="")
     _, _, plain = trained(policy, tmp_path, kind=GRPOTrainer)
     assert all(torch.equal(ours[name], plain[name]) for name in ours)
-
-
-def test_a_reward_function_is_a_component_under_its_own_name():
-    problem = Scheduling("compact")
-    rows = problem.rows("train", 0, 4, seed=0)
-    texts = [problem.demonstration(row, __import__("random").Random(i)) for i, row in enumerate(rows)]
-    functions, weights = reward_functions(problem, rows)
-    assert [function.__name__ for function in functions] == ["format", "sorted", "score"] and weights == [0.1, 0.2, 0.7]
-    order = [2, 0, 3]
-    completions = [[{"role": "assistant", "content": texts[i]}] for i in order]
-    for function in functions:
-        expected = [one.rewards[function.__name__] for one in problem.judge([Answer(rows[i], texts[i]) for i in order])]
-        assert function(completions=completions, row=order, prompts=None, trainer_state=None) == expected
 
 
 def test_prompts_are_rendered_once_a_group_and_come_out_as_if_rendered_one_by_one(policy, tmp_path):

@@ -1,0 +1,131 @@
+"""GRPOTrainer whose rewards are a problem's judgements: judged once for all components, composed as the stage says, and every rollout logged.
+
+completions -> `problem.judge` and the stage's penalties -> (rollouts, components), gathered over processes -> `rewards.composed` -> TRL. A rollout that
+could not be judged is NaN in every component: TRL leaves it out of its group's mean and gives it the advantage 0. Two hooks: `_calculate_rewards`, and
+`_generate_and_score_completions`, after which the raw components are what is logged, whatever was made of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate.utils import gather, gather_object
+
+from stages import prefix, ranks, rewards, rollouts
+from stages.problems.base import Answer, Judgement, Problem, Row
+from stages.rewards import Rewards, Running
+from stages.rollouts import Rollout
+from stages.trl.prefill import START, PrefillGRPOTrainer
+
+
+@dataclass(frozen=True)
+class Judging:
+    """What judges, and where it is written down."""
+
+    problem: Problem
+    rows: Sequence[Row]
+    """What the dataset's `row` column indexes."""
+    weights: Mapping[str, float]
+    """Component -> weight, penalties included (`rewards.weights_of`)."""
+    settings: Rewards
+    ends: frozenset[int]
+    """Ids that end a completion."""
+    log: Path | None
+    """Directory of the log of rollouts; None: none is kept."""
+
+
+class RewardedGRPOTrainer(PrefillGRPOTrainer):
+    """PrefillGRPOTrainer with a `Judging`; the dataset has the columns `prompt` and `row`."""
+
+    def __init__(self, *, judging: Judging, **arguments: Any) -> None:
+        super().__init__(reward_funcs=[_named(name) for name in judging.weights], **arguments)
+        self.judging = judging
+        self._running = rewards.nothing_seen(len(judging.weights), self.reward_weights)
+
+    def held(self) -> dict[str, Any]:
+        """What components were like so far, beside what every trainer holds."""
+        return super().held() | {"components": [*self._running]}
+
+    def take_up(self, state: dict[str, Any]) -> None:
+        """Take it up."""
+        super().take_up(state)
+        self._running = Running(*state["components"])
+
+    def _calculate_rewards(
+        self,
+        inputs: list[dict[str, Any]],
+        prompts: list[Any],
+        completions: list[list[dict[str, str]]],
+        completion_ids_list: list[list[int]],
+    ) -> torch.Tensor:
+        answers = [
+            Answer(self.judging.rows[given["row"]], turns[0]["content"], ids)
+            for given, turns, ids in zip(inputs, completions, completion_ids_list, strict=True)
+        ]
+        judgements = self.judging.problem.judge(answers)
+        values = [self._values(answer, judgement) for answer, judgement in zip(answers, judgements, strict=True)]
+        if self.model.training and self.judging.log:
+            self._log_rollouts(prompts, answers, judgements, values)
+        table = [[torch.nan if one[name] is None else one[name] for name in self.judging.weights] for one in values]
+        mine_and_others = gather(torch.tensor(table, dtype=torch.float32, device=self.accelerator.device))
+        self._raw = cast(torch.Tensor, mine_and_others)
+        self._running = self._running.with_batch(self._raw)
+        if self.judging.settings.as_they_are:
+            return self._raw
+        size = self.num_generations if self.model.training else self.num_generations_eval
+        return rewards.composed(self._raw, [*self.judging.weights], self.judging.settings, size, self._running)
+
+    def _values(self, answer: Answer, judgement: Judgement) -> dict[str, float | None]:
+        """Component -> its value; None in all of them for a rollout that could not be judged."""
+        own = rewards.penalties(self.judging.settings, answer.ids)
+        found = {**judgement.rewards, **own}
+        return {name: None if judgement.failure else found.get(name) for name in self.judging.weights}
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        scored = super()._generate_and_score_completions(inputs)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        if not self.judging.settings.as_they_are:
+            for name, column in zip(self.judging.weights, self._raw.T, strict=True):
+                metrics[f"rewards/{name}/mean"][-1], metrics[f"rewards/{name}/std"][-1] = _mean_and_deviation(column)
+            total = rewards.weighted_sum(self._raw, self.reward_weights.to(self._raw.device))
+            metrics["reward"][-1], metrics["reward_std"][-1] = _mean_and_deviation(total)
+        metrics["rewards/failed"].append(self._raw.isnan().all(1).float().mean().item())
+        return scored
+
+    def _log_rollouts(
+        self, prompts: list[Any], answers: Sequence[Answer], judgements: Sequence[Judgement], values: Sequence[Any]
+    ) -> None:
+        """A line for every rollout of all processes, before it is trained on."""
+        mine = [self._line(prompt, *one) for prompt, *one in zip(prompts, answers, judgements, values, strict=True)]
+        lines = gather_object(mine)
+        if ranks.first() and self.judging.log:
+            with (self.judging.log / rollouts.FILE).open("a") as file:
+                for i, line in enumerate(lines):
+                    file.write(json.dumps({**line, "sample": i % self.num_generations}) + "\n")
+
+    def _line(self, prompt: list[Any], answer: Answer, judgement: Judgement, values: Any) -> dict[str, Any]:
+        start = prefix.prefix_ids(self._tokenizer, prompt[-1][START])
+        finished = bool(answer.ids) and answer.ids[-1] in self.judging.ends
+        rollout = Rollout(([], ""), prefix.answer(start, answer.ids), answer.text, judgement, finished)
+        line = rollouts.line(answer.row.id, 0, rollout, step=self.state.global_step + 1)
+        return {**line, "rewards": values}
+
+
+def _named(name: str) -> Any:
+    """What TRL reads a component's name from; `_calculate_rewards` never calls it."""
+
+    def component(**_: Any) -> list[float]:
+        raise AssertionError("rewards come from the problem's judgements")
+
+    component.__name__ = name
+    return component
+
+
+def _mean_and_deviation(values: torch.Tensor) -> tuple[float, float]:
+    there = values[~values.isnan()]
+    return there.mean().item(), there.std().item() if len(there) > 1 else 0.0
