@@ -117,6 +117,8 @@ class Job(Frozen):
     """The kind's Config as JSON."""
     inputs: dict[str, str]
     """Role -> absolute path."""
+    sources: dict[str, str] = Field(default_factory=dict)
+    """Role -> id of the artifact, or where else it is from: what is told of an input in what is made from it."""
     work: str
     """The step's own directory: job, lock, logs, result."""
     out: str
