@@ -38,10 +38,9 @@ class Table(NamedTuple):
     """In the order of what they earn, gold first."""
 
 
-def play(problem: Problem, asked: Sequence[Baseline]) -> Table:
-    """What the problem says to every baseline."""
+def play(problem: Problem, weights: Mapping[str, float], asked: Sequence[Baseline]) -> Table:
+    """What the problem says to every baseline, its components weighed by `weights`."""
     judged = problem.judge([one.answer for one in asked])
-    weights = problem.reward_weights
     played = [
         Played(one.name, one.own, one.row, judgement, problem.passed(judgement.score), _reward(judgement, weights))
         for one, judgement in zip(asked, judged, strict=True)
