@@ -59,7 +59,7 @@ def audit(
         raise BadInput(f"{one.step.name} is of kind {one.step.kind}; an audit looks at the rewards of a grpo stage")
     like = job_of(one.step.model_copy(update={"inputs": {}}), {}, registry, execution)
     inputs = {"rows": str(rows.absolute())} if rows else {}
-    with _question("audit", {"rewards": one.step.config["rewards"]}, like, inputs) as job:
+    with _question("audit", {"weights": one.step.config["rewards"]["weights"]}, like, inputs) as job:
         launcher.launch(job)
         return audit_job.Report.model_validate_json(Path(job.out, audit_job.FILE).read_text())
 

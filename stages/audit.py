@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin
 
 from stages import baselines, problems
@@ -35,8 +36,8 @@ class AuditConfig(Config):
 
     rows: int = identity(100, ge=1)
     """The first so many of the job's rows. Rows from a file (the input `rows`) are all played."""
-    rewards: Rewards = identity(Rewards())
-    """What the stage makes of the components; its penalties look at sampled ids, which no baseline has, and are left out."""
+    weights: dict[str, float] = identity({})
+    """Component -> the weight that the stage trains with, where it is not the problem's own."""
 
 
 class Report(Frozen):
@@ -53,15 +54,15 @@ class Report(Frozen):
 
 
 def run(job: Job) -> Result:
-    """Write `audit.json` to `job.out`. Raises BadInput for a file of rows that cannot be read."""
+    """Write `audit.json` to `job.out`. Raises BadInput for a file of rows that cannot be read, and for weights of components that there are not."""
     config = AuditConfig.model_validate(job.config)
     assert job.problem is not None and job.rows is not None and job.format is not None, "the plan gives grpo all three"
     problem = problems.load(job.problem)
     file = job.inputs.get("rows")
     rows = files.rows(problem, Path(file)) if file else problems.rows(problem, _first(job.rows, config.rows))
     asked, astray = baselines.of_rows(problem, rows, job.format, job.seed)
-    weights_of(job.name, config.rewards, problem.reward_weights)
-    report = audit(job.name, problem, asked, astray, with_one_change(job.problem), config.rewards.weights)
+    weights_of(job.name, Rewards(weights=config.weights), problem.reward_weights)
+    report = audit(job.name, problem, asked, astray, with_one_change(job.problem), config.weights)
     Path(job.out, FILE).write_text(report.model_dump_json(indent=1))
     return Result(outputs={"audit": FILE}, metrics={"answers": len(asked)}, findings=report.findings)
 
@@ -72,16 +73,17 @@ def audit(
     asked: Sequence[Baseline],
     astray: int,
     others: Others = (),
-    own: Mapping[str, float] = {},
+    own: Mapping[str, float] = MappingProxyType({}),
 ) -> Report:
     """What the problem says to every baseline. `astray` is how many golds do not start with the response prefix; `others` are what the problem would be with
-    one setting changed; `own` are the stage's weights, in place of the problem's."""
-    table = play(problem, asked, own)
-    mended = _mended(table, asked, others, own)
-    found = findings(Audited(stage, table.weights, table.played, table.lines, astray, mended))
+    one setting changed; `own` are weights in the place of the problem's."""
+    weights = {**problem.reward_weights, **own}
+    table = play(problem, weights, asked)
+    mended = _mended(table, asked, ((change, other, {**other.reward_weights, **own}) for change, other in others))
+    found = findings(Audited(stage, weights, table.played, table.lines, astray, mended))
     rows = len({one.row for one in asked})
     return Report(
-        stage=stage, rows=rows, weights=table.weights, range=table.range, baselines=table.lines, findings=tuple(found)
+        stage=stage, rows=rows, weights=weights, range=table.range, baselines=table.lines, findings=tuple(found)
     )
 
 
@@ -95,13 +97,15 @@ def with_one_change(settings: Mapping[str, Any]) -> Iterator[tuple[str, Problem]
                 yield f"problem.{field}={choice}", problems.load({**settings, field: choice})
 
 
-def _mended(table: Table, asked: Sequence[Baseline], others: Others, own: Mapping[str, float]) -> dict[str, str]:
+def _mended(
+    table: Table, asked: Sequence[Baseline], others: Iterable[tuple[str, Problem, Mapping[str, float]]]
+) -> dict[str, str]:
     """Exploitable baseline -> the first change with which it is not, and gold is worth and paid as before."""
     left = {line.name for line in table.lines if exploits(line)}
     gold = next((line for line in table.lines if line.name == GOLD), None)
     mended = dict[str, str]()
-    for change, problem in others if left else ():
-        lines = {line.name: line for line in play(problem, asked, own).lines}
+    for change, problem, weights in others if left else ():
+        lines = {line.name: line for line in play(problem, weights, asked).lines}
         if _worth_the_same(lines.get(GOLD), gold):
             mended |= {name: change for name in left - mended.keys() if not exploits(lines[name])}
     return mended

@@ -32,7 +32,7 @@ DOMINATED = 0.95
 """Share of the weights, or of the reward's variance, that is one component's: the others then decide between ties only."""
 DISAGREE = 0.1
 """Rank correlation of a component with the score, below which it leads elsewhere, or nowhere; over hundreds of answers chance alone stays below it."""
-HOLD_GOLD = (f"{HOSTILE}repeated", f"{HOSTILE}tags_swapped")
+HOLD_GOLD = (f"{HOSTILE}repeated", f"{HOSTILE}swapped_tags")
 """Texts in which nothing but the right answer stands, so that a judge may well accept them."""
 UNEARNED = 0.5
 """Mean score of answers that do not look at their row. A coin does as well on a question with two answers; more is a task that asks for nothing."""

@@ -33,23 +33,21 @@ class Table(NamedTuple):
     """Everything that was played, and what it comes to."""
 
     played: list[Played]
-    weights: dict[str, float]
     range: Range
     lines: tuple[Line, ...]
     """In the order of what they earn, gold first."""
 
 
-def play(problem: Problem, asked: Sequence[Baseline], own: Mapping[str, float] = {}) -> Table:
-    """What the problem says to every baseline. `own` are weights of a stage, in place of the problem's."""
+def play(problem: Problem, weights: Mapping[str, float], asked: Sequence[Baseline]) -> Table:
+    """What the problem says to every baseline, its components weighed by `weights`."""
     judged = problem.judge([one.answer for one in asked])
-    weights = {name: own.get(name, weight) for name, weight in problem.reward_weights.items()}
     played = [
         Played(one.name, one.own, one.row, judgement, problem.passed(judgement.score), _reward(judgement, weights))
         for one, judgement in zip(asked, judged, strict=True)
     ]
     whole = _range(played, weights)
     lines = sorted(_lines(played, weights, whole), key=lambda line: (line.name != GOLD, -(line.reward or 0.0)))
-    return Table(played, weights, whole, tuple(lines))
+    return Table(played, whole, tuple(lines))
 
 
 def _reward(judgement: Judgement, weights: Mapping[str, float]) -> float | None:

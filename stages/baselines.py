@@ -106,13 +106,13 @@ def _hostile(gold: str | None, golds: Sequence[str | None], i: int) -> dict[str,
     texts = {
         "long": "a " * (LONG // 2),
         "nested_tags": "".join(f"<{tag}>" * 200 for tag in tags) + "".join(f"</{tag}>" * 200 for tag in tags),
-        "closed_in_wrong_order": "".join(f"<{tag}>" for tag in tags) + "x" + "".join(f"</{tag}>" for tag in tags),
+        "crossed_tags": "".join(f"<{tag}>" for tag in tags) + "x" + "".join(f"</{tag}>" for tag in tags),
         "characters": STRANGE,
         "orders": ORDERS,
     }
     if gold is not None:
         swapped = TAG.sub(lambda tag: f"<{'' if tag[1] else '/'}{tag[2]}>", gold)
         others = [other for other in (*golds[i + 1 :], *golds[:i]) if other is not None and other != gold][:MANY]
-        texts |= {"repeated": "\n".join([gold] * 3), **({"tags_swapped": swapped} if swapped != gold else {})}
+        texts |= {"repeated": "\n".join([gold] * 3), **({"swapped_tags": swapped} if swapped != gold else {})}
         texts |= {"many_answers": "\n".join([*others[::2], gold, *others[1::2]])} if others else {}
     return {HOSTILE + name: text for name, text in texts.items()}

@@ -85,14 +85,17 @@ def weights_of(stage: str, settings: Rewards, problem: Mapping[str, float]) -> d
 
     Raises BadInput for a component that there is not.
     """
-    penalties = {name: penalty.weight for name in PENALTIES if (penalty := getattr(settings, name))}
-    named = [*settings.weights, *(settings.normalise if isinstance(settings.normalise, dict) else ())]
+    own = {name: penalty.weight for name in PENALTIES if (penalty := getattr(settings, name))}
+    _known(f"stages.{stage}.rewards.weights", settings.weights, problem)
+    if isinstance(settings.normalise, dict):
+        _known(f"stages.{stage}.rewards.normalise", settings.normalise, {**problem, **own})
+    return {**problem, **settings.weights, **own}
+
+
+def _known(where: str, named: Mapping[str, Any], known: Mapping[str, float]) -> None:
     for name in named:
-        if name not in problem and name not in penalties:
-            raise BadInput(
-                f"stages.{stage}.rewards: there is no component {name}; there is {', '.join([*problem, *penalties])}"
-            )
-    return {**problem, **penalties, **settings.weights}
+        if name not in known:
+            raise BadInput(f"{where}: there is no component {name}; there is {', '.join(known)}")
 
 
 def penalties(settings: Rewards, ids: Sequence[int]) -> dict[str, float]:

@@ -80,6 +80,7 @@ def test_pipeline_never_touches_a_tensor():
         "check RECIPE",
         "schema",
         "plan RECIPE",
+        "audit RECIPE",
         "plan configs/demo.yaml",
         "ls",
         "show",

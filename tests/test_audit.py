@@ -135,6 +135,18 @@ def test_a_wrong_answer_that_is_paid_like_a_right_one_is_flagged(paid, flagged):
         assert one.evidence["gap"] == pytest.approx(one.evidence["reward_share"] - one.evidence["score"])
 
 
+def test_the_weights_of_the_stage_go_before_those_of_the_problem():
+    """A stage that pays 3 for the form and .8 for a right answer pays for the form alone."""
+    problem = Sums()
+    asked, astray = baselines.of_rows(problem, problem.rows("train", 0, 40, 0), FORMAT, 0)
+    others = [("problem.good=1", Sums({"format": 0.5, "correct": 0.5}))]
+    report = audit("rl1", problem, asked, astray, others, {"format": 3.0})
+    assert report.weights == {"format": 3.0, "correct": 0.8}
+    assert line(report, "off_by_one").share == pytest.approx(3 / 3.8)
+    flags = [one for one in report.findings if one.rule == "exploitable"]
+    assert flags and {one.override for one in flags} == {None}, "the stage's weights stay, whatever the problem's are"
+
+
 def test_what_pays_a_baseline_is_named_with_what_it_pays():
 
     def pays(row, text):

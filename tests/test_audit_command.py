@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import plan, recipe
+from pipeline import ask, plan, recipe
+from pipeline.launch import Launcher
 from pipeline.registry import Registry, runs
 from pipeline.run import job_of
 from stages import problems
@@ -168,6 +169,10 @@ def test_stages_with_the_same_rewards_are_audited_once_and_a_warning_stops_nothi
 
 def test_a_stage_that_says_so_is_not_audited(only_rl, write, tmp_path):
     only_rl["format"] = {"prompt": "plain", "response_prefix": IMPOSSIBLE}
-    stage(only_rl, "rl1")["audit"] = False
-    done = run_cli("run", write(only_rl), "--registry", tmp_path / "r", "--no-prefect")
-    assert done.returncode == 0 and "gold" not in done.stdout, done.stderr
+    path, registry = write(only_rl), Registry(tmp_path / "r")
+    with Launcher(preload=False) as launcher:
+        found = [
+            ask.audits(plan.plan(recipe.load(path, overrides), registry), registry, launcher, Execution())
+            for overrides in ((), ("stages.rl1.audit=false",))
+        ]
+    assert [one.severity for one in found[0]][:1] == ["stop"] and found[1] == []

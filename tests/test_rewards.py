@@ -47,7 +47,9 @@ def test_a_stage_replaces_weights_and_adds_its_penalties():
 
 @pytest.mark.parametrize("own", [{"weights": {"fromat": 1.0}}, {"normalise": {"fromat": "group"}}])
 def test_a_component_that_there_is_not_is_one_line(own):
-    with pytest.raises(BadInput, match=r"stages\.rl1\.rewards: there is no component fromat; there is format, score"):
+    with pytest.raises(
+        BadInput, match=r"stages\.rl1\.rewards\.\w+: there is no component fromat; there is format, score"
+    ):
         weights_of("rl1", Rewards.model_validate(own), PROBLEM)
 
 

@@ -38,6 +38,8 @@ Stage = Annotated[
 ]
 BAR = 10
 """Characters of a bar that stands for 100."""
+WIDE = 110
+"""Characters of a line, below which bars are half as long and components are left to `--json`."""
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 RANGES = {
     "seen": "the least and the greatest reward that any of these answers earned",
@@ -106,11 +108,13 @@ def _said(finding: Finding) -> Text:
 
 def _table(report: Report, terminal: Console) -> Table:
     """A line a baseline; on a terminal with a bar each for reward share and score."""
-    components = [f"{name} x {weight:g}" for name, weight in report.weights.items()]
-    numbers = ("reward", "share", "score", *components)
-    made = table("baseline", *numbers, "outcomes", right=numbers)
+    shown = report.weights if terminal.width >= WIDE else {}
+    components = [f"{name}\nx {weight:g}" for name, weight in shown.items()]
+    made = table("baseline", "reward", "share", "score", *components, "outcomes", right=("reward", *components))
+    for column in made.columns[:4]:
+        column.no_wrap = True
     for line in report.baselines:
-        parts = [_number(line.rewards[name]) for name in report.weights]
+        parts = [_number(line.rewards[name]) for name in shown]
         made.add_row(
             escape(line.name), _number(line.reward), _bar(line.share, "yellow", terminal),
             _bar(line.score, "green", terminal), *parts, escape(_outcomes(line)),
@@ -123,12 +127,14 @@ def _number(value: float | None) -> str:
 
 
 def _bar(share: float | None, style: str, terminal: Console) -> Text:
-    """A share x 100, and how far that goes."""
+    """A share x 100, and on a terminal how far that goes."""
+    number = f"{'-' if share is None else f'{100 * share:.1f}':>5}"
     if share is None or not terminal.is_terminal:
-        return Text("-" if share is None else f"{100 * share:.1f}")
-    eighths = round(max(0.0, min(1.0, share)) * BAR * 8)
+        return Text(number)
+    width = BAR if terminal.width >= WIDE else BAR // 2
+    eighths = round(max(0.0, min(1.0, share)) * width * 8)
     full, rest = ("#", "") if terminal.options.ascii_only else ("█", EIGHTHS[eighths % 8].strip())
-    return Text.assemble(f"{100 * share:.1f} ", (f"{full * (eighths // 8) + rest:<{BAR}}", style))
+    return Text.assemble(f"{number} ", (f"{full * (eighths // 8) + rest:<{width}}", style))
 
 
 def _outcomes(line: Line) -> str:
