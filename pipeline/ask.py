@@ -17,6 +17,7 @@ from pipeline.launch import Launcher, OnMetrics, StageFailed
 from pipeline.plan import Planned
 from pipeline.registry import Artifact, Registry
 from pipeline.run import job_of, place_of
+from stages import audit as audit_job
 from stages import loss_map as loss_map_file
 from stages import probe as probe_job
 from stages import score as score_job
@@ -47,6 +48,35 @@ def waits_for_data(one: Planned, planned: Sequence[Planned]) -> bool:
     """Whether a step's data are made by a step that runs first."""
     source = one.step.inputs.get("data")
     return source is not None and any(other.step.name == source.step and other.action == "run" for other in planned)
+
+
+def audit(
+    one: Planned, rows: Path | None, registry: Registry, launcher: Launcher, execution: Execution
+) -> audit_job.Report:
+    """What the rewards of a grpo step pay for, on the first of its rows or on those of a file. Its policy need not be there. Raises BadInput for another kind of
+    step, and for rows that cannot be read."""
+    if one.step.kind != "grpo":
+        raise BadInput(f"{one.step.name} is of kind {one.step.kind}; an audit looks at the rewards of a grpo stage")
+    like = job_of(one.step.model_copy(update={"inputs": {}}), {}, registry, execution)
+    inputs = {"rows": str(rows.absolute())} if rows else {}
+    with _question("audit", {}, like, inputs) as job:
+        launcher.launch(job)
+        return audit_job.Report.model_validate_json(Path(job.out, audit_job.FILE).read_text())
+
+
+def audits(planned: Sequence[Planned], registry: Registry, launcher: Launcher, execution: Execution) -> list[Finding]:
+    """What an audit has to say about the grpo steps that are about to run, once for those with the same rewards."""
+    different = dict[str, Planned]()
+    for one in planned:
+        if one.action == "run" and one.step.kind == "grpo" and one.step.config["audit"]:
+            different.setdefault(_paid_by(one), one)
+    reports = [audit(one, None, registry, launcher, execution) for one in different.values()]
+    return [finding for report in reports for finding in report.findings]
+
+
+def _paid_by(one: Planned) -> str:
+    """What decides a step's rewards, but for its rows."""
+    return json.dumps([one.step.problem, one.step.format.model_dump(mode="json")], sort_keys=True)
 
 
 def loss_map(

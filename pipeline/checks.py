@@ -6,7 +6,7 @@ that nothing a recipe says is silently ignored. Both raise BadInput: what was fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -16,7 +16,7 @@ from pipeline.recipe import Box, DatasetProblem, FileProblem, Recipe, nearest
 from stages.config import RESERVED_NAMES, FormatSettings
 from stages.grpo import GrpoConfig
 from stages.job import BadInput, parse_rows
-from stages.rejection import RejectionConfig
+from stages.rejection import CONTROL, RejectionConfig
 from stages.sft import DEMONSTRATIONS, SftConfig
 from stages.training import TrainingConfig
 
@@ -93,9 +93,40 @@ def _inputs(recipe: Recipe, i: int) -> None:
     makers = [BASE, *(earlier.name for earlier in recipe.stages[:i] if not isinstance(earlier, RejectionConfig))]
     _known(recipe, i, "policy", stage.policy, makers)
     if isinstance(stage, SftConfig) and not stage.data.endswith(ROWS):
-        harvests = [earlier.name for earlier in recipe.stages[:i] if isinstance(earlier, RejectionConfig)]
-        _known(recipe, i, "data", stage.data, [DEMONSTRATIONS, *harvests])
+        harvests = [earlier for earlier in recipe.stages[:i] if isinstance(earlier, RejectionConfig)]
+        name, output = data_of(stage)
+        _known(recipe, i, "data", name, [DEMONSTRATIONS, *(earlier.name for earlier in harvests)])
+        if ":" in stage.data:
+            _is_control(stage, name, output, [earlier.name for earlier in harvests if earlier.control])
+    if isinstance(stage, RejectionConfig) and stage.source != "fresh":
+        _has_a_log(recipe, stage)
     rows_of(recipe, stage)
+
+
+def _is_control(stage: SftConfig, name: str, output: str, controls: Sequence[str]) -> None:
+    where = f"stages.{stage.name}.data"
+    if output != CONTROL:
+        raise BadInput(f"{where}: found {stage.data}, but a stage trains on {name} or {name}:{CONTROL}")
+    if name not in controls:
+        raise BadInput(f"{where}: there is no {stage.data}; a rejection stage with control: random makes one")
+
+
+def data_of(stage: SftConfig) -> tuple[str, str]:
+    """(stage, output) that `data: harvest` or `data: harvest:control` names."""
+    name, _, output = stage.data.partition(":")
+    return name, output or "data"
+
+
+def _has_a_log(recipe: Recipe, stage: RejectionConfig) -> None:
+    """Only a grpo stage logs what it samples, dressed in its own Format."""
+    if not any(isinstance(other, GrpoConfig) and other.name == stage.policy for other in recipe.stages):
+        raise BadInput(
+            f"stages.{stage.name}.source: found {stage.source!r}, but its policy {stage.policy} is no grpo stage, which would have logged what it sampled; set source: fresh"
+        )
+    if stage.format is not None:
+        raise BadInput(
+            f"stages.{stage.name}.format: the rollouts of {stage.policy}'s training are dressed in its own Format; remove format, or set source: fresh"
+        )
 
 
 def _known(recipe: Recipe, i: int, role: str, name: str, known: list[str]) -> None:

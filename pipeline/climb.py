@@ -15,9 +15,10 @@ from pipeline.mirror import open_mirror
 from pipeline.plan import ALL, Planned, Selection, said
 from pipeline.prefect_server import api_url, own_server
 from pipeline.recipe import Recipe
+from pipeline.refused import refuse
 from pipeline.registry import Artifact, Registry, runs
 from pipeline.run import Observer, run_step, work_root
-from stages.job import BadInput
+from stages.job import BadInput, Finding
 
 
 def run(
@@ -29,7 +30,7 @@ def run(
     selection: Selection = ALL,
     resumes: str | None = None,
 ) -> str:
-    """Run the plan, of which `selection` was asked for; returns the run's id. Raises StageFailed or BadInput; the run's last event says how it ended,
+    """Run the plan, of which `selection` was asked for; returns the run's id. Raises StageFailed, BadInput or Refused; the run's last event says how it ended,
     whatever it was. `resumes` is the run that this one goes on from."""
     remembered = {
         "base": planned[0].step.inputs["policy"].source,
@@ -61,11 +62,15 @@ def _conduct(
 
         def look_at(names: list[str], planned: list[Planned]) -> None:
             """Warn of what can be known before steps run; refuse what cannot work."""
-            found = ask.preflight(planned, names, registry, launcher, recipe.launch) if names else []
+            report(ask.preflight(planned, names, registry, launcher, recipe.launch) if names else [])
+
+        def report(found: list[Finding]) -> None:
+            """Show what was found and remember it. Raises Refused for what nothing is to be trained on."""
             for finding in found:
                 observer.found(finding)
             if found:
                 runs.record(registry, id, "findings", findings=[finding.model_dump(mode="json") for finding in found])
+            refuse(found)
 
         def do(one: Planned) -> tuple[Artifact, bool] | None:
             """What happens at a step; the only thing that a conductor calls."""
@@ -87,6 +92,7 @@ def _conduct(
         if with_prefect:
             stack.enter_context(own_server(work_root(registry) / "prefect"))
         look_at(ask.checkable(planned), planned)
+        report(ask.audits(planned, registry, launcher, recipe.launch))
         if with_prefect:
             from pipeline.flow import conduct
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 HUB = "hf://"
 SPLITS = ("validation", "held_out")
+FUNNEL = "funnel/"
 MACHINE = ("registry", "work", "track", "launch")
 """What of a recipe says where and with what means, and nothing about what was made; the execution that was seen is told apart."""
 SHA256 = re.compile("[0-9a-f]{64}")
@@ -55,6 +56,7 @@ def card(registry: Registry, artifact: Artifact, output: str) -> str:
         "told": _without_places({name: value for name, value in artifact.config.items() if name != "execution"}),
         "recipe": _recipe(registry, artifact),
         "made": _made(artifact),
+        "funnel": _funnel(artifact),
         "version": version("switchback"),
     }
     return _templates().get_template(f"{output}.md.jinja").render(facts)
@@ -88,6 +90,11 @@ def _templates() -> Environment:
     return found
 
 
+def _funnel(artifact: Artifact) -> dict[str, int]:
+    """Rule -> how many rollouts it left; empty for a policy."""
+    return {name.removeprefix(FUNNEL): int(n) for name, n in artifact.metrics.items() if name.startswith(FUNNEL)}
+
+
 def _nodes(top: Ancestor) -> Iterator[Ancestor]:
     yield top
     for inner in top.inputs:
@@ -113,7 +120,7 @@ def _front_matter(artifact: Artifact, output: str, nodes: list[Ancestor]) -> dic
     """What the hub reads. `base_model` and `datasets` are left out for what is not on the hub: it refuses any other name."""
     tags = ["switchback", "trl", artifact.kind, *(["lora"] if "adapter" in artifact.outputs else [])]
     if output == "data":
-        return {"tags": tags, "configs": [{"config_name": "default", "data_files": "rows.jsonl"}]}
+        return {"tags": tags, "configs": [{"config_name": "default", "data_files": "rows.parquet"}]}
     base, dataset = _base(nodes).name, (artifact.identity.get("problem") or {}).get("dataset")
     found: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if base.startswith(HUB):

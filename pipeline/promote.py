@@ -12,6 +12,7 @@ import random
 from typing import Any
 
 from pipeline.evaluations import of_policy, settings
+from pipeline.refused import Refused
 from pipeline.registry import Artifact, Registry
 from pipeline.registry.aliases import Move, current, newest, set_to
 from pipeline.registry.verify import verify
@@ -20,10 +21,6 @@ from stages.job import BadInput, read_evaluation
 
 RESAMPLES, SEED = 2000, 0
 """Of the bootstrap."""
-
-
-class Refused(RuntimeError):
-    """The alias stays where it is. One line: the numbers, and what to do."""
 
 
 class Comparison(Frozen):

@@ -219,6 +219,7 @@ def job_of(step: Step, made: Mapping[str, Artifact], registry: Registry, executi
         name=step.name,
         config=step.config,
         inputs=inputs,
+        sources={role: source.id or source.name for role, source in sources_of(step, made, registry).items()},
         work=str(work),
         out=str(work / "out"),
         problem=step.problem,

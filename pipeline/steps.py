@@ -20,6 +20,7 @@ from stages.config import Config, Frozen, identity_values
 from stages.evaluate import EvaluateConfig
 from stages.job import BadInput, Dtype, Format, Lora, RowRange, parse_rows
 from stages.problems import PROBLEMS
+from stages.rejection import RejectionConfig
 from stages.sft import SftConfig
 from stages.training import TrainingConfig
 
@@ -102,9 +103,12 @@ def _step(recipe: Recipe, base: Base, base_format: Format, stage: Box, made: dic
     text = checks.rows_of(recipe, stage)
     data = None
     if isinstance(stage, SftConfig) and text is None:
-        maker = made.get(stage.data)
-        inputs["data"] = _output(maker, "data") if maker else _file(stage.data)
+        name, output = checks.data_of(stage)
+        maker = made.get(name)
+        inputs["data"] = _output(maker, output) if maker else _file(stage.data)
         data = (maker.name, maker.format) if maker else None
+    if isinstance(stage, RejectionConfig) and stage.source != "fresh":
+        inputs["training"] = _output(made[stage.policy], "rollouts")
     if isinstance(stage, TrainingConfig) and stage.mix:
         inputs["mix"] = _file(stage.mix.data)
     policy_format = base_format if stage.policy == checks.BASE else made[stage.policy].format

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from stages import evaluate, grpo, inspect, preflight, probe, rejection, score, sft
+from stages import audit, evaluate, grpo, inspect, preflight, probe, rejection, score, sft
 from stages.config import Config
 from stages.job import Job, Result
 
@@ -32,6 +32,7 @@ STAGES: dict[str, Stage] = {
     "preflight": Stage(preflight.PreflightConfig, preflight.run, 1),
     "inspect": Stage(inspect.InspectConfig, inspect.run, 1),
     "probe": Stage(probe.ProbeConfig, probe.run, 1),
+    "audit": Stage(audit.AuditConfig, audit.run, 1, torch=False),
     "score": Stage(score.ScoreConfig, score.run, 1, torch=False),
 }
-"""The last four answer questions: what they make is shown, and never published."""
+"""The last five answer questions: what they make is shown, and never published."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from stages.config import Config, identity, resolved
+from stages.config import Config, execution, identity, resolved
 from stages.job import Job, Result
 from stages.training import TrainingConfig, accumulation, trl_arguments
 
@@ -82,6 +82,9 @@ class GrpoConfig(TrainingConfig):
     """The probability ratio is clipped below 1 - epsilon. PPO's and TRL's default; idle where every step samples anew."""
     epsilon_high: float = identity(0.28, gt=0)
     """The ratio is clipped above 1 + epsilon_high (clip-higher, arXiv 2503.14476 section 3.1)."""
+    audit: bool = execution(True)
+    """Before it runs, look at what the rewards pay for (`stages.audit`), and train nothing where the best answers earn less than worse ones. Off: not looked
+    at, for rewards that are dear to ask or that are meant so; `switchback audit` still shows it."""
 
 
 def run(job: Job) -> Result:

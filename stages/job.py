@@ -117,6 +117,8 @@ class Job(Frozen):
     """The kind's Config as JSON."""
     inputs: dict[str, str]
     """Role -> absolute path."""
+    sources: dict[str, str] = Field(default_factory=dict)
+    """Role -> id of the artifact, or where else it is from: what is told of an input in what is made from it."""
     work: str
     """The step's own directory: job, lock, logs, result."""
     out: str
@@ -144,8 +146,8 @@ class Finding(Frozen):
 
     rule: str
     """What was looked at."""
-    severity: Literal["note", "warn"]
-    """What must not be is no finding: it is refused."""
+    severity: Literal["note", "warn", "stop"]
+    """`stop`: nothing is trained on it (exit 3). What cannot work at all is no finding: it is refused."""
     stage: str
     step: int | None = None
     """Optimiser step; None for what is known before training."""

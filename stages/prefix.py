@@ -17,17 +17,19 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
-from transformers import PreTrainedTokenizerBase
 
 from stages import chat
 from stages.chat import Message
 from stages.job import BadInput, Format
 from stages.problems.base import Row
 from stages.tokens import COMPLETION, PREFIX, TokenRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Columns = Row | Mapping[str, Any]
 """A row of a problem, or of a file."""

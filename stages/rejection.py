@@ -1,43 +1,31 @@
 """Rejection sampling: many rollouts a row, of which the best are kept as SFT data.
 
-policy + rows of a problem -> rows of token ids, as they were sampled, with where each comes from; and all rollouts, to read. Selection is pure
-(`select`): score, duplicates, cap per row, pass-rate band. Cheap to import: torch comes with `run`.
+policy + rows of a problem -> rows of token ids, as they were sampled, with where each comes from (`data`); all rollouts, to read (`rollouts`); and as
+many of the same rows drawn at random, to see what the choice is worth (`control`). Which are kept is `stages.selection`'s. Rollouts are sampled
+afresh, or are those that the policy's grpo stage was trained on, which it logged. Cheap to import: torch comes with `run`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import math
+import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import model_validator
 
-from stages.config import Config, FromList, StageConfig, identity, resolved
-from stages.job import Job, Result
-from stages.problems.base import Problem
+from stages.config import FromList, StageConfig, identity, resolved
+from stages.job import BadInput, Format, Job, Result
+from stages.selection import Keep, Pool, candidate, control, funnel, select
 
 if TYPE_CHECKING:
-    from stages.problems.base import Row
-    from stages.rollouts import Rollout
-    from stages.tokens import TokenRow
+    from stages.problems.base import Problem, Row
 
-
-class Keep(Config):
-    """Which rollouts are kept."""
-
-    min_score: float = identity(0.99, ge=0, le=1)
-    """The least score, 0..1."""
-    per_prompt: int = identity(2, ge=1)
-    """How many of one row at most, the best first; equal ones in the order they were sampled."""
-    pass_rate: Annotated[tuple[float, float], FromList] | None = identity(None)
-    """Only rows of which this share of rollouts passed, both ends included: not hopeless, not yet easy. Off: any row."""
-
-    @model_validator(mode="after")
-    def _band_is_a_band(self) -> Keep:
-        if self.pass_rate and not 0 <= self.pass_rate[0] <= self.pass_rate[1] <= 1:
-            raise ValueError(f"pass_rate: found {list(self.pass_rate)}, expected two shares such as [0.05, 0.9]")
-        return self
+CONTROL, RANDOM = "control", "random"
+"""The output that is drawn at random, which `data: harvest:control` reads; and how."""
+Line = dict[str, Any]
+"""A rollout, as `rollouts.line` has it."""
 
 
 class RejectionConfig(StageConfig):
@@ -46,79 +34,117 @@ class RejectionConfig(StageConfig):
     kind: Literal["rejection"] = resolved("rejection")
     rows: str | None = resolved(None)
     """The rows to sample, such as train[0:1000]. Off: the rows its policy was trained on."""
+    source: Literal["fresh", "training", "both"] = identity("fresh")
+    """Where rollouts come from: `fresh`, sampled from the policy; `training`, those that its grpo stage logged while it was trained, which cost nothing and
+    come from its policies on the way; `both`, pooled."""
+    training_steps: Annotated[tuple[int, int], FromList] | None = identity(None)
+    """Of the logged ones, only those of these optimiser steps, both included, from 1; later policies are better. Off: all."""
     samples: int = identity(8, ge=1)
-    """Rollouts per row."""
+    """Fresh rollouts per row."""
     temperature: float = identity(1.0, gt=0)
     """Of the sampling."""
     max_completion_length: int = identity(512, ge=1)
-    """Tokens a completion may have, the prefix not counted."""
+    """Tokens a fresh completion may have, the prefix not counted."""
     keep: Keep = identity(Keep())
     """Which of them become data."""
+    control: Literal["random"] | None = identity(None)
+    """`random`: beside what is kept, as many rollouts of the same rows drawn at random; an sft stage reads them as `data: <name>:control`. Off: none."""
+
+    @model_validator(mode="after")
+    def _steps_of_a_log(self) -> RejectionConfig:
+        steps = self.training_steps
+        if steps and self.source == "fresh":
+            raise ValueError("training_steps belongs to source: training or both; remove it, or set source")
+        if steps and not 1 <= steps[0] <= steps[1]:
+            raise ValueError(f"training_steps: found {list(steps)}, expected the first and the last, such as [81, 160]")
+        return self
 
 
 def run(job: Job) -> Result:
-    """Write data/rows.jsonl (what is kept) and rollouts/rollouts.jsonl (all of them)."""
-    from stages import prefix, ranks, rollouts, tokens
+    """Write data/, rollouts/ and, where it is asked for, control/. Raises BadInput for a log of rollouts that another tokenizer or Format made."""
+    from stages import dataset, models, problems, ranks, rollouts
+
+    config, out = RejectionConfig.model_validate(job.config), Path(job.out)
+    assert job.rows is not None and job.problem is not None, "the plan gives rejection both"
+    problem = problems.load(job.problem)
+    rows = problems.rows(problem, job.rows)
+    fresh = _fresh(job, config, rows) if config.source != "training" else {}
+    if not ranks.first():
+        return Result(outputs={}, metrics={})
+    tokenizer = models.load_tokenizer(models.local_path(job.inputs["policy"], weights=False), job.format)
+    card = rollouts.card(tokenizer, job, config.temperature, config.max_completion_length)
+    logged, training = _logged(job, config, card) if config.source != "fresh" else ({}, None)
+    pools = [_pool(row, [*fresh.get(row.id, []), *logged.get(row.id, [])], config.keep, problem) for row in rows]
+    rollouts.write(out / "rollouts", dataset.told(pools), card)
+    sampled = dataset.Sampled(card["sampling"], training)
+    about = {**card, "keep": config.keep.model_dump(mode="json"), "source": config.source, "funnel": _funnel(pools)}
+    picks = [[i for i, choice in enumerate(pool.choices) if choice.rank is not None] for pool in pools]
+    dataset.write(out / "data", dataset.rows(tokenizer, job.format, pools, picks, sampled), about)
+    outputs = {"data": "data", "rollouts": "rollouts"}
+    if config.control:
+        drawn = [_drawn(pool, len(picked), job.seed) for pool, picked in zip(pools, picks, strict=True)]
+        rows_drawn = dataset.rows(tokenizer, job.format, pools, drawn, sampled, RANDOM)
+        dataset.write(out / CONTROL, rows_drawn, {**about, CONTROL: config.control})
+        outputs[CONTROL] = CONTROL
+    return Result(outputs=outputs, metrics=_metrics(pools), format=Format.model_validate(card["format"]))
+
+
+def _fresh(job: Job, config: RejectionConfig, rows: Sequence[Row]) -> dict[str, list[Line]]:
+    """Row -> what its policy answers now."""
+    from stages import rollouts
     from stages.metrics import MetricsLog
     from stages.sampling import Decoding
 
-    config, out, log = RejectionConfig.model_validate(job.config), Path(job.out), MetricsLog(Path(job.out))
-    assert job.rows is not None, "the plan gives rejection its rows"
-    player = rollouts.player(job)
-    rows = player.rows(job.rows)
+    log = MetricsLog(Path(job.out))
     decoding = Decoding(config.temperature, config.max_completion_length, config.samples)
-    groups = player.play(rows, decoding, lambda done: log.write(done, len(rows)))
-    if not ranks.first():
-        return Result(outputs={}, metrics={})
-    chosen = [select(group, config.keep, player.problem) for group in groups]
-    kept = [
-        _token_row(row, i, group[i], job.seed)
-        for row, group, picks in zip(rows, groups, chosen, strict=True)
-        for i in picks
-    ]
-    format = player.seen_format()
-    tokens.write(out / "data", kept, prefix.card(player.tokenizer, format))
-    _write_rollouts(out / "rollouts" / "rollouts.jsonl", rows, groups, chosen)
-    judgements = [rollout.judgement for group in groups for rollout in group]
-    metrics = {
-        "rows": len(rows),
-        "rollouts": len(judgements),
-        "kept": len(kept),
-        "pass_rate": sum(player.problem.passed(judgement.score) for judgement in judgements) / len(judgements),
-        "score": sum(judgement.score for judgement in judgements) / len(judgements),
+    groups = rollouts.player(job).play(rows, decoding, lambda done: log.write(done, len(rows)))
+    return {
+        row.id: [rollouts.line(row.id, i, one) for i, one in enumerate(group)]
+        for row, group in zip(rows, groups, strict=True)
     }
-    return Result(outputs={"data": "data", "rollouts": "rollouts"}, metrics=metrics, format=format)
 
 
-def _token_row(row: Row, sample: int, rollout: Rollout, seed: int) -> TokenRow:
-    """A rollout as it was sampled."""
-    from stages.tokens import TokenRow
+def _logged(job: Job, config: RejectionConfig, card: Mapping[str, Any]) -> tuple[dict[str, list[Line]], dict[str, Any]]:
+    """(row -> what was sampled while the policy was trained, how it was sampled)"""
+    from stages import rollouts
 
-    (prompt, prompt_roles), (answer, answer_roles) = rollout.prompt, rollout.answer
-    provenance = {"sample": sample, "score": rollout.judgement.score, "seed": seed}
-    return TokenRow(row.id, [*prompt, *answer], prompt_roles + answer_roles, provenance)
-
-
-def select(group: Sequence[Rollout], keep: Keep, problem: Problem) -> list[int]:
-    """Which rollouts of one row are kept, as indices in the order they were sampled. A completion that says the same ids twice counts once, and
-    one that was cut before its turn end is never kept."""
-    passed = sum(problem.passed(rollout.judgement.score) for rollout in group) / len(group)
-    low, high = keep.pass_rate or (0.0, 1.0)
-    if not low <= passed <= high:
-        return []
-    distinct = {tuple(rollout.answer[0]): i for i, rollout in reversed(list(enumerate(group)))}
-    good = [i for i in distinct.values() if group[i].finished and group[i].judgement.score >= keep.min_score]
-    best_first = sorted(good, key=lambda i: (-group[i].judgement.score, i))
-    return sorted(best_first[: keep.per_prompt])
+    directory = Path(job.inputs["training"])
+    theirs = rollouts.read_card(directory)
+    if any(theirs[name] != card[name] for name in ("tokenizer", "format")):
+        raise BadInput(
+            f"{job.name}: the rollouts of {job.sources['training']} were dressed in another Format than this stage's; remove the stage's format, or set source: fresh"
+        )
+    first, last = config.training_steps or (1, math.inf)
+    found: dict[str, list[Line]] = {}
+    for line in rollouts.read(directory):
+        if first <= line["step"] <= last:
+            found.setdefault(line["row"], []).append(line)
+    return found, {**theirs["sampling"], "policy": job.sources["training"]}
 
 
-def _write_rollouts(
-    path: Path, rows: Sequence[Row], groups: Sequence[Sequence[Rollout]], chosen: Sequence[Sequence[int]]
-) -> None:
-    from stages.rollouts import line
+def _pool(row: Row, lines: list[Line], keep: Keep, problem: Problem) -> Pool:
+    group = [candidate(line, problem.reward_weights, problem.passed) for line in lines]
+    return Pool(row, lines, group, select(group, keep))
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        for row, group, picks in zip(rows, groups, chosen, strict=True):
-            for i, rollout in enumerate(group):
-                file.write(json.dumps({**line(row.id, i, rollout), "kept": i in picks}) + "\n")
+
+def _drawn(pool: Pool, count: int, seed: int) -> list[int]:
+    """The control of a row."""
+    return control(pool.candidates, count, random.Random(f"{CONTROL}-{seed}-{pool.row.id}"))
+
+
+def _funnel(pools: Sequence[Pool]) -> dict[str, int]:
+    return funnel(choice for pool in pools for choice in pool.choices)
+
+
+def _metrics(pools: Sequence[Pool]) -> dict[str, float]:
+    every = [one for pool in pools for one in pool.candidates]
+    kept = [line for pool in pools for line, choice in zip(pool.lines, pool.choices, strict=True) if choice.rank]
+    return {
+        "rows": len(pools),
+        "rollouts": len(every),
+        "kept": len(kept),
+        "kept_from_training": sum(line["step"] is not None for line in kept),
+        "pass_rate": sum(one.passed for one in every) / max(1, len(every)),
+        "score": sum(one.score for one in every) / max(1, len(every)),
+        **{f"funnel/{rule}": count for rule, count in _funnel(pools).items()},
+    }

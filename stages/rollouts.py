@@ -5,7 +5,8 @@ The ids are what the policy was given and what it answered, response prefix incl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +16,13 @@ from stages.chunks import Chunks
 from stages.job import Format, Job, RowRange
 from stages.prefix import Dressed
 from stages.problems.base import Answer, Judgement, Problem, Row
-from stages.tokens import PREFIX
+from stages.tokens import CARD, PREFIX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+FILE = "rollouts.jsonl"
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,45 @@ def line(row: str, sample: int, rollout: Rollout, step: int | None = None) -> di
         "rewards": dict(judgement.rewards),
         "failure": judgement.failure,
     }
+
+
+def card(
+    tokenizer: PreTrainedTokenizerBase, job: Job, temperature: float, max_completion_length: int
+) -> dict[str, Any]:
+    """What made rollouts: tokenizer and Format (`prefix.card`), and under `sampling`, who was sampled, and how."""
+    assert job.format is not None, "the plan gives every stage a Format"
+    sampling = {
+        "policy": job.sources.get("policy", job.inputs["policy"]),
+        "seed": job.seed,
+        "temperature": temperature,
+        "max_completion_length": max_completion_length,
+    }
+    return {**prefix.card(tokenizer, prefix.seen_format(job.format, tokenizer)), "sampling": sampling}
+
+
+def write(directory: Path, lines: Iterable[dict[str, Any]], card: dict[str, Any]) -> None:
+    """Rollouts, a JSON line each, and their card."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / FILE).open("w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    write_card(directory, card)
+
+
+def write_card(directory: Path, card: dict[str, Any]) -> None:
+    """The card alone, beside a log that grows."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / CARD).write_text(json.dumps(card, indent=1))
+
+
+def read(directory: Path) -> Iterator[dict[str, Any]]:
+    """The rollouts of a directory."""
+    with (directory / FILE).open() as file:
+        yield from map(json.loads, file)
+
+
+def read_card(directory: Path) -> dict[str, Any]:
+    """What made them."""
+    return json.loads((directory / CARD).read_text())
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,17 @@ A row says what every token is, so that weights are decided by role and nothing 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FILE = "rows.jsonl"
+FILE = "rows.parquet"
 CARD = "card.json"
 """Beside the rows: which tokenizer and which Format made them."""
+PROVENANCE = {"policy": "string", "step": "int64", "sample": "int64", "seed": "int64", "temperature": "double", "max_completion_length": "int64",
+              "prefix": "string", "text": "string", "score": "double", "outcome": "string", "reward": "double", "rank": "int64", "rule": "string"}  # fmt: skip
+"""What is told of where a row comes from: column -> its type in Arrow's words. Beside these, a column `reward_<component>` each."""
 SYSTEM, USER, TEMPLATE, PREFIX, COMPLETION = "sutpc"
 ROLES = {"system": SYSTEM, "user": USER, "template": TEMPLATE, "prefix": PREFIX, "completion": COMPLETION}
 """Role -> its letter; the position of a role in this table is its code in a batch."""
@@ -38,7 +41,7 @@ class TokenRow:
     roles: str
     """A letter a token."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """Where it comes from: sample number, score, seed."""
+    """Where it comes from: names of PROVENANCE, and `reward_<component>`."""
 
     @property
     def edges(self) -> tuple[int, int]:
@@ -47,16 +50,27 @@ class TokenRow:
         return start, len(self.roles) - len(self.roles[start:].lstrip(PREFIX))
 
 
-def write(directory: Path, rows: Iterable[TokenRow], card: dict[str, Any]) -> None:
-    """One JSON line a row, and the card (`prefix.card`)."""
+def write(directory: Path, rows: Sequence[TokenRow], card: dict[str, Any]) -> None:
+    """A Parquet row a row, and the card (`prefix.card`). The same rows give the same bytes."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / FILE).write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+    components = sorted({name for row in rows for name in row.provenance if name not in PROVENANCE})
+    types = {"row": "string", **PROVENANCE, **dict.fromkeys(components, "double")}
+    fields = [pa.field(name, pa.type_for_alias(alias)) for name, alias in types.items()]
+    schema = pa.schema([fields[0], pa.field("ids", pa.list_(pa.int32())), pa.field("roles", pa.string()), *fields[1:]])
+    lines = [{"row": row.row, "ids": row.ids, "roles": row.roles, **row.provenance} for row in rows]
+    parquet.write_table(pa.Table.from_pylist(lines, schema), directory / FILE, compression="zstd")
     (directory / CARD).write_text(json.dumps(card, indent=1))
 
 
 def read(directory: Path) -> list[TokenRow]:
     """The rows of a published data directory."""
-    return [TokenRow(**json.loads(line)) for line in (directory / FILE).read_text().splitlines()]
+    from pyarrow import parquet
+
+    lines = parquet.read_table(directory / FILE).to_pylist()
+    return [TokenRow(line.pop("row"), line.pop("ids"), line.pop("roles"), line) for line in lines]
 
 
 def read_card(directory: Path) -> dict[str, Any]:

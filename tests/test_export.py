@@ -17,6 +17,7 @@ import yaml
 from pipeline import export, model_card
 from pipeline.launch import StageFailed
 from pipeline.registry import Registry, Source
+from stages import tokens
 from stages.job import BadInput
 from tests.conftest import ROOT, SWITCHBACK, environment, run_cli, tensors
 from tests.test_registry import OWNER, draft, finished
@@ -117,11 +118,11 @@ def test_data_are_exported_as_a_data_set(climbed, tmp_path, monkeypatch):
 
     registry = Registry(climbed[1])
     directory = exported(climbed[1], "harvest", tmp_path / "harvest")
-    assert {path.name for path in directory.iterdir()} == {"README.md", "rows.jsonl", "card.json"}
-    published = registry.path(newest(registry, "harvest"), "data") / "rows.jsonl"
-    assert (directory / "rows.jsonl").read_bytes() == published.read_bytes()
+    assert {path.name for path in directory.iterdir()} == {"README.md", tokens.FILE, "card.json"}
+    published = registry.path(newest(registry, "harvest"), "data")
+    assert (directory / tokens.FILE).read_bytes() == (published / tokens.FILE).read_bytes()
     rows = load_dataset(str(directory), split="train", cache_dir=str(tmp_path / "cache"))
-    assert rows["ids"] == [json.loads(line)["ids"] for line in published.read_text().splitlines()]
+    assert rows["ids"] == [row.ids for row in tokens.read(published)]
 
 
 def test_an_adapter_goes_with_its_policy_and_other_outputs_do_not(tmp_path):

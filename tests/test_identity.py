@@ -22,6 +22,7 @@ EVERYTHING["model"] |= {"lora": {"r": 32, "alpha": 32.0, "dropout": 0.0, "target
 stage(EVERYTHING, "warmup").update(packing={"strategy": "bfd", "max_length": 512}, loss_weights={"system": 0.2})
 stage(EVERYTHING, "distill").update(format={"response_prefix": "<think>\n"})
 stage(EVERYTHING, "harvest")["keep"] |= {"per_prompt": 2, "pass_rate": [0.0, 1.0]}
+stage(EVERYTHING, "harvest").update(source="both", training_steps=[1, 2])
 EVERYTHING |= {"deadline": 100, "track": {"wandb": "offline"}, "seed": 0}
 EVERYTHING["launch"] |= {"processes": 1, "device": "auto", "micro_batch": 8}
 """A recipe in which every optional group is there, so that every field can be walked to."""
@@ -40,11 +41,12 @@ OTHER: dict[str, Any] = {
     "stage.learning_rate": 0.5, "stage.lr_scheduler": "constant", "stage.warmup_steps": 3.0, "stage.weight_decay": 0.5, "stage.max_grad_norm": 0.5,
     "stage.trl": {"adam_beta2": 0.5}, "stage.prompt_loss_weight": 0.7, "stage.completion_loss_weight": 0.7, "stage.epochs": 2.0, "stage.rows_per_step": 16,
     "stage.steps": 7, "stage.prompts_per_step": 4, "stage.group_size": 8, "stage.max_completion_length": 9, "stage.temperature": 0.5, "stage.epsilon": 0.1,
-    "stage.epsilon_high": 0.5, "stage.samples": 3, "kl.beta": 0.5, "kl.reference": "base",
+    "stage.epsilon_high": 0.5, "stage.audit": False, "stage.samples": 3, "kl.beta": 0.5, "kl.reference": "base",
     "stage.format": {"response_prefix": "x"}, "stage.normaliser": "nonzero_count", "stage.padding_free": True, "stage.packing": {"max_length": 64},
     "packing.strategy": "wrapped", "packing.max_length": 99,
     **{f"loss_weights.{role}": 0.9 for role in ("system", "user", "template", "prefix", "completion")},
-    "keep.min_score": 0.5, "keep.per_prompt": 1, "keep.pass_rate": [0.1, 0.9],
+    "keep.min_score": 0.5, "keep.per_prompt": 1, "keep.pass_rate": [0.1, 0.9], "keep.min_reward": 0.5, "keep.max_length": 9, "keep.dedup": "off",
+    "keep.max_similarity": 0.5, "stage.source": "training", "stage.training_steps": [2, 2], "stage.control": "random", "stage.mix": None,
 }  # fmt: skip
 """Another value for every field; None where a field cannot be changed on its own (covered by tests of their own below)."""
 
@@ -101,7 +103,7 @@ def test_a_key_moves_exactly_when_an_identity_field_does(group, way, name, tmp_p
     else:
         here[name] = OTHER[f"{group}.{name}"]
     if (group, name) == ("stage", "policy") and here.get("kind") == "rejection":
-        here["rows"] = "train[512:528]"  # of its policy, which is no grpo stage any more
+        here.update(rows="train[512:528]", source="fresh", training_steps=None)  # its policy is no grpo stage any more
     part = part_of(type(config_at(recipe.Recipe.model_validate(EVERYTHING), way)), name)
     assert part in ("identity", "resolved", "execution"), f"{group}.{name} is not marked"
     moved = [a != b for a, b in zip(keys(EVERYTHING, tmp_path), keys(settings, tmp_path), strict=True)]
@@ -157,7 +159,7 @@ def test_every_config_of_every_kind_is_marked():
 def test_every_field_that_the_walk_skips_is_one_of_these():
     assert {name for name, value in OTHER.items() if value is None} == {
         "model.path", "model.hub", "model.revision", "model.artifact", "problem.name", "launch.accelerate", "stage.kind",
-        "format.per_row",
+        "format.per_row", "stage.mix",
     }  # fmt: skip
 
 

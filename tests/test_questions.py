@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.registry import Registry
+from stages import tokens
 from tests.conftest import ROOT, SWITCHBACK, environment, printed_json, run_cli
 
 
@@ -36,9 +37,9 @@ def test_inspect_shows_the_map_that_the_artifact_holds(made):
 
 def test_inspect_shows_what_was_sampled_where_that_is_what_is_trained(made):
     recipe, registry, artifacts = made
-    rows = (registry / "artifacts" / artifacts["harvest"].id / "data" / "rows.jsonl").read_text().splitlines()
+    rows = tokens.read(registry / "artifacts" / artifacts["harvest"].id / "data")
     found = printed_json("inspect", recipe, "--stage", "distill", "--row", "1", "--registry", registry, "--json")
-    assert [token["id"] for token in found["tokens"]] == json.loads(rows[1])["ids"]
+    assert [token["id"] for token in found["tokens"]] == rows[1].ids
 
 
 def test_inspect_is_plain_when_piped_and_coloured_on_a_terminal(made):

@@ -1,66 +1,129 @@
-"""Selection: which rollouts of a row become data."""
+"""The rejection stage: its dataset, where each row comes from, its control, and what it refuses."""
 
 from __future__ import annotations
 
-import random
-from dataclasses import replace
-from itertools import combinations
+import json
+from collections import Counter
+from pathlib import Path
 
 import pytest
+from datasets import load_dataset
 
-from stages.problems.base import Judgement
-from stages.problems.scheduling import Scheduling
-from stages.rejection import Keep, select
-from stages.rollouts import Rollout
-
-PROBLEM = Scheduling("compact")
+from pipeline.registry import Registry
+from stages import tokens
+from tests.conftest import LEARNED, run_cli, stage
 
 
-def rollouts(*scores: float, ids: list[int] | None = None) -> list[Rollout]:
-    """One rollout a score, with ids of its own unless they are given."""
-    numbers = ids or list(range(len(scores)))
+def newest(registry: Registry, name: str):
+    return max((one for one in registry.artifacts() if one.stage == name), key=lambda one: one.created)
+
+
+def lines_of(registry: Registry, artifact) -> list[dict]:
     return [
-        Rollout(([1], "u"), ([number], "c"), str(number), Judgement(score, "valid", score == 1, True), finished=True)
-        for score, number in zip(scores, numbers, strict=True)
+        json.loads(line) for line in (registry.path(artifact, "rollouts") / "rollouts.jsonl").read_text().splitlines()
     ]
 
 
+@pytest.fixture(scope="module")
+def harvested(climbed, tmp_path_factory) -> tuple[Path, Registry]:
+    """The tiny climb once more, from its rl1, with a control and a policy distilled on that."""
+    import copy
+    import shutil
+
+    import yaml
+
+    directory = tmp_path_factory.mktemp("harvested")
+    shutil.copytree(climbed[1], directory / "registry")
+    settings = copy.deepcopy(LEARNED)
+    stage(settings, "harvest").update(control="random", keep={"min_score": 0.3, "per_prompt": 2, "dedup": "normalised"})
+    distill = {**stage(settings, "distill"), "name": "distill-control", "data": "harvest:control"}
+    settings["stages"] = [*settings["stages"][:3], distill]
+    (directory / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    done = run_cli("run", directory / "recipe.yaml", "--registry", directory / "registry", "--no-prefect")
+    assert done.returncode == 0, done.stderr
+    return directory / "recipe.yaml", Registry(directory / "registry")
+
+
+def test_the_dataset_is_read_by_datasets_and_says_where_each_row_comes_from(harvested, tmp_path):
+    _, registry = harvested
+    artifact, policy = newest(registry, "harvest"), newest(registry, "rl1")
+    place = registry.path(artifact, "data")
+    rows = load_dataset(str(place), split="train", cache_dir=str(tmp_path))
+    said = {(line["row"], line["sample"]): line for line in lines_of(registry, artifact) if line["kept"]}
+    assert len(rows) == len(said) == artifact.metrics["kept"] > 0
+    for row in rows:
+        line = said[row["row"], row["sample"]]
+        assert row["ids"][row["roles"].index("p") :] == line["ids"] and len(row["ids"]) == len(row["roles"])
+        assert (row["text"], row["score"], row["outcome"]) == (line["text"], line["score"], line["outcome"])
+        assert {name: row[f"reward_{name}"] for name in line["rewards"]} == line["rewards"]
+        weights = {"format": 0.1, "sorted": 0.2, "score": 0.7}
+        assert row["reward"] == pytest.approx(sum(weights[name] * line["rewards"][name] for name in weights))
+        told = (row["policy"], row["prefix"], row["temperature"], row["seed"], row["step"])
+        assert told == (policy.id, "<think>\n", 1.0, 0, None)
+        assert row["rule"] in ("best 1 of 1", "best 1 of 2", "best 2 of 2") and row["rule"][5] == str(row["rank"])
+
+
+def test_the_funnel_on_the_card_and_in_the_metrics_is_that_of_the_rollouts(harvested):
+    _, registry = harvested
+    artifact = newest(registry, "harvest")
+    lines = lines_of(registry, artifact)
+    funnel = tokens.read_card(registry.path(artifact, "data"))["funnel"]
+    dropped = Counter(line["dropped_by"] for line in lines)
+    left = len(lines)
+    assert funnel["sampled"] == left
+    for rule in (
+        "judged",
+        "pass_rate",
+        "finished",
+        "min_score",
+        "min_reward",
+        "max_length",
+        "dedup",
+        "max_similarity",
+        "per_prompt",
+    ):
+        left -= dropped[rule]
+        assert funnel[rule] == left == artifact.metrics[f"funnel/{rule}"]
+    assert funnel["kept"] == left == sum(line["kept"] for line in lines)
+    assert f"| min_score | {funnel['min_score']} |" in (registry.path(artifact, "data") / "README.md").read_text()
+
+
+def test_the_control_has_as_many_rollouts_of_each_row_whatever_they_scored(harvested):
+    _, registry = harvested
+    artifact = newest(registry, "harvest")
+    kept, drawn = (tokens.read(registry.path(artifact, output)) for output in ("data", "control"))
+    assert Counter(row.row for row in kept) == Counter(row.row for row in drawn)
+    lines = {(line["row"], line["sample"]): line for line in lines_of(registry, artifact)}
+    mine = [lines[row.row, row.provenance["sample"]] for row in drawn]
+    assert all(line["finished"] for line in mine) and len({(line["row"], line["sample"]) for line in mine}) == len(mine)
+    assert {row.provenance["rule"] for row in drawn} == {"random"}
+    assert sum(line["score"] for line in mine) < sum(row.provenance["score"] for row in kept)
+    assert tokens.read_card(registry.path(artifact, "control"))["control"] == "random"
+
+
+def test_a_stage_trains_on_the_control_by_its_name(harvested):
+    _, registry = harvested
+    harvest, trained = newest(registry, "harvest"), newest(registry, "distill-control")
+    assert (trained.inputs["data"].id, trained.inputs["data"].output) == (harvest.id, "control")
+    assert trained.metrics["rows"] == harvest.metrics["kept"]
+
+
 @pytest.mark.parametrize(
-    ("keep", "scores", "ids", "kept"),
+    ("change", "said"),
     [
-        (Keep(min_score=0.5, per_prompt=8), (0.4, 0.5, 1.0, 0.6), None, [1, 2, 3]),
-        (Keep(min_score=0.5, per_prompt=2), (0.6, 0.5, 1.0, 0.6), None, [0, 2]),
-        (Keep(min_score=0.5, per_prompt=8), (1.0, 1.0, 1.0, 0.7), [5, 6, 5, 7], [0, 1, 3]),
-        (Keep(min_score=0.0, per_prompt=8), (0.0, 0.0), None, [0, 1]),
-        (Keep(min_score=1.0), (0.99, 0.98), None, []),
-        (Keep(min_score=0.5, pass_rate=(0.3, 0.7)), (1.0, 1.0, 1.0, 1.0), None, []),
-        (Keep(min_score=0.5, pass_rate=(0.3, 0.7)), (1.0, 0.0, 0.0, 0.0), None, []),
-        (Keep(min_score=0.5, pass_rate=(0.25, 0.25)), (1.0, 0.0, 0.0, 0.0), None, [0]),
+        ({"distill": {"data": "harvest:control"}}, "stages.distill.data: there is no harvest:control; a rejection stage with control: random makes one"),
+        ({"distill": {"data": "harvest:rollouts"}}, "stages.distill.data: found harvest:rollouts, but a stage trains on harvest or harvest:control"),
+        ({"harvest": {"control": "best"}}, "stages.harvest.control: found 'best'"),
+        ({"harvest": {"source": "training", "policy": "warmup", "rows": "train[0:9]"}}, "its policy warmup is no grpo stage"),
+        ({"harvest": {"source": "both", "format": {"response_prefix": ""}}}, "dressed in its own Format; remove format"),
+        ({"harvest": {"training_steps": [1, 2]}}, "training_steps belongs to source: training or both"),
+        ({"harvest": {"source": "training", "training_steps": [3, 2]}}, "training_steps: found [3, 2]"),
+        ({"harvest": {"keep": {"pass_rate": [0.9, 0.1]}}}, "pass_rate: found [0.9, 0.1]"),
+        ({"harvest": {"keep": {"dedup": "semantic"}}}, "stages.harvest.keep.dedup: found 'semantic'"),
     ],
-)
-def test_by_score_once_each_best_first_up_to_the_cap_within_the_band(keep, scores, ids, kept):
-    assert select(rollouts(*scores, ids=ids), keep, PROBLEM) == kept
-
-
-def test_a_completion_that_was_cut_is_never_kept():
-    """It would teach not to stop."""
-    whole, cut = rollouts(1.0, 1.0)
-    assert select([replace(cut, finished=False), whole], Keep(), PROBLEM) == [1]
-
-
-def test_no_other_choice_of_distinct_rollouts_has_a_higher_total_score():
-    rng = random.Random(0)
-    for _ in range(300):
-        scores = [rng.choice([0.0, 0.3, 0.6, 1.0]) for _ in range(6)]
-        ids = [rng.randint(0, 3) for _ in scores]
-        by_id = {number: rng.choice([0.0, 0.3, 0.6, 1.0]) for number in range(4)}  # equal ids score the same
-        group = rollouts(*[by_id[number] for number in ids], ids=ids)
-        keep = Keep(min_score=0.3, per_prompt=rng.randint(1, 3))
-        kept = select(group, keep, PROBLEM)
-        good = [i for i, rollout in enumerate(group) if rollout.judgement.score >= 0.3]
-        choices = (
-            c for n in range(keep.per_prompt + 1) for c in combinations(good, n) if len({ids[i] for i in c}) == len(c)
-        )
-        best = max(sum(group[i].judgement.score for i in choice) for choice in choices)
-        assert sum(group[i].judgement.score for i in kept) == pytest.approx(best)
-        assert len({ids[i] for i in kept}) == len(kept) <= keep.per_prompt
+)  # fmt: skip
+def test_what_cannot_be_harvested_is_one_line(change, said, settings, write):
+    for name, fields in change.items():
+        stage(settings, name).update(fields)
+    done = run_cli("check", write(settings))
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr

@@ -1,6 +1,6 @@
 """The command line. One file per noun; each parses, calls, prints, exits. Imported by nobody.
 
-Exit codes: 0 done, 1 a stage failed, 2 bad input, 3 stopped by a gate, 130/143 signals. What went wrong is one line on stderr, never a traceback.
+Exit codes: 0 done, 1 a stage failed, 2 bad input, 3 stopped by a gate or an audit, 130/143 signals. What went wrong is one line on stderr, never a traceback.
 """
 
 from __future__ import annotations
@@ -12,10 +12,23 @@ import sys
 
 import typer
 
-from pipeline.cli import aliases, artifacts, cleaning, diff, export, lineage, questions, recipes, run, runs, score
+from pipeline.cli import (
+    aliases,
+    artifacts,
+    audit,
+    cleaning,
+    diff,
+    export,
+    lineage,
+    questions,
+    recipes,
+    run,
+    runs,
+    score,
+)
 from pipeline.cli.common import Terminated
 from pipeline.launch import StageFailed
-from pipeline.promote import Refused
+from pipeline.refused import Refused
 from stages.job import BadInput
 
 DEBUG = "SWITCHBACK_DEBUG"
@@ -33,7 +46,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for noun in (recipes, questions, score, run, runs, artifacts, lineage, diff, export, aliases, cleaning):
+for noun in (recipes, questions, audit, score, run, runs, artifacts, lineage, diff, export, aliases, cleaning):
     noun.add_to(app)
 
 

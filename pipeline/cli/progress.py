@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
-from pipeline.cli.tables import console
+from pipeline.cli.tables import SEVERITY_STYLE, console
 from pipeline.registry import Artifact
 from pipeline.steps import Step
 from stages.job import Finding
@@ -47,10 +47,12 @@ class Progress:
 
     def found(self, finding: Finding) -> None:
         """A preflight has something to say."""
-        style = "yellow" if finding.severity == "warn" else "dim"
         override = f" (--set {finding.override})" if finding.override else ""
         self._console.print(
-            Text(f"{finding.stage:<{self._width}} {finding.severity}: {finding.advice}{override}", style)
+            Text(
+                f"{finding.stage:<{self._width}} {finding.severity}: {finding.advice}{override}",
+                SEVERITY_STYLE[finding.severity],
+            )
         )
 
     def reused(self, step: Step, artifact: Artifact) -> None:

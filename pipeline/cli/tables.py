@@ -19,6 +19,7 @@ from pipeline.registry.runs import Run
 from pipeline.summary import RunSummary, StageSummary
 
 ACTION_STYLE = {"reuse": "green", "run": "yellow", "skip": "dim"}
+SEVERITY_STYLE = {"stop": "bold red", "warn": "yellow", "note": "dim"}
 
 
 class _Console(Console):

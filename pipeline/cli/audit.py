@@ -1,0 +1,136 @@
+"""audit: what a recipe's rewards pay for, beside what the task means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from pipeline import ask, checks
+from pipeline import plan as planning
+from pipeline.cli.common import JsonOption, RecipeArgument, RegistryOption, SetOption, open_registry, print_json
+from pipeline.cli.tables import SEVERITY_STYLE, console, show, table
+from pipeline.launch import Launcher
+from pipeline.plan import Planned
+from pipeline.recipe import load, nearest
+from pipeline.refused import refuse
+from stages.audit import Report
+from stages.audit_rules import Line
+from stages.job import BadInput, Finding
+
+RowsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--rows",
+        metavar="FILE",
+        help="Rows to play, one a line as JSON, as the problem has them. Default: the first 100 of the stage's rows.",
+        show_default=False,
+    ),
+]
+Stage = Annotated[
+    str | None,
+    typer.Option("--stage", metavar="STAGE", help="A grpo stage. Default: the recipe's first one.", show_default=False),
+]
+BAR = 10
+"""Characters of a bar that stands for 100."""
+EIGHTHS = " ▏▎▍▌▋▊▉█"
+RANGES = {
+    "seen": "the least and the greatest reward that any of these answers earned",
+    "possible": "what components that reach 0 and 1 could earn; no best answer is known",
+}
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command()(audit)
+
+
+def audit(
+    recipe: RecipeArgument,
+    rows: RowsFile = None,
+    stage: Stage = None,
+    overrides: SetOption = None,
+    registry: RegistryOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Play answers whose worth is known, and show what they earn beside what they score. Ends with 3 where the best answer is not the best paid."""
+    loaded = load(recipe, overrides or ())
+    checks.check(loaded)
+    checks.refuse_unbuilt(loaded)
+    if rows and not rows.is_file():
+        raise BadInput(f"--rows: {rows} is not there")
+    place = open_registry(registry, loaded)
+    one = _named(planning.plan(loaded, place), stage)
+    with Launcher(preload=False) as launcher:
+        report = ask.audit(one, rows, place, launcher, loaded.launch)
+    if json:
+        print_json(report.model_dump(mode="json"))
+    else:
+        _print(report, f"{rows}" if rows else f"{one.step.rows}")
+    refuse(report.findings)
+
+
+def _named(planned: list[Planned], stage: str | None) -> Planned:
+    """The step to look at. Raises BadInput where there is none."""
+    there = {one.step.name: one for one in planned if one.step.kind == "grpo"}
+    if not there:
+        raise BadInput("the recipe has no grpo stage, so nothing is trained by rewards; add one to audit them")
+    if stage is not None and stage not in there:
+        raise BadInput(f"--stage: no grpo stage is named {stage}{nearest(stage, list(there))}")
+    return there[stage or next(iter(there))]
+
+
+def _print(report: Report, source: str) -> None:
+    """The table, what its shares are shares of, and the findings."""
+    terminal = console()
+    show(_table(report, terminal))
+    print(
+        f"{report.stage}: {report.rows} rows of {source}; share and score are x 100. The share runs from {report.range.least:.4g} to"
+        f" {report.range.greatest:.4g}: {RANGES[report.range.source]}"
+    )
+    for finding in report.findings:
+        terminal.print(_said(finding), soft_wrap=True)
+    if not report.findings:
+        print("nothing to say against these rewards")
+
+
+def _said(finding: Finding) -> Text:
+    override = f" (--set {finding.override})" if finding.override else ""
+    return Text(f"{finding.severity}: {finding.rule}: {finding.advice}{override}", SEVERITY_STYLE[finding.severity])
+
+
+def _table(report: Report, terminal: Console) -> Table:
+    """A line a baseline; on a terminal with a bar each for reward share and score."""
+    components = [f"{name} x {weight:g}" for name, weight in report.weights.items()]
+    numbers = ("reward", "share", "score", *components)
+    made = table("baseline", *numbers, "outcomes", right=numbers)
+    for line in report.baselines:
+        parts = [_number(line.rewards[name]) for name in report.weights]
+        made.add_row(
+            escape(line.name), _number(line.reward), _bar(line.share, "yellow", terminal),
+            _bar(line.score, "green", terminal), *parts, escape(_outcomes(line)),
+        )  # fmt: skip
+    return made
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _bar(share: float | None, style: str, terminal: Console) -> Text:
+    """A share x 100, and how far that goes."""
+    if share is None or not terminal.is_terminal:
+        return Text("-" if share is None else f"{100 * share:.1f}")
+    eighths = round(max(0.0, min(1.0, share)) * BAR * 8)
+    full, rest = ("#", "") if terminal.options.ascii_only else ("█", EIGHTHS[eighths % 8].strip())
+    return Text.assemble(f"{100 * share:.1f} ", (f"{full * (eighths // 8) + rest:<{BAR}}", style))
+
+
+def _outcomes(line: Line) -> str:
+    counts = sorted({**line.outcomes, **line.failures}.items(), key=lambda pair: -pair[1])
+    return ", ".join(f"{name} {count}" for name, count in counts)

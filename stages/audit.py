@@ -1,0 +1,106 @@
+"""The audit of a reward: what it pays for answers whose worth is known, before anything is trained by it.
+
+rows + the problem's baselines (`stages.baselines`) -> rewards and score of each, side by side -> `audit.json` and findings (`stages.audit_rules`).
+Needs no model, no tokenizer and no torch. The same rows, seed and problem give the same report.
+
+A reward has no scale of its own, so it is told as a *share*: 0 is the least reward that any of the answers earned and 1 the greatest. Where the problem has
+no gold, the greatest that was seen may be far from the best; there the range is what would be possible with components that reach 0 and 1 at least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from stages import baselines, problems
+from stages.audit_rules import Audited, Line, exploits, findings
+from stages.audit_table import Range, Table, play
+from stages.baselines import GOLD, Baseline
+from stages.config import Config, Frozen, identity
+from stages.job import Finding, Job, Result, RowRange
+from stages.problems import files
+from stages.problems.base import Problem
+
+FILE = "audit.json"
+KEPT = 0.02
+"""Score and reward share that gold may lose by a change that mends something; with touching events as overlaps, an optimal schedule earns .993."""
+Others = Iterable[tuple[str, Problem]]
+"""(a `--set`, the problem with it)"""
+
+
+class AuditConfig(Config):
+    """What to look at, beside the job's own problem, rows and Format."""
+
+    rows: int = identity(100, ge=1)
+    """The first so many of the job's rows. Rows from a file (the input `rows`) are all played."""
+
+
+class Report(Frozen):
+    """The answer, as `switchback audit --json` prints it."""
+
+    stage: str
+    rows: int
+    weights: dict[str, float]
+    """Component -> its weight."""
+    range: Range
+    baselines: tuple[Line, ...]
+    """In the order of what they earn, gold first."""
+    findings: tuple[Finding, ...]
+
+
+def run(job: Job) -> Result:
+    """Write `audit.json` to `job.out`. Raises BadInput for a file of rows that cannot be read."""
+    config = AuditConfig.model_validate(job.config)
+    assert job.problem is not None and job.rows is not None and job.format is not None, "the plan gives grpo all three"
+    problem = problems.load(job.problem)
+    file = job.inputs.get("rows")
+    rows = files.rows(problem, Path(file)) if file else problems.rows(problem, _first(job.rows, config.rows))
+    asked, astray = baselines.of_rows(problem, rows, job.format, job.seed)
+    report = audit(job.name, problem, asked, astray, with_one_change(job.problem))
+    Path(job.out, FILE).write_text(report.model_dump_json(indent=1))
+    return Result(outputs={"audit": FILE}, metrics={"answers": len(asked)}, findings=report.findings)
+
+
+def audit(stage: str, problem: Problem, asked: Sequence[Baseline], astray: int, others: Others = ()) -> Report:
+    """What the problem says to every baseline. `astray` is how many golds do not start with the response prefix; `others` are what the problem would be with
+    one setting changed."""
+    weights, table = dict(problem.reward_weights), play(problem, asked)
+    mended = _mended(table, asked, others)
+    found = findings(Audited(stage, weights, table.played, table.lines, astray, mended))
+    rows = len({one.row for one in asked})
+    return Report(
+        stage=stage, rows=rows, weights=weights, range=table.range, baselines=table.lines, findings=tuple(found)
+    )
+
+
+def with_one_change(settings: Mapping[str, Any]) -> Iterator[tuple[str, Problem]]:
+    """(a `--set`, the problem with it) for every other choice that a built-in problem's settings have. Nothing for other problems."""
+    if (name := settings.get("name")) is None:
+        return
+    for field, info in problems.PROBLEMS[name].settings.model_fields.items():
+        for choice in get_args(info.annotation) if get_origin(info.annotation) is Literal else ():
+            if choice != settings.get(field, info.default):
+                yield f"problem.{field}={choice}", problems.load({**settings, field: choice})
+
+
+def _mended(table: Table, asked: Sequence[Baseline], others: Others) -> dict[str, str]:
+    """Exploitable baseline -> the first change with which it is not, and gold is worth and paid as before."""
+    left = {line.name for line in table.lines if exploits(line)}
+    gold = next((line for line in table.lines if line.name == GOLD), None)
+    mended = dict[str, str]()
+    for change, problem in others if left else ():
+        lines = {line.name: line for line in play(problem, asked).lines}
+        if _worth_the_same(lines.get(GOLD), gold):
+            mended |= {name: change for name in left - mended.keys() if not exploits(lines[name])}
+    return mended
+
+
+def _worth_the_same(changed: Line | None, gold: Line | None) -> bool:
+    """Whether gold is still the best, as far as it was."""
+    pairs = [(changed.score, gold.score), (changed.share, gold.share)] if changed and gold else [(None, None)]
+    return all(a is not None and b is not None and abs(a - b) <= KEPT for a, b in pairs)
+
+
+def _first(rows: RowRange, most: int) -> RowRange:
+    return rows.model_copy(update={"stop": min(rows.stop, rows.start + most)})

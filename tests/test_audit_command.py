@@ -1,0 +1,173 @@
+"""`switchback audit`, and the audit that a run makes of itself: quick, light, seen before anything is trained."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import plan, recipe
+from pipeline.registry import Registry, runs
+from pipeline.run import job_of
+from stages import problems
+from stages.audit import with_one_change
+from stages.job import Execution
+from tests.conftest import ROOT, environment, printed_json, run_cli, stage
+from tests.test_questions import on_a_terminal
+
+IMPOSSIBLE = "A 1\n"
+"""A response prefix after which no answer has the right form, so that gold is worth nothing."""
+
+
+@pytest.fixture
+def only_rl(settings):
+    """The tiny climb without what comes before and after rl1."""
+    settings["stages"] = [{**stage(settings, "rl1"), "policy": "base"}]
+    return settings
+
+
+def line(report, name):
+    return next(line for line in report["baselines"] if line["name"] == name)
+
+
+def audit(*arguments):
+    return printed_json("audit", *arguments, "--json")
+
+
+def test_the_reference_reward_pays_for_everything_and_the_audit_says_what_mends_it(settings, write, tmp_path):
+    recipe = write({**settings, "problem": {"name": "scheduling", "form": "text"}})
+    report = audit(recipe, "--registry", tmp_path / "r")
+    gold, everything = report["baselines"][0], line(report, "everything")
+    assert (gold["name"], gold["reward"], gold["score"]) == ("gold", pytest.approx(1), pytest.approx(1))
+    assert everything["share"] - everything["score"] > 0.4 and everything["outcomes"]["overlap"] > 10
+    (flag,) = (one for one in report["findings"] if "everything earns" in one["advice"])
+    assert (flag["rule"], flag["severity"], flag["stage"], flag["override"]) == (
+        "exploitable",
+        "warn",
+        "rl1",
+        "problem.overlap=zero",
+    )
+    mended = audit(recipe, "--set", flag["override"], "--registry", tmp_path / "r")
+    assert not [one for one in mended["findings"] if "everything earns" in one["advice"]]
+    assert line(mended, "everything")["score"] == everything["score"]
+
+
+def test_the_same_question_has_the_same_answer_and_each_stage_its_own_rows(settings, write, tmp_path):
+    recipe, registry = write(settings), tmp_path / "r"
+    first, again, rl2 = (audit(recipe, "--registry", registry, *more) for more in ([], [], ["--stage", "rl2"]))
+    assert first == again != rl2 and (first["stage"], rl2["stage"]) == ("rl1", "rl2")
+    assert not list(registry.glob("artifacts/*"))
+
+
+def test_rows_may_come_from_a_file(settings, write, tmp_path):
+    problem = {"name": "arithmetic"}
+    recipe = write({**settings, "problem": problem, "format": {"prompt": "plain"}})
+    rows = tmp_path / "rows.jsonl"
+    known = [problems_row(problem, i) for i in range(3)]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in known))
+    report = audit(recipe, "--rows", rows, "--registry", tmp_path / "r")
+    assert report["rows"] == 3 and line(report, "gold")["score"] == 1.0
+
+
+def problems_row(problem, i):
+    (row,) = problems.load(problem).rows("train", i, i + 1, 0)
+    return dict(row.columns())
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "is empty"),
+        (b"\xff\xfe", "cannot be read as text"),
+        (b'{"a": ', "line 1: found no JSON"),
+        (b"[1]\n", "line 1: found [1], expected an object"),
+        (b"{}\n", "line 1: "),
+    ],
+)
+def test_rows_that_cannot_be_read_are_bad_input(content, says, settings, write, tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    done = run_cli("audit", write(settings), "--rows", tmp_path / "rows.jsonl", "--registry", tmp_path / "r")
+    assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_what_is_no_grpo_stage_has_no_rewards_to_audit(settings, write, tmp_path):
+    for arguments, says in (
+        (["--stage", "warmup"], "no grpo stage is named warmup"),
+        (["--stage", "rl3"], "did you mean rl"),
+        (["--rows", tmp_path / "nowhere.jsonl"], "nowhere.jsonl is not there"),
+    ):
+        done = run_cli("audit", write(settings), *arguments, "--registry", tmp_path / "r")
+        assert done.returncode == 2 and says in done.stderr
+    settings["stages"] = settings["stages"][:1]
+    assert "no grpo stage" in run_cli("audit", write(settings), "--registry", tmp_path / "r").stderr
+
+
+def test_bars_are_drawn_on_a_terminal_and_numbers_when_piped(settings, write, tmp_path):
+    arguments = ["audit", str(write(settings)), "--registry", str(tmp_path / "r")]
+    piped = run_cli(*arguments).stdout
+    assert "█" not in piped and "\x1b" not in piped and "warn: exploitable: unsorted earns" in piped
+    shown = on_a_terminal(arguments, {"TERM": "xterm-256color", "COLUMNS": "160"})
+    (gold,) = (line for line in shown.splitlines() if line.startswith("gold"))
+    assert gold.count("█" * 9) == 2
+
+
+def test_an_audit_does_not_import_torch(settings, write, tmp_path):
+    planned = plan.plan(recipe.load(write(settings)), Registry(tmp_path / "r"))
+    one = next(one for one in planned if one.step.name == "rl1")
+    job = job_of(one.step.model_copy(update={"inputs": {}}), {}, Registry(tmp_path / "r"), Execution())
+    job = job.model_copy(
+        update={"kind": "audit", "config": {}, "work": str(tmp_path / "w"), "out": str(tmp_path / "w" / "out")}
+    )
+    code = "import sys\nfrom stages import worker\nprint(worker.main(sys.argv[1]), [m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(job.save())], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "0 []", done.stderr
+
+
+def test_every_choice_of_a_built_in_problem_is_tried():
+    tried = [change for change, _ in with_one_change({"name": "scheduling", "form": "compact"})]
+    assert {"problem.overlap=zero", "problem.overlap=reward", "problem.reward_overlap=touching"} < set(tried)
+    assert "problem.overlap=remove" not in tried and not list(with_one_change({"file": "mine.py"}))
+
+
+def test_a_run_ends_before_it_trains_where_gold_is_not_the_best(only_rl, write, tmp_path):
+    only_rl["format"] = {"prompt": "plain", "response_prefix": IMPOSSIBLE}
+    recipe, registry = write(only_rl), tmp_path / "r"
+    shown = run_cli("audit", recipe, "--registry", registry)
+    assert shown.returncode == 3 and "gold" in shown.stdout and "16 do not pass" in shown.stderr
+    done = run_cli("run", recipe, "--registry", registry, "--no-prefect")
+    assert done.returncode == 3 and done.stderr.startswith("switchback: rl1: of 16 gold answers, 16 do not pass")
+    assert "stages.rl1.audit=false" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not list(registry.glob("artifacts/*"))
+    (found, end) = [event for event in remembered(registry) if event["event"] in ("findings", "failed")]
+    first = found["findings"][0]
+    assert (first["rule"], first["severity"]) == ("gold", "stop")
+    assert "16 do not pass" in end["message"]
+
+
+def remembered(registry: Path):
+    """What happened in the only run."""
+    (run,) = runs.runs(Registry(registry))
+    return runs.events(Registry(registry), run.run)
+
+
+def test_stages_with_the_same_rewards_are_audited_once_and_a_warning_stops_nothing(only_rl, write, tmp_path):
+    only_rl["stages"].append({**stage(only_rl, "rl1"), "name": "rl2", "policy": "rl1", "rows": "train[528:544]"})
+    done = run_cli("run", write(only_rl), "--registry", tmp_path / "r", "--no-prefect")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("warn: overlapping earns") == 1 and "--set problem.overlap=zero" in done.stdout
+    (found,) = [event for event in remembered(tmp_path / "r") if event["event"] == "findings"]
+    assert {one["stage"] for one in found["findings"] if one["rule"] == "exploitable"} == {"rl1"}
+    again = run_cli("run", tmp_path / "recipe.yaml", "--registry", tmp_path / "r", "--no-prefect")
+    assert "overlapping earns" not in again.stdout, "nothing is going to be trained"
+
+
+def test_a_stage_that_says_so_is_not_audited(only_rl, write, tmp_path):
+    only_rl["format"] = {"prompt": "plain", "response_prefix": IMPOSSIBLE}
+    stage(only_rl, "rl1")["audit"] = False
+    done = run_cli("run", write(only_rl), "--registry", tmp_path / "r", "--no-prefect")
+    assert done.returncode == 0 and "gold" not in done.stdout, done.stderr
