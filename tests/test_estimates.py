@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from stages.estimates import bootstrap_interval, pass_at_k
+from stages.estimates import bootstrap_interval, grouped_interval, pass_at_k, wilson_interval
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 8])
@@ -31,3 +31,34 @@ def test_the_interval_is_as_wide_as_the_normal_one():
     low, high = bootstrap_interval(scores)
     assert high - low == pytest.approx(2 * 1.96 * scores.std() / 1000**0.5, rel=0.1)
     assert bootstrap_interval(scores) == (low, high)
+
+
+def test_the_interval_of_grouped_values_is_that_of_the_groups():
+    scores = np.random.default_rng(3).random(300)
+    alone = grouped_interval(list(scores), range(300))
+    assert alone == pytest.approx(bootstrap_interval(scores))
+    thrice = grouped_interval(list(np.repeat(scores, 3)), list(np.repeat(range(300), 3)))
+    assert thrice == pytest.approx(alone), "saying a thing three times makes it no surer"
+    uneven = grouped_interval([0.0, 1.0, 1.0, 1.0], ["a", "b", "b", "b"])
+    assert uneven == pytest.approx((0.0, 1.0)), "a group of three weighs three"
+
+
+def test_wilsons_interval_is_the_published_one_and_never_leaves_0_to_1():
+    """9, 48, 63 and 67 valid schedules of 100; 0 and all of 10 by hand: z^2 / (n + z^2)."""
+    found = [wilson_interval(n, 100) for n in (9, 48, 63, 67)]
+    assert found == [
+        pytest.approx(pair, abs=6e-4) for pair in ((0.048, 0.162), (0.385, 0.577), (0.532, 0.718), (0.573, 0.754))
+    ]
+    edge = 1.959964**2 / (10 + 1.959964**2)
+    assert wilson_interval(0, 10) == pytest.approx((0, edge)) and wilson_interval(10, 10) == pytest.approx(
+        (1 - edge, 1)
+    )
+
+
+def test_wilsons_interval_covers_the_truth_about_95_times_in_100():
+    rng = np.random.default_rng(4)
+    for share in (0.02, 0.3, 0.5):
+        hits = [
+            low <= share <= high for low, high in (wilson_interval(int(n), 100) for n in rng.binomial(100, share, 2000))
+        ]
+        assert 0.92 < np.mean(hits) < 0.99
