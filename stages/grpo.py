@@ -93,7 +93,7 @@ def run(job: Job) -> Result:
     from stages import lora, models, prefix, problems
     from stages.metrics import latest
     from stages.rewards import reward_functions
-    from stages.sampling import own_settings
+    from stages.sampling.settings import own_settings
     from stages.trl import resume
     from stages.trl.callbacks import listen
     from stages.trl.prefill import PrefillGRPOTrainer, prefilled
