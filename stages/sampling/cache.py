@@ -6,8 +6,10 @@ A full-attention layer of a DynamicCache after its prompt -> one with room for t
 from __future__ import annotations
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+
+from stages.job import BadInput
 
 ROOM = 64
 """Tokens that room is made for at a time."""
@@ -50,6 +52,17 @@ class InPlaceLayer(DynamicLayer):
         """As DynamicLayer's."""
         keys, values = self._held()
         self._hold(keys[indices], values[indices])
+
+
+def empty(model: PreTrainedModel, sampler: str) -> DynamicCache:
+    """A cache as the model's layers want it, full or with a sliding window. Raises BadInput for layers whose state is not keys and values of tokens."""
+    cache = DynamicCache(config=model.config)
+    if not all(hasattr(layer, "batch_select_indices") for layer in cache.layers):
+        raise BadInput(
+            f"sampler: {sampler} cannot take the state of {model.config.model_type} apart by sequence: it has recurrent layers; "
+            "set sampler to vllm, or use a model that has attention only"
+        )
+    return cache
 
 
 def in_place(cache: DynamicCache, longest: int) -> None:

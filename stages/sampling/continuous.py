@@ -15,6 +15,7 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
 from stages.sampling import Asked, Decoding, until_end
+from stages.sampling.cache import empty
 from stages.sampling.settings import own_settings
 
 PAGE = 256
@@ -42,8 +43,8 @@ class Continuous:
         return QUEUE * self.cache_tokens
 
     def complete(self, batch: Sequence[Asked], decoding: Decoding) -> list[list[int]]:
-        """See `Engine`. Raises RuntimeError when the engine leaves a sequence unanswered, which it itself only logs."""
-        self.model.eval()
+        """See `Engine`. Raises BadInput for a model with recurrent layers, and RuntimeError when a sequence is left unanswered, which transformers only logs."""
+        empty(self.model.eval(), self.name)
         how = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
         config = GenerationConfig(
             max_new_tokens=decoding.max_completion_length,

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from stages.job import BadInput
 from stages.sampling import Asked, Decoding
-from stages.sampling.cache import in_place
+from stages.sampling.cache import empty, in_place
 from stages.sampling.draws import Uniforms, draw
 
 LEAVE = 1 / 8
@@ -65,7 +64,9 @@ class Transformers:
         """The batch after its prompts, each distinct one of which is read once."""
         distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(one.prompt) for one in batch))}
         ids, mask = _left_padded(list(distinct), self.pad, self.model.device)
-        state = State(_cache(self.model), torch.cat([mask, mask.new_ones(len(distinct), longest)], 1), ids.size(1))
+        state = State(
+            empty(self.model, self.name), torch.cat([mask, mask.new_ones(len(distinct), longest)], 1), ids.size(1)
+        )
         self._forward(state, ids, (mask.cumsum(1) - 1).clamp(min=0))
         state.keep([distinct[tuple(one.prompt)] for one in batch])
         in_place(state.cache, longest)
@@ -104,17 +105,6 @@ class State:
         index = torch.tensor(lines, device=self.mask.device)
         self.mask, self.logits = self.mask[index], self.logits[index]
         self.cache.batch_select_indices(index)
-
-
-def _cache(model: PreTrainedModel) -> DynamicCache:
-    """An empty cache, full or with a sliding window, as the model's layers want it."""
-    cache = DynamicCache(config=model.config)
-    if not all(hasattr(layer, "batch_select_indices") for layer in cache.layers):
-        raise BadInput(
-            f"sampler: transformers cannot take the state of {model.config.model_type} apart by sequence "
-            "(it has recurrent layers); set sampler to continuous or vllm"
-        )
-    return cache
 
 
 def _left_padded(prompts: list[tuple[int, ...]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
