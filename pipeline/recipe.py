@@ -18,7 +18,7 @@ from pipeline.registry.places import check
 from stages.config import Config, FormatSettings, FromList, Seconds, execution, identity, resolved
 from stages.evaluate import Evaluate, Validation
 from stages.grpo import GrpoConfig
-from stages.job import BadInput, Dtype, Execution, Lora
+from stages.job import BadInput, Dtype, Execution, Lora, Sampler
 from stages.problems import PROBLEMS, BuiltInSettings
 from stages.rejection import RejectionConfig
 from stages.sft import SftConfig
@@ -132,6 +132,8 @@ class Recipe(Config):
     """How every policy is evaluated on held-out rows, which only report."""
     validation: Validation = identity(Validation())
     """The same on validation rows, which decide."""
+    sampler: Sampler = identity("transformers")
+    """What generates where rollouts are kept or judged: rejection, evaluate, probe. grpo has TRL's generation."""
     stages: Annotated[tuple[StageSettings, ...], FromList] = identity(min_length=1)
     """The boxes, in order."""
     launch: Execution = execution(Execution())

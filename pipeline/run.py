@@ -228,6 +228,7 @@ def job_of(step: Step, made: Mapping[str, Artifact], registry: Registry, executi
         seed=step.seed,
         dtype=step.dtype,
         lora=step.lora,
+        sampler=step.sampler,
         execution=_execution(execution),
     )
 

@@ -18,14 +18,12 @@ from pipeline.registry.aliases import resolve
 from stages import STAGES
 from stages.config import Config, Frozen, identity_values
 from stages.evaluate import EvaluateConfig
-from stages.job import BadInput, Dtype, Format, Lora, RowRange, parse_rows
+from stages.job import BadInput, Dtype, Format, Lora, RowRange, Sampler, parse_rows
 from stages.problems import PROBLEMS
 from stages.rejection import RejectionConfig
 from stages.sft import SftConfig
 from stages.training import TrainingConfig
 
-SAMPLER = "transformers"
-"""What generates; part of the key, because another one gives other completions."""
 TRAINED = ("sft", "grpo")
 """Kinds that make a policy; what they train (lora) is part of their key."""
 EVALUATION_SEED = 0
@@ -61,6 +59,7 @@ class Step(Frozen):
     seed: int
     dtype: Dtype
     lora: Lora | None
+    sampler: Sampler
     deadline: float | None
     """Seconds; None for none."""
     identity: dict[str, Any]
@@ -115,7 +114,9 @@ def _step(recipe: Recipe, base: Base, base_format: Format, stage: Box, made: dic
     format = formats.of_stage(stage.name, stage.format, policy_format, data)
     rows = parse_rows(text, recipe.seed) if text else None
     problem = None if "data" in inputs else recipe.problem
-    payload = _payload(stage.kind, stage, inputs, base, format, problem, rows, recipe.seed, stage.replicate)
+    payload = _payload(
+        stage.kind, stage, inputs, base, format, problem, rows, recipe.sampler, recipe.seed, stage.replicate
+    )
     return Step(
         name=stage.name,
         kind=stage.kind,
@@ -127,6 +128,7 @@ def _step(recipe: Recipe, base: Base, base_format: Format, stage: Box, made: dic
         seed=recipe.seed + REPLICATE_STRIDE * stage.replicate,
         dtype=recipe.model.dtype,
         lora=recipe.model.lora if stage.kind in TRAINED else None,
+        sampler=recipe.sampler,
         deadline=stage.deadline or recipe.deadline,
         identity=payload,
         key=key_of(payload),
@@ -137,7 +139,9 @@ def _evaluation(recipe: Recipe, base: Base, format: Format, policy: InputRef, of
     """The evaluate step of a policy."""
     config = EvaluateConfig(**dict(recipe.evaluate), validation=recipe.validation)
     inputs = {"policy": policy}
-    payload = _payload("evaluate", config, inputs, base, format, recipe.problem, None, EVALUATION_SEED, 0)
+    payload = _payload(
+        "evaluate", config, inputs, base, format, recipe.problem, None, recipe.sampler, EVALUATION_SEED, 0
+    )
     return Step(
         name=f"{of}.evaluate",
         kind="evaluate",
@@ -149,6 +153,7 @@ def _evaluation(recipe: Recipe, base: Base, format: Format, policy: InputRef, of
         seed=EVALUATION_SEED,
         dtype=recipe.model.dtype,
         lora=None,
+        sampler=recipe.sampler,
         deadline=recipe.deadline,
         identity=payload,
         key=key_of(payload),
@@ -163,6 +168,7 @@ def _payload(
     format: Format,
     problem: ProblemSettings | None,
     rows: RowRange | None,
+    sampler: Sampler,
     seed: int,
     replicate: int,
 ) -> Payload:
@@ -176,7 +182,7 @@ def _payload(
         "problem": _problem_identity(problem) if problem else None,
         "rows": rows.model_dump() if rows else None,
         "format": formats.identity(format),
-        "sampler": None if kind == "sft" else SAMPLER,
+        "sampler": None if kind in TRAINED else sampler,
         "seed": seed,
         "replicate": replicate,
     }

@@ -103,7 +103,8 @@ def run(job: Job) -> Result:
 
     from stages import lora, models, prefix, problems, ranks, rollouts
     from stages.metrics import latest
-    from stages.sampling import own_settings, turn_ends
+    from stages.sampling import turn_ends
+    from stages.sampling.settings import own_settings
     from stages.trl import resume
     from stages.trl.callbacks import listen
     from stages.trl.prefill import prefilled
@@ -133,7 +134,7 @@ def run(job: Job) -> Result:
     )
     model = models.load_policy(path, job.dtype, adapters=job.lora)  # its path is where TRL loads the KL reference from
     prompts = [prefilled(prefix.messages(format, row), prefix.of_row(format, row)) for row in rows]
-    ends = frozenset(turn_ends(model, tokenizer))
+    ends = turn_ends(tokenizer, model.generation_config)
     log = Path(job.out, ROLLOUTS)
     trainer = RewardedGRPOTrainer(
         judging=Judging(problem, rows, weights, config.rewards, ends, log),

@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field
 from stages.config import Config, FromList, Frozen, Seconds, execution, identity
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Sampler = Literal["transformers", "continuous", "vllm"]
 Split = Literal["train", "validation", "held_out"]
 MANIFEST = "artifact.json"
 """A published artifact's own file, written last: its existence means the artifact is whole. A copy of a policy keeps it."""
@@ -39,6 +40,9 @@ class Execution(Config):
     """An accelerate config file (FSDP, DeepSpeed) that starts the processes, as `accelerate launch` takes it. Off: torchrun starts them."""
     grace: Seconds = execution(20.0, ge=0)
     """Seconds (or "1m") that a stage has, after Ctrl-C or SIGTERM, to save at its next optimiser step. 0 = it is killed at once."""
+    sampler_tokens: int = execution(2**17, ge=1)
+    """Tokens (prompt and longest completion) of the sequences that a process samples side by side: what keys and values in memory are for. With a 7B
+    model, 131072 are about 7.5 GB in bfloat16. Never less than one sequence."""
     micro_batch: int | None = execution(None, ge=1)
     """Rows (sft) or completions (grpo) of one forward pass in one process; the rest of the step's batch is accumulated. Off: the whole batch at once."""
 
@@ -131,6 +135,8 @@ class Job(Frozen):
     dtype: Dtype
     lora: Lora | None = None
     """The adapters that a stage trains; None: all weights."""
+    sampler: Sampler = "transformers"
+    """What generates where a stage samples rollouts to keep or to judge; grpo has TRL's generation."""
     execution: Execution
 
     def save(self) -> Path:

@@ -42,11 +42,14 @@ def run(job: Job) -> Result:
 def look_at(job: Job, policy_is_there: bool = True) -> list[Finding]:
     """Everything about one stage."""
     from stages import contract, lora, models, prefix
+    from stages.sampling import vllm_engine
 
     assert job.format is not None, "the plan gives every stage a Format"
     path = models.local_path(job.inputs["policy"], weights=False)
     tokenizer = models.load_tokenizer(path, job.format)
     models.pick_device(job.execution)
+    if job.sampler == "vllm":
+        vllm_engine.refuse_what_it_cannot(job.execution.processes)
     if job.kind in TRL_CONFIGS:
         refuse_unknown_settings(job.name, job.kind, job.config["trl"])
     if job.lora is not None:

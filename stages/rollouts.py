@@ -19,7 +19,7 @@ from stages.problems.base import Answer, Judgement, Problem, Row
 from stages.tokens import CARD, PREFIX
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 FILE = "rollouts.jsonl"
@@ -102,7 +102,7 @@ def read_card(directory: Path) -> dict[str, Any]:
 class Player:
     """A policy on its device, with what it needs to answer rows."""
 
-    model: PreTrainedModel
+    engine: sampling.Engine
     tokenizer: PreTrainedTokenizerBase
     format: Format
     problem: Problem
@@ -122,8 +122,8 @@ class Player:
         starts = [prefix.of_row(self.format, row) for row in rows]
         start_ids = [prefix.prefix_ids(self.tokenizer, start) for start in starts]
         given = [[*ids, *start] for (ids, _), start in zip(prompts, start_ids, strict=True)]
-        sampled = sampling.sample(self.model, self.tokenizer, given, decoding, self.seed, on_progress, self.chunks)
-        ends = sampling.turn_ends(self.model, self.tokenizer)
+        keys = [row.id for row in rows]
+        sampled = sampling.sample(self.engine, given, keys, decoding, self.seed, on_progress, self.chunks)
 
         answers = [
             Answer(row, prefix.completion_text(self.tokenizer, start, ids), ids)
@@ -135,7 +135,7 @@ class Player:
         def rollout(i: int) -> Rollout:
             answer, judgement = next(judgements)
             dressed = prefix.answer(start_ids[i], answer.ids)
-            return Rollout(prompts[i], dressed, answer.text, judgement, finished=answer.ids[-1] in ends)
+            return Rollout(prompts[i], dressed, answer.text, judgement, finished=answer.ids[-1] in self.engine.ends)
 
         return [[rollout(i) for _ in completions] for i, completions in enumerate(sampled)]
 
@@ -146,11 +146,13 @@ class Player:
 
 def player(job: Job) -> Player:
     """The policy, problem and Format that a job names, ready to play."""
+    from stages.sampling import backends
+
     assert job.format is not None and job.problem is not None, (
         "the plan gives a step that samples a problem and a Format"
     )
     path = models.local_path(job.inputs["policy"])
     tokenizer = models.load_tokenizer(path, job.format)
-    model = models.load_policy(path, job.dtype, models.pick_device(job.execution))
+    engine = backends.opened(job, path, tokenizer)
     chunks = Chunks(Path(job.work), job.inputs["policy"])
-    return Player(model, tokenizer, job.format, problems.load(job.problem), job.seed, chunks)
+    return Player(engine, tokenizer, job.format, problems.load(job.problem), job.seed, chunks)

@@ -85,7 +85,7 @@ def job_of(scenario: Scenario, place: Path) -> Job:
     if rows := scenario["config"].get("rows"):
         base["rows"] = parse_rows(rows, 0).model_dump()
     base["lora"] = scenario.get("lora")
-    base["execution"]["micro_batch"] = scenario.get("micro_batch")
+    base["execution"] |= {name: scenario[name] for name in ("micro_batch", "sampler_tokens") if name in scenario}
     job = Job.model_validate(base)
     job.save()
     return job

@@ -316,7 +316,7 @@ def test_a_tokenizer_that_parses_responses_does_not_take_the_prefix_away(policy,
 
 def test_adapters_are_sampled_with_the_same_settings_as_whole_policies(policy, tmp_path):
     """A model's own repetition penalty must not be in what is sampled, on a wrapped model either."""
-    from stages.sampling import own_settings
+    from stages.sampling.settings import own_settings
 
     texts = []
     for penalty in (1.0, 5.0):

@@ -28,13 +28,13 @@ EVERYTHING["launch"] |= {"processes": 1, "device": "auto", "micro_batch": 8}
 """A recipe in which every optional group is there, so that every field can be walked to."""
 
 OTHER: dict[str, Any] = {
-    "recipe.name": "other", "recipe.seed": 1, "recipe.registry": "elsewhere", "recipe.deadline": 7,
+    "recipe.name": "other", "recipe.seed": 1, "recipe.registry": "elsewhere", "recipe.deadline": 7, "recipe.sampler": "continuous",
     "model.path": None, "model.hub": None, "model.revision": None, "model.artifact": None, "model.dtype": "bfloat16",
     "lora.r": 4, "lora.alpha": 4.0, "lora.dropout": 0.5, "lora.targets": ["q_proj"], "lora.quantize": "nf4",
     "problem.name": None, "problem.form": "text", "problem.overlap": "zero", "problem.reward_overlap": "touching",
     "format.prompt": "scheduler", "format.response_prefix": "", "format.per_row": None, "format.chat_template": "configs/tiny-base/chat_template.jinja",
     "evaluate.rows": 9, "evaluate.samples": 3, "evaluate.temperature": 0.5, "evaluate.max_completion_length": 9, "validation.rows": 5,
-    "launch.processes": 2, "launch.threads": 2, "launch.device": "cpu", "launch.micro_batch": 4, "launch.accelerate": None, "launch.grace": 0.0,
+    "launch.processes": 2, "launch.threads": 2, "launch.device": "cpu", "launch.micro_batch": 4, "launch.sampler_tokens": 4096, "launch.accelerate": None, "launch.grace": 0.0,
     "track.wandb": "online", "work.mirror": "elsewhere",
     "stage.name": "renamed", "stage.policy": "base", "stage.replicate": 1, "stage.deadline": 5, "stage.gate": {"pass_rate": 0.1},
     "stage.kind": None, "stage.save_every": 7, "stage.keep_last": 1, "stage.data": "demonstrations", "stage.rows": "train[100:200]",

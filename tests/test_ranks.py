@@ -54,7 +54,8 @@ def test_the_climb_in_two_processes_with_adapters(settings, write, tmp_path):
     """sft, grpo and rejection: what each publishes is whole, and says how many made it."""
     settings["model"]["lora"] = {"r": 4, "alpha": 8.0}
     settings["launch"]["processes"] = 2
-    stage(settings, "harvest")["samples"] = 64  # two batches, so that both processes sample
+    stage(settings, "harvest")["samples"] = 64
+    settings["launch"]["sampler_tokens"] = 2**15  # several batches, so that both processes sample
     registry = tmp_path / "r"
     done = run_cli("run", write(settings), "--registry", registry, "--no-prefect", "--until", "harvest")
     assert done.returncode == 0, done.stderr
@@ -82,11 +83,11 @@ def test_the_climb_in_two_processes_with_adapters(settings, write, tmp_path):
 
 
 def test_rollouts_do_not_depend_on_how_many_processes_sample(settings, write, tmp_path):
-    """Every batch has a seed of its own, and the first or the second process samples it the same."""
+    """Every sequence has a seed of its own, and the first or the second process samples it the same, beside whichever others."""
     settings["stages"] = [{**stage(settings, "harvest"), "policy": "base", "rows": "train[0:24]", "samples": 64}]
     rollouts = []
     for processes in (1, 2):
-        settings["launch"]["processes"] = processes
+        settings["launch"] |= {"processes": processes, "sampler_tokens": 2**14 * processes}
         registry = Registry(tmp_path / str(processes))
         done = run_cli("run", write(settings), "--registry", registry.store.root, "--no-prefect")
         assert done.returncode == 0, done.stderr

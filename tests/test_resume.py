@@ -49,7 +49,7 @@ SCENARIOS = {
     "grpo-iterations": {"stage": "rl1", "config": {**GRPO, "kl": {"beta": 0.05}, "trl": {"num_iterations": 2}, "steps": 13, "save_every": 11},
                         "micro_batch": 4, "kill": PUBLISHING},
     "grpo-lora": {"stage": "rl1", "config": {**GRPO, "kl": {"beta": 0.05}}, "lora": LORA},
-    "rejection": {"stage": "harvest", "config": {"samples": 128}, "kill": CHUNK},
+    "rejection": {"stage": "harvest", "config": {"samples": 128}, "kill": CHUNK, "sampler_tokens": 2**15},
 }  # fmt: skip
 """What is killed in the middle; 16 rows of rl1 are 4 steps an epoch, so that those stages are in their second epoch by then."""
 
