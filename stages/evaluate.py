@@ -49,7 +49,7 @@ class EvaluateConfig(Evaluate):
 
 def run(job: Job) -> Result:
     """Write `<split>.json` (an Evaluation) and `<split>.jsonl` (a line a row) for both splits."""
-    from stages import ranks, rollouts
+    from stages import failures, ranks, rollouts
     from stages.metrics import MetricsLog
 
     config, out, log = EvaluateConfig.model_validate(job.config), Path(job.out), MetricsLog(Path(job.out))
@@ -67,7 +67,8 @@ def run(job: Job) -> Result:
         _write_rows(out / evaluation.per_row, rows, greedy, sampled)
         metrics |= {f"{split}/mean": evaluation.mean, f"{split}/greedy": evaluation.greedy}
     outputs = {split: f"{split}.json" for split in counts}
-    return Result(outputs=outputs, metrics=metrics, format=player.seen_format())
+    found = failures.found(job.name, player.problem)
+    return Result(outputs=outputs, metrics=metrics, findings=found, format=player.seen_format())
 
 
 def _play(

@@ -12,6 +12,7 @@ from stages.config import Config, identity
 from stages.job import RowRange
 from stages.problems.base import Problem, Row
 from stages.problems.scheduling import FORMS, Scheduling
+from stages.problems.settings import DatasetProblem, FileProblem
 
 
 class SchedulingSettings(Config):
@@ -36,7 +37,15 @@ PROBLEMS: dict[str, BuiltIn] = {
 
 
 def load(settings: dict[str, Any]) -> Problem:
-    """The problem that a recipe's `problem` names."""
+    """The problem that a recipe's `problem` names. Nothing of a user's own runs yet."""
+    if "file" in settings:
+        from stages.problems.own_file import OwnFile
+
+        return OwnFile(FileProblem.model_validate(settings))
+    if "dataset" in settings:
+        from stages.problems.dataset import Dataset
+
+        return Dataset(DatasetProblem.model_validate(settings))
     built_in = PROBLEMS[settings["name"]]
     return built_in.make(built_in.settings.model_validate(settings))
 
@@ -46,4 +55,4 @@ def rows(problem: Problem, range: RowRange) -> list[Row]:
     return problem.rows(range.split, range.start, range.stop, range.seed)
 
 
-__all__ = ["FORMS", "PROBLEMS", "BuiltIn", "SchedulingSettings", "load", "rows"]
+__all__ = ["FORMS", "PROBLEMS", "BuiltIn", "DatasetProblem", "FileProblem", "SchedulingSettings", "load", "rows"]
