@@ -90,7 +90,7 @@ def run(job: Job) -> Result:
     from transformers import set_seed
     from trl.trainer.grpo_config import GRPOConfig
 
-    from stages import lora, models, prefix, problems
+    from stages import failures, lora, models, prefix, problems
     from stages.metrics import latest
     from stages.rewards import reward_functions
     from stages.sampling import own_settings
@@ -134,7 +134,7 @@ def run(job: Job) -> Result:
     listen(trainer, job)
     with own_settings(model):
         resume.train(trainer, job, config, checkpoint, config.steps)
-    findings = models.publish(trainer, tokenizer, job)
+    findings = (*models.publish(trainer, tokenizer, job), *failures.found(job.name, problem))
     metrics = {"steps": config.steps, "rows": len(rows), **latest(Path(job.out), LOGGED)}
     return Result(
         outputs={"policy": "."}, metrics=metrics, findings=findings, format=prefix.seen_format(format, tokenizer)

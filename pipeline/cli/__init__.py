@@ -12,7 +12,7 @@ import sys
 
 import typer
 
-from pipeline.cli import aliases, artifacts, cleaning, diff, export, lineage, questions, recipes, run, runs
+from pipeline.cli import aliases, artifacts, cleaning, diff, export, init, lineage, questions, recipes, run, runs
 from pipeline.cli.common import Terminated
 from pipeline.launch import StageFailed
 from pipeline.promote import Refused
@@ -33,7 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for noun in (recipes, questions, run, runs, artifacts, lineage, diff, export, aliases, cleaning):
+for noun in (init, recipes, questions, run, runs, artifacts, lineage, diff, export, aliases, cleaning):
     noun.add_to(app)
 
 
