@@ -247,7 +247,9 @@ class _Worker:
         return found, False
 
     def sweep(self) -> None:
-        """Kill what is below it and was not when it had imported the user's code."""
+        """Kill what is below it and was not when it had imported the user's code; one that is still importing answered no call yet."""
+        if LOAD in self.asked:
+            return
         for pid in descendants(self.process.pid) - self.kept:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
