@@ -10,8 +10,7 @@ from stages.job import Finding
 def found(stage: str, problem: Any) -> tuple[Finding, ...]:
     """A Finding with a count per failure; none for a problem that is our own, or that judged everything."""
     guard = getattr(problem, "guard", None)
-    counts = guard.counts() if guard else {}
-    if not counts:
+    if guard is None or not (counts := guard.counts()):
         return ()
     return (
         Finding(
