@@ -91,7 +91,7 @@ def own(tmp_path: Path, code: str = OWN, **settings: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def problem(tmp_path_factory):
-    made = own(tmp_path_factory.mktemp("own"), time_limit=1.5)
+    made = own(tmp_path_factory.mktemp("own"), time_limit=4.0)
     yield made
     made.guard.close()
 
