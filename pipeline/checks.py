@@ -56,8 +56,6 @@ def refuse_unbuilt(recipe: Recipe) -> None:
 
 
 UNBUILT: dict[str, Callable[[Recipe], bool]] = {
-    "problem.file": lambda recipe: isinstance(recipe.problem, FileProblem),
-    "problem.dataset": lambda recipe: isinstance(recipe.problem, DatasetProblem),
     "track.wandb": lambda recipe: recipe.track.wandb is not None,
 }
 """What parses and plans, and whether a recipe asks for it."""
@@ -192,9 +190,25 @@ def _files(recipe: Recipe) -> None:
             _is_file(f"stages.{stage.name}.mix.data", stage.mix.data)
     if isinstance(recipe.problem, FileProblem):
         _is_file("problem.file", recipe.problem.file)
+    if isinstance(recipe.problem, DatasetProblem):
+        _dataset(recipe, recipe.problem)
     if recipe.launch.accelerate:
         _is_file("launch.accelerate", recipe.launch.accelerate)
         _processes_agree(recipe.launch.processes, Path(recipe.launch.accelerate))
+
+
+def _dataset(recipe: Recipe, problem: DatasetProblem) -> None:
+    """Its files are there, and nothing asks it for what it does not have."""
+    if problem.is_file:
+        _is_file("problem.dataset", problem.dataset)
+    for reward in problem.components:
+        if reward.file:
+            _is_file(f"problem.rewards: {reward.name}", reward.file)
+    for stage in recipe.stages:
+        if isinstance(stage, SftConfig) and stage.data == DEMONSTRATIONS:
+            raise BadInput(
+                f"stages.{stage.name}.data: a dataset problem has no demonstrations; give the stage a {ROWS} file of conversations, or what a rejection stage keeps"
+            )
 
 
 def _formats(recipe: Recipe) -> Iterator[tuple[str, FormatSettings]]:

@@ -19,7 +19,7 @@ from stages.config import Config, FormatSettings, FromList, Seconds, execution, 
 from stages.evaluate import Evaluate, Validation
 from stages.grpo import GrpoConfig
 from stages.job import BadInput, Dtype, Execution, Lora, Sampler
-from stages.problems import PROBLEMS, BuiltInSettings
+from stages.problems import PROBLEMS, BuiltInSettings, DatasetProblem, FileProblem
 from stages.rejection import RejectionConfig
 from stages.sft import SftConfig
 
@@ -48,24 +48,6 @@ class Model(Config):
         if self.revision and not self.hub:
             raise ValueError("revision belongs to hub; remove it")
         return self
-
-
-class FileProblem(Config):
-    """A problem of one's own, in one Python file."""
-
-    file: str = resolved()
-    """Path of the file; identified by its bytes."""
-
-
-class DatasetProblem(Config):
-    """Rows from a dataset, rewards by name."""
-
-    dataset: str = resolved()
-    """Hub id as written, or path of a jsonl file, identified by its bytes."""
-    rewards: Annotated[tuple[str, ...], FromList] = identity(min_length=1)
-    """Names of reward functions, or file.py:function."""
-    answer: str | None = identity(None)
-    """Column with the reference answer. Off: none."""
 
 
 def _which_problem(value: Any) -> str | None:

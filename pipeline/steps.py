@@ -20,6 +20,7 @@ from stages.config import Config, Frozen, identity_values
 from stages.evaluate import EvaluateConfig
 from stages.job import BadInput, Dtype, Format, Lora, RowRange, Sampler, parse_rows
 from stages.problems import PROBLEMS
+from stages.problems.settings import ALIASES, RewardSettings
 from stages.rejection import RejectionConfig
 from stages.sft import SftConfig
 from stages.training import TrainingConfig
@@ -219,21 +220,19 @@ def base_of(recipe: Recipe, registry: Registry) -> Base:
 def _problem_identity(problem: ProblemSettings) -> Payload:
     """A built-in problem by name, version and settings; user code and local data by the digest of their bytes."""
     if isinstance(problem, FileProblem):
-        return {"file": digest_file(Path(problem.file))}
+        return {"file": digest_file(Path(problem.file)), **identity_values(problem)}
     if isinstance(problem, DatasetProblem):
-        rewards = [_reward_identity(reward) for reward in problem.rewards]
-        path = Path(problem.dataset)
-        return {
-            "dataset": digest_file(path) if path.is_file() else problem.dataset,
-            **identity_values(problem),
-            "rewards": rewards,
-        }
+        rewards = [{**identity_values(reward), "name": _reward_identity(reward)} for reward in problem.components]
+        dataset = digest_file(Path(problem.dataset)) if problem.is_file else problem.dataset
+        return {"dataset": dataset, **identity_values(problem), "rewards": rewards}
     return {"version": PROBLEMS[problem.name].version, **identity_values(problem)}
 
 
-def _reward_identity(reward: str) -> str:
-    file, colon, function = reward.rpartition(":")
-    return f"{digest_file(Path(file))}:{function}" if colon and Path(file).is_file() else reward
+def _reward_identity(reward: RewardSettings) -> str:
+    """TRL's own by the name they have there; a user's by the bytes of its file."""
+    if reward.file:
+        return f"{digest_file(Path(reward.file))}:{reward.component}"
+    return ALIASES.get(reward.name, reward.name)
 
 
 def _file(path: str) -> InputRef:

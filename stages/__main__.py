@@ -1,5 +1,6 @@
 """The worker: `python -m stages job.json` runs one job here; `--rank job.json` is one process of a job that
-torchrun or accelerate started; `--serve PID` forks one process a job, on orders from stdin, and `--serve-bare` does so without importing TRL first."""
+torchrun or accelerate started; `--serve PID` forks one process a job, on orders from stdin, and `--serve-bare` does so without importing TRL first;
+`--guarded` runs a user's code for a stage (`stages.guard`)."""
 
 from __future__ import annotations
 
@@ -15,6 +16,10 @@ def main(arguments: list[str]) -> int:
 
         serve(launcher=int(arguments[1]), preload=arguments[0] == "--serve")
         return 0
+    if len(arguments) == 4 and arguments[0] == "--guarded":
+        from stages import guard_worker
+
+        guard_worker.keep(*map(int, arguments[1:]))
     if len(arguments) == 2 and arguments[0] == "--rank":
         from stages import worker
 

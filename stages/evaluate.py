@@ -49,13 +49,13 @@ class EvaluateConfig(Evaluate):
 
 def run(job: Job) -> Result:
     """Write `<split>.json` (an Evaluation) and `<split>.jsonl` (a line a row) for both splits."""
-    from stages import ranks, rollouts
+    from stages import failures, ranks, rollouts
     from stages.metrics import MetricsLog
 
     config, out, log = EvaluateConfig.model_validate(job.config), Path(job.out), MetricsLog(Path(job.out))
     player = rollouts.player(job)
     counts: dict[Split, int] = {"validation": config.validation.rows, "held_out": config.rows}
-    done, metrics = 0, dict[str, float]()
+    done, metrics, failed = 0, dict[str, float](), list[str | None]()
     for split, count in counts.items():
         rows = player.rows(RowRange(split=split, start=0, stop=count, seed=0))
         greedy, sampled = _play(player, config, rows, log, done, 2 * sum(counts.values()))
@@ -65,9 +65,11 @@ def run(job: Job) -> Result:
         evaluation = summarise(job, config, split, player, greedy, sampled)
         (out / f"{split}.json").write_text(evaluation.model_dump_json(indent=1))
         _write_rows(out / evaluation.per_row, rows, greedy, sampled)
+        failed += [one.judgement.failure for group in (greedy, *sampled) for one in group]
         metrics |= {f"{split}/mean": evaluation.mean, f"{split}/greedy": evaluation.greedy}
     outputs = {split: f"{split}.json" for split in counts}
-    return Result(outputs=outputs, metrics=metrics, format=player.seen_format())
+    found = failures.found(job.name, player.problem, failed)
+    return Result(outputs=outputs, metrics=metrics, findings=found, format=player.seen_format())
 
 
 def _play(

@@ -7,13 +7,12 @@ policy the stage starts from (with adapters: the same weights, adapter off). Che
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from stages.config import Config, execution, identity, resolved
-from stages.job import Finding, Job, Result
-from stages.rewards import Rewards, failures, weights_of
+from stages.job import Job, Result
+from stages.rewards import Rewards, weights_of
 from stages.training import TrainingConfig, accumulation, trl_arguments
 
 LOGGED = (
@@ -101,7 +100,7 @@ def run(job: Job) -> Result:
     from transformers import set_seed
     from trl.trainer.grpo_config import GRPOConfig
 
-    from stages import lora, models, prefix, problems, ranks, rollouts
+    from stages import failures, lora, models, prefix, problems, ranks, rollouts
     from stages.metrics import latest
     from stages.sampling import turn_ends
     from stages.sampling.settings import own_settings
@@ -158,20 +157,6 @@ def run(job: Job) -> Result:
     return Result(
         outputs={"policy": ".", ROLLOUTS: ROLLOUTS},
         metrics=metrics,
-        findings=(*findings, *_failed(job, [*rollouts.read(log)])),
+        findings=(*findings, *failures.found(job.name, problem, (line["failure"] for line in rollouts.read(log)))),
         format=prefix.seen_format(format, tokenizer),
     )
-
-
-def _failed(job: Job, lines: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
-    """Rollouts that could not be judged."""
-    if found := failures(lines):
-        total = sum(found.values())
-        said = ", ".join(f"{kind} {count:g}" for kind, count in found.items())
-        yield Finding(
-            rule="failed_rewards",
-            severity="warn",
-            stage=job.name,
-            evidence={**found, "rollouts": len(lines)},
-            advice=f"{total:g} of {len(lines)} rollouts could not be judged ({said}) and moved nothing; look at the rewards",
-        )

@@ -62,7 +62,7 @@ class RejectionConfig(StageConfig):
 
 def run(job: Job) -> Result:
     """Write data/, rollouts/ and, where it is asked for, control/. Raises BadInput for a log of rollouts that another tokenizer or Format made."""
-    from stages import dataset, models, problems, ranks, rollouts
+    from stages import dataset, failures, models, problems, ranks, rollouts
 
     config, out = RejectionConfig.model_validate(job.config), Path(job.out)
     assert job.rows is not None and job.problem is not None, "the plan gives rejection both"
@@ -86,7 +86,10 @@ def run(job: Job) -> Result:
         rows_drawn = dataset.rows(tokenizer, job.format, pools, drawn, sampled, RANDOM)
         dataset.write(out / CONTROL, rows_drawn, {**about, CONTROL: config.control})
         outputs[CONTROL] = CONTROL
-    return Result(outputs=outputs, metrics=_metrics(pools), format=Format.model_validate(card["format"]))
+    found = failures.found(job.name, problem, (line["failure"] for pool in pools for line in pool.lines))
+    return Result(
+        outputs=outputs, metrics=_metrics(pools), findings=found, format=Format.model_validate(card["format"])
+    )
 
 
 def _fresh(job: Job, config: RejectionConfig, rows: Sequence[Row]) -> dict[str, list[Line]]:

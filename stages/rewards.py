@@ -177,9 +177,3 @@ def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
     total = (values * weights).nansum(1)
     total[values.isnan().all(1)] = float("nan")
     return total
-
-
-def failures(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Kind of failure -> how many of the rollouts (`rollouts.line`) had it."""
-    found = [str(line["failure"]) for line in lines if line["failure"]]
-    return {kind: float(found.count(kind)) for kind in sorted(set(found))}

@@ -17,7 +17,7 @@ ONLY_IN = {
     "prefect": {"pipeline/flow.py"},
     "wandb": set(),
     "obstore": {"pipeline/registry/objects.py"},
-    "trl": {"stages/trl", "stages/sft.py", "stages/grpo.py", "stages/training.py"},
+    "trl": {"stages/trl", "stages/sft.py", "stages/grpo.py", "stages/training.py", "stages/problems/reward_code.py"},
 }
 """Library -> the only places that may import it."""
 HEAVY = ("torch", "transformers", "trl", "datasets", "numpy")

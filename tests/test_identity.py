@@ -119,21 +119,39 @@ POSITION = {0: 1, 1: 3, 2: 5, 3: 6, 4: 8}
 @pytest.mark.parametrize(
     ("problem", "field", "other"),
     [
-        ({"dataset": "org/data", "rewards": ["a"], "answer": "x"}, "dataset", "org/other"),
-        ({"dataset": "org/data", "rewards": ["a"], "answer": "x"}, "rewards", ["a", "b"]),
-        ({"dataset": "org/data", "rewards": ["a"], "answer": "x"}, "answer", "y"),
         ({"name": "arithmetic"}, "digits", 3),
         ({"name": "arithmetic"}, "operations", ["*"]),
         ({"name": "countdown"}, "numbers", 3),
         ({"name": "countdown"}, "largest", 50),
         ({"name": "countdown"}, "largest_target", 500),
         ({"name": "countdown"}, "use_all", True),
+        *(
+            ({"dataset": "org/data", "rewards": ["accuracy"], "answer": "x"}, field, other)
+            for field, other in {
+                "dataset": "org/other",
+                "rewards": ["accuracy", "think_format"],
+                "answer": "y",
+                "prompt": "question",
+                "config": "main",
+                "split": "test",
+                "revision": "abc",
+                "time_limit": 1.0,
+            }.items()
+        ),
     ],
 )
 def test_a_field_of_another_kind_of_problem_moves_the_keys_of_what_uses_it(problem, field, other, settings, tmp_path):
     before = keys(settings | {"problem": problem}, tmp_path)
     after = keys(settings | {"problem": problem | {field: other}}, tmp_path)
     assert not set(before) & set(after)
+
+
+def test_how_user_code_is_run_and_a_short_name_of_a_reward_move_no_key(settings, tmp_path):
+    seen = []
+    for change in ({}, {"workers": 3}, {"max_failures": 0.5}, {"rewards": ["accuracy_reward"]}):
+        problem = {"dataset": "org/data", "rewards": ["accuracy"], **change}
+        seen.append(keys(settings | {"problem": problem}, tmp_path))
+    assert all(found == seen[0] for found in seen)
 
 
 def test_lora_is_a_matter_of_training_and_not_of_evaluating_the_base(tmp_path):

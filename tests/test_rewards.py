@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pipeline.registry import Registry
-from stages import rewards, tokens
+from stages import tokens
 from stages.job import BadInput
 from stages.rewards import (
     LengthPenalty,
@@ -187,8 +187,3 @@ def test_every_training_rollout_is_logged_as_it_was_sampled(climbed):
         assert all(len(one["ids"]) == 38 or one["finished"] for one in rollouts)
         card = json.loads((registry.path(artifact, "rollouts") / tokens.CARD).read_text())
         assert card["format"]["response_prefix"] == "<think>\n" and card["sampling"]["temperature"] == 1.0
-
-
-def test_failures_are_counted_by_kind():
-    lines = [{"failure": kind} for kind in (None, "timeout", "crash", "timeout")]
-    assert rewards.failures(lines) == {"crash": 1, "timeout": 2}

@@ -19,6 +19,7 @@ from pipeline.cli import (
     cleaning,
     diff,
     export,
+    init,
     lineage,
     questions,
     recipes,
@@ -46,7 +47,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for noun in (recipes, questions, audit, score, run, runs, artifacts, lineage, diff, export, aliases, cleaning):
+for noun in (init, recipes, questions, audit, score, run, runs, artifacts, lineage, diff, export, aliases, cleaning):
     noun.add_to(app)
 
 

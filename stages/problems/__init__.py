@@ -16,6 +16,7 @@ from stages.problems.arithmetic import MAX_DIGITS, Arithmetic, Operation
 from stages.problems.base import Problem, Row
 from stages.problems.countdown import Countdown
 from stages.problems.scheduling import Overlap, RewardOverlap, Scheduling
+from stages.problems.settings import DatasetProblem, FileProblem
 
 
 class SchedulingSettings(Config):
@@ -75,7 +76,15 @@ PROBLEMS: dict[str, BuiltIn] = {
 
 
 def load(settings: dict[str, Any]) -> Problem:
-    """The problem that a recipe's `problem` names."""
+    """The problem that a recipe's `problem` names. Nothing of a user's own runs yet."""
+    if "file" in settings:
+        from stages.problems.own_file import OwnFile
+
+        return OwnFile(FileProblem.model_validate(settings))
+    if "dataset" in settings:
+        from stages.problems.dataset import Dataset
+
+        return Dataset(DatasetProblem.model_validate(settings))
     built_in = PROBLEMS[settings["name"]]
     asked = built_in.settings.model_validate(settings)
     return built_in.make(**{name: getattr(asked, name) for name in type(asked).model_fields if name != "name"})
@@ -92,6 +101,8 @@ __all__ = [
     "BuiltIn",
     "BuiltInSettings",
     "CountdownSettings",
+    "DatasetProblem",
+    "FileProblem",
     "SchedulingSettings",
     "load",
     "rows",

@@ -1,0 +1,43 @@
+"""What `switchback init` writes: a recipe, a problem of one's own, a prompt, and a tiny model, so that the first run needs no internet.
+
+The tiny model is `configs/tiny-base` of the repository; the wheel carries it here.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import yaml
+
+from stages.job import BadInput
+from stages.problems import PROBLEMS
+
+HERE = Path(__file__).parent
+OWN = "file"
+SETTINGS = {"scheduling": {"form": "compact"}}
+"""What a built-in problem needs for the tiny model."""
+CHOICES = (OWN, *PROBLEMS)
+MODEL = "tiny-base"
+
+
+def write(directory: Path, problem: str) -> list[Path]:
+    """Write the starter; returns what was written. Raises BadInput, before anything is written, for an unknown problem and for files that are there."""
+    if problem not in CHOICES:
+        raise BadInput(f"--problem: found {problem!r}, expected one of {', '.join(CHOICES)}")
+    names = ["recipe.yaml", "my_prompt.md", *(["my_problem.py"] if problem == OWN else [])]
+    if there := [name for name in (*names, MODEL) if (directory / name).exists()]:
+        raise BadInput(f"{directory / there[0]} is there already and is not overwritten; give another directory")
+    directory.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(_tiny_base(), directory / MODEL, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    settings = {"file": "my_problem.py"} if problem == OWN else {"name": problem, **SETTINGS.get(problem, {})}
+    for name in names:
+        text = (HERE / name).read_text()
+        flow = yaml.safe_dump(settings, default_flow_style=True, sort_keys=False).strip()
+        (directory / name).write_text(text.replace("problem: PROBLEM", f"problem: {flow}"))
+    return [directory / name for name in (*names, MODEL)]
+
+
+def _tiny_base() -> Path:
+    packaged = HERE / MODEL
+    return packaged if packaged.is_dir() else HERE.parents[1] / "configs" / MODEL

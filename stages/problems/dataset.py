@@ -1,0 +1,165 @@
+"""Rows of a dataset and TRL-style rewards by name, seen from the stage. The rewards are called in guarded worker processes (`stages.problems.reward_code`).
+
+A batch of answers is one call; where it fails, its answers are asked for one at a time, so that only the culprit is lost.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from stages.guard import Guard, Reply
+from stages.job import SPLITS, BadInput, Split
+from stages.problems.base import Answer, Judgement, Row, allotted
+from stages.problems.own_file import failed, outcome_of, too_few
+from stages.problems.own_row import OwnRow, own_row
+from stages.problems.settings import DatasetProblem
+
+OUTCOMES = ("failed", "unscored", "wrong", "partial", "passed")
+"""failed: it could not be judged; unscored: the first reward does not apply to the row; wrong: score 0; partial: some score below 1."""
+BATCH = 16
+"""Answers of one call."""
+OURS = ("prompt", "prompts", "completions", "completion_ids", "id", "trainer_state", "log_extra", "log_metric")
+"""What a reward is given under these names is not a column."""
+
+
+class Dataset:
+    """A Problem."""
+
+    def __init__(self, settings: DatasetProblem) -> None:
+        self.outcomes, self.settings = OUTCOMES, settings
+        self.reward_weights = {reward.component: reward.weight for reward in settings.components}
+        rewards = [
+            {
+                "component": reward.component,
+                "name": reward.name,
+                "path": str(Path(reward.file).absolute()) if reward.file else None,
+                "arguments": reward.arguments,
+            }
+            for reward in settings.components
+        ]
+        self.guard = Guard("rewards", {"name": "problem.rewards", "rewards": rewards}, settings.limits())
+
+    @cached_property
+    def _all(self) -> list[OwnRow]:
+        """Every row once; the rewards are imported before, because that may be refused."""
+        self.guard.about()
+        lines = _lines(Path(self.settings.dataset)) if self.settings.is_file else _of_hub(self.settings)
+        return list({row.id: row for row in (self.row(line) for line in lines)}.values())
+
+    def rows(self, split: Split, start: int, stop: int, seed: int) -> list[Row]:
+        """The rows of a split; training rows in the order that the seed names. Raises BadInput where there are fewer."""
+        order = list(self._all)
+        random.Random(seed if split == "train" else split).shuffle(order)
+        found = list(islice(allotted(iter(order), split), start, stop))
+        if len(found) < stop - start:
+            counts = {each: sum(1 for _ in allotted(iter(order), each)) for each in SPLITS}
+            raise BadInput(too_few(self.settings.dataset, split, stop, counts))
+        return list(found)
+
+    def row(self, columns: Mapping[str, Any]) -> OwnRow:
+        """Raises BadInput for a line that lacks a column that the recipe names."""
+        for role, column in (("prompt", self.settings.prompt), ("answer", self.settings.answer)):
+            if column is not None and columns.get(column) is None:
+                raise BadInput(
+                    f"problem.{role}: a row of {self.settings.dataset} has no {column!r}; it has {', '.join(columns) or 'nothing'}"
+                )
+        if not isinstance(columns[self.settings.prompt], str):
+            raise BadInput(
+                f"problem.prompt: {self.settings.prompt!r} of {self.settings.dataset} is {type(columns[self.settings.prompt]).__name__}, expected text"
+            )
+        return own_row(columns, self.settings.prompt)
+
+    def demonstration(self, row: Row, rng: random.Random) -> str:
+        """Raises BadInput: a dataset has none."""
+        raise BadInput(f"{self.settings.dataset}: a dataset problem has no demonstrations; give the sft stage a .jsonl")
+
+    def baselines(self, row: Row, rng: random.Random) -> Mapping[str, str]:
+        """None are known."""
+        return {}
+
+    def judge(self, answers: Sequence[Answer]) -> list[Judgement]:
+        """Raises TooManyFailures."""
+        self.guard.about()
+        batches = [answers[i : i + BATCH] for i in range(0, len(answers), BATCH)]
+        try:
+            first = self.guard.map("judge", [self._asked(batch) for batch in batches])
+            again = [answer for batch, reply in zip(batches, first, strict=True) if reply.failure for answer in batch]
+            single = iter(self.guard.map("judge", [self._asked([answer]) for answer in again], counted=True))
+            self.guard.note(len(answers) - len(again))
+        finally:
+            self.guard.sweep()
+        return [
+            self._judgement(reply)
+            for batch, whole in zip(batches, first, strict=True)
+            for reply in (islice(single, len(batch)) if whole.failure else _apart(whole))
+        ]
+
+    def _asked(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """What the rewards of a batch are called with."""
+        rows = [answer.row.columns() for answer in answers]
+        columns = {name: [row.get(name) for row in rows] for name in rows[0] if name not in OURS}
+        if self.settings.answer:
+            columns["solution"] = [row[self.settings.answer] for row in rows]
+        return {
+            "prompts": [[{"role": "user", "content": answer.row.prompt}] for answer in answers],
+            "completions": [[{"role": "assistant", "content": answer.text}] for answer in answers],
+            "completion_ids": [list(answer.ids) for answer in answers],
+            "columns": columns,
+        }
+
+    def _judgement(self, reply: Reply) -> Judgement:
+        if reply.failure:
+            return failed(self.reward_weights, reply.failure)
+        first = reply.value[0][next(iter(self.reward_weights))]
+        score = min(1.0, max(0.0, first or 0.0))
+        outcome = "unscored" if first is None else outcome_of(score, self.passed(score), True)
+        return Judgement(score, outcome, self.passed(score), True, reply.value[0])
+
+    def passed(self, score: float) -> bool:
+        """The first reward is at its best."""
+        return score >= 1
+
+
+def _apart(reply: Reply) -> list[Reply]:
+    """The reply of a batch, an answer at a time."""
+    return [Reply([value]) for value in reply.value]
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file. Raises BadInput with the line's number."""
+    if not path.is_file():
+        raise BadInput(f"problem.dataset: {path} is not there")
+    with path.open(encoding="utf-8") as file:
+        for i, line in enumerate(file, start=1):
+            try:
+                columns = json.loads(line) if line.strip() else None
+            except ValueError as error:
+                raise BadInput(f"{path}, line {i}: {error}; expected an object in JSON") from None
+            if columns is not None and not isinstance(columns, dict):
+                raise BadInput(
+                    f'{path}, line {i}: found {type(columns).__name__}, expected an object such as {{"prompt": ...}}'
+                )
+            if columns is not None:
+                yield columns
+
+
+def _of_hub(settings: DatasetProblem) -> Iterator[dict[str, Any]]:
+    """The rows of a dataset on the hub, as JSON values. Raises BadInput when it cannot be read."""
+    import datasets
+
+    try:
+        found = datasets.load_dataset(
+            settings.dataset, settings.config, split=settings.split, revision=settings.revision
+        )
+    except Exception as error:
+        raise BadInput(
+            f"problem.dataset: {settings.dataset} cannot be read: {' '.join(str(error).split())[:300]}"
+        ) from None
+    for row in found:
+        yield json.loads(json.dumps(row, default=str))

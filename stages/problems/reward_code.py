@@ -1,0 +1,84 @@
+"""TRL-style rewards, in the worker process: functions of whole batches, by TRL's names or from a user's file.
+
+They are called as GRPOTrainer calls them: `prompts`, `completions` (both as messages), `completion_ids`, every column of the rows as a list, `trainer_state`
+(None here), `log_extra` and `log_metric` (which drop what they are given); the answer column also comes as `solution`. The stage's side is `stages.problems.dataset`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from stages.guard_worker import Calls, Failure, Refused, settled
+from stages.problems.own_code import function, import_file, reward
+from stages.problems.settings import ALIASES
+
+Reward = Callable[..., Any]
+CHECKED_BY_MATH_VERIFY = ("accuracy_reward", "reasoning_accuracy_reward", "get_cosine_scaled_reward")
+
+
+def load(spec: dict[str, Any]) -> tuple[dict[str, Any], Calls]:
+    """Import what the spec's `rewards` name. Raises Refused."""
+    functions = {one["component"]: _load(one) for one in spec["rewards"]}
+    return {}, {"judge": lambda asked: _judge(functions, asked)}
+
+
+def _load(one: dict[str, Any]) -> Reward:
+    if one["path"] is None:
+        return _of_trl(one["name"], one["arguments"])
+    name = Path(one["path"]).name
+    found = function(import_file(one["path"], name), name, one["component"])
+    if not any(taken.kind is taken.VAR_KEYWORD for taken in inspect.signature(found).parameters.values()):
+        raise Refused(
+            f"{name}: {one['component']}{inspect.signature(found)} takes no **kwargs, as every TRL reward must; add them"
+        )
+    return found
+
+
+def _of_trl(name: str, arguments: dict[str, Any]) -> Reward:
+    import trl.rewards
+
+    theirs = ALIASES.get(name, name)
+    if theirs in CHECKED_BY_MATH_VERIFY and not importlib.util.find_spec("math_verify"):
+        raise Refused(f"the reward {name} needs math-verify, which is not installed; pip install 'switchback[math]'")
+    found = getattr(trl.rewards, theirs)
+    if not theirs.startswith("get_"):
+        if arguments:
+            raise Refused(f"problem.rewards: {name} takes no arguments; remove them")
+        return found
+    try:
+        inspect.signature(found).bind(**arguments)
+        return found(**arguments)
+    except (TypeError, ValueError) as error:
+        raise Refused(
+            f"problem.rewards: {name} of TRL is {theirs}{inspect.signature(found)}, but was given {arguments}: {error}"
+        ) from None
+
+
+def _judge(functions: dict[str, Reward], asked: dict[str, Any]) -> list[dict[str, float | None]]:
+    """{component: value} of each completion."""
+    values = {name: _called(name, found, asked) for name, found in functions.items()}
+    return [{name: values[name][i] for name in functions} for i in range(len(asked["completions"]))]
+
+
+def _called(name: str, found: Reward, asked: dict[str, Any]) -> list[float | None]:
+    told = {"trainer_state": None, "log_extra": _drop, "log_metric": _drop}
+    given = {key: asked[key] for key in ("prompts", "completions", "completion_ids")}
+    values = settled(found(**asked["columns"], **given, **told))
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(values, (list, tuple)):
+        raise Failure(
+            "wrong_length", f"{name} returned {values!r:.80}, expected a list of {len(given['completions'])} numbers"
+        )
+    if len(values) != len(given["completions"]):
+        raise Failure(
+            "wrong_length", f"{name} returned {len(values)} rewards for {len(given['completions'])} completions"
+        )
+    return [reward(value, name) for value in values]
+
+
+def _drop(*_: Any, **__: Any) -> None:
+    """Nothing logs here; switchback logs every component itself."""

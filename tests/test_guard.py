@@ -1,0 +1,245 @@
+"""Hostile user code, in real processes: the answer it hurts is lost, the others are judged, and nothing is left running."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages import failures, problems
+from stages.guard import MARK, Guard, Limits, TooManyFailures
+from stages.job import BadInput
+from stages.problems.base import Answer
+from tests.conftest import environment
+
+OWN = '''
+import os, signal, sys, time
+REWARDS = {"right": 1.0, "short": 0.2}
+def rows(rng):
+    for i in range(400):
+        yield {"prompt": f"What is {i} + 1?", "n": i}
+def rewards(row, completion):
+    return {"right": float(completion == str(row["n"] + 1)), "short": 1 / (1 + len(completion))}
+def score(row, completion):
+    if completion in ACTS:
+        return ACTS[completion]()
+    return float(completion == str(row["n"] + 1))
+def demonstration(row, rng):
+    return str(row["n"] + 1)
+def fork_and_sleep():
+    if os.fork() == 0:
+        os.setsid()
+        time.sleep(1000)
+    return 0.5
+def fork_and_exit():
+    if os.fork() == 0:
+        os.setsid()
+        time.sleep(1000)
+    os._exit(3)
+def ignore_sigterm():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(1000)
+def kill_parent():
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(1000)
+def print_a_gigabyte():
+    for _ in range(1024):
+        os.write(1, b"x" * 2**20)
+    return 0.5
+def boom():
+    raise ValueError("bad luck")
+ACTS = {
+    "sleep": lambda: time.sleep(1000), "fork": lambda: 0.5 if os.fork() else 1.0, "fork_and_sleep": fork_and_sleep, "fork_and_exit": fork_and_exit,
+    "exit": lambda: os._exit(3), "sys_exit": lambda: sys.exit(0), "none": lambda: None, "nan": lambda: float("nan"), "inf": lambda: float("inf"),
+    "str": lambda: "1", "two": lambda: 2.0, "raise": boom, "kill_parent": kill_parent, "close": lambda: os.closerange(0, 1000),
+    "sigterm": ignore_sigterm, "segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV), "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "print": lambda: (print("last words"), time.sleep(1000)), "gigabyte": print_a_gigabyte,
+}
+'''  # fmt: skip
+HOSTILE = {
+    "sleep": "timeout", "fork": None, "fork_and_sleep": None, "fork_and_exit": "crash", "exit": "crash", "sys_exit": "exception", "none": "not_a_number",
+    "nan": "not_a_number", "inf": "not_a_number", "str": "not_a_number", "two": "out_of_range", "raise": "exception", "kill_parent": "crash",
+    "close": "crash", "sigterm": "timeout", "segfault": "crash", "stop": "timeout", "gigabyte": None,
+}  # fmt: skip
+"""What the score does -> what is recorded of it; None: it judged."""
+
+
+MINE = f"TEST_PROCESS={os.getpid()}"
+"""In the environment of everything that these tests start; other tests have guards too."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def marked():
+    name, _, value = MINE.partition("=")
+    os.environ[name] = value
+    yield
+    del os.environ[name]
+
+
+def workers_alive() -> set[int]:
+    """Processes of any guard that these tests started: they carry both marks."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        try:
+            environ = (entry / "environ").read_bytes() if entry.name.isdigit() else b""
+            if f"{MARK}=".encode() in environ and MINE.encode() in environ.split(b"\0"):
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                found |= {int(entry.name)} if state != "Z" else set()
+        except OSError:
+            pass
+    return found
+
+
+def own(tmp_path: Path, code: str = OWN, **settings: Any) -> Any:
+    file = tmp_path / "mine.py"
+    file.write_text(code)
+    limits = {"time_limit": 1.0, "max_failures": 1.0, "workers": 2, **settings}
+    return problems.load({"file": str(file), **limits})
+
+
+@pytest.fixture(scope="module")
+def problem(tmp_path_factory):
+    made = own(tmp_path_factory.mktemp("own"), time_limit=4.0)
+    yield made
+    made.guard.close()
+
+
+@pytest.mark.parametrize(("act", "failure"), HOSTILE.items())
+def test_a_hostile_score_loses_its_own_answer_and_no_other_and_leaves_no_process(problem, act, failure):
+    rows = problem.rows("train", 0, 10, 0)
+    texts = [act if i == 4 else problem.demonstration(row, random.Random(0)) for i, row in enumerate(rows)]
+    judged = problem.judge([Answer(row, text) for row, text in zip(rows, texts, strict=True)])
+    assert [one.score for i, one in enumerate(judged) if i != 4] == [1.0] * 9
+    assert judged[4].failure == failure
+    if failure:
+        assert (judged[4].outcome, judged[4].score, set(judged[4].rewards.values())) == ("failed", 0.0, {None})
+    time.sleep(0.05)
+    assert len(workers_alive()) <= 4, "two workers and their keepers, at most"
+
+
+def test_nothing_is_left_when_the_guard_is_closed(tmp_path):
+    before = workers_alive()
+    mine = own(tmp_path)
+    (row,) = mine.rows("train", 0, 1, 0)
+    mine.judge([Answer(row, "fork_and_sleep")] * 4)
+    mine.guard.close()
+    assert workers_alive() <= before
+
+
+def test_workers_die_with_the_process_that_started_them(tmp_path):
+    """Killed with SIGKILL, while user code sleeps."""
+    before = workers_alive()
+    (tmp_path / "mine.py").write_text(OWN)
+    code = (
+        "from stages import problems\nfrom stages.problems.base import Answer\n"
+        f"p = problems.load({{'file': {str(tmp_path / 'mine.py')!r}, 'workers': 1}})\n"
+        "row, = p.rows('train', 0, 1, 0)\nprint('ready', flush=True)\np.judge([Answer(row, 'sleep')])"
+    )
+    stage = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment())
+    assert stage.stdout and stage.stdout.readline() == "ready\n"
+    assert workers_alive() > before
+    stage.kill()
+    stage.wait()
+    ends = time.monotonic() + 5
+    while workers_alive() - before and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert workers_alive() <= before
+
+
+def test_a_message_says_what_a_hanging_call_printed_last(tmp_path):
+    mine = own(tmp_path)
+    (row,) = mine.rows("train", 0, 1, 0)
+    (judgement,) = mine.judge([Answer(row, "print")])
+    (finding,) = failures.found("rl", mine, [judgement.failure])
+    assert finding.evidence == {"timeout": 1.0, "answers": 1.0}
+    assert finding.advice.endswith("no answer within 1 s; it printed last: last words")
+    mine.guard.close()
+
+
+def test_too_many_failures_stop_the_stage_with_counts_and_the_first_message(tmp_path):
+    """10 of 100 may fail; the eleventh is one too many, whatever the size of a call."""
+    mine = own(tmp_path, max_failures=0.1)
+    (row,) = mine.rows("train", 0, 1, 0)
+    mine.judge([Answer(row, "raise")] * 10)
+    with pytest.raises(
+        TooManyFailures,
+        match=r"11 of 11 .*exception 10, not_a_number 1.*max_failures=0.1.*mine.py:\d+: ValueError: bad luck",
+    ):
+        mine.judge([Answer(row, "nan")])
+    mine.guard.close()
+
+
+def test_a_share_of_failures_that_is_allowed_stops_nothing(tmp_path):
+    mine = own(tmp_path, max_failures=0.1)
+    (row,) = mine.rows("train", 0, 1, 0)
+    judged = mine.judge([Answer(row, "raise" if i < 30 else "1") for i in range(300)])
+    assert sum(one.failure is not None for one in judged) == 30
+    mine.guard.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("def rows(:\n", r"mine.py:1: SyntaxError"),
+        ("import nothing_like_it\n", r"mine.py: its import failed: mine.py:1: ModuleNotFoundError"),
+        (OWN.replace("def score", "def scores"), r"mine.py has no function score; did you mean scores \(mine.py:\d+\)\?"),
+        (OWN.replace("def score(row, completion)", "def score(completion)"), r"mine.py:\d+: score\(completion\) cannot be called with \(row, completion\)"),
+        (OWN.replace("REWARDS = ", "REWARD = "), r"mine.py: REWARDS is None, expected component: weight"),
+        (OWN + "import os; os._exit(4)\n", r"mine.py: its import failed \(crash\): its process ended with exit code 4"),
+        (OWN.replace('"n": i', '"n": {1}'), r"row 0 of rows\(rng\): Object of type set"),
+        (OWN.replace('"prompt"', '"prompts"'), r"expected a dict with a text under 'prompt'"),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_used_is_refused_in_one_line(tmp_path, code, says):
+    mine = own(tmp_path, code)
+    with pytest.raises(BadInput, match=says) as refused:
+        mine.rows("train", 0, 1, 0)
+    assert "\n" not in str(refused.value)
+    mine.guard.close()
+
+
+def test_an_import_that_hangs_is_refused(tmp_path):
+    (tmp_path / "mine.py").write_text("import time\ntime.sleep(1000)\n")
+    guard = Guard(
+        "file", {"name": "mine.py", "path": str(tmp_path / "mine.py")}, Limits(1.0, 1.0, 1, import_seconds=1.0)
+    )
+    with pytest.raises(BadInput, match=r"mine.py: its import did not end within 1 s"):
+        guard.about()
+    guard.close()
+
+
+def test_rows_are_shared_out_by_content_and_too_few_are_said_with_the_counts(problem):
+    seen = {split: {row.id for row in problem.rows(split, 0, 80, 0)} for split in ("train", "validation", "held_out")}
+    assert not seen["train"] & seen["validation"] and not seen["train"] & seen["held_out"]
+    with pytest.raises(
+        BadInput, match=r"it has train (\d+), validation (\d+), held_out (\d+): ask for fewer"
+    ) as refused:
+        problem.rows("train", 0, 1000, 0)
+    assert (
+        sum(int(word) for word in str(refused.value).replace(",", "").replace(":", "").split() if word.isdigit()) >= 400
+    )
+
+
+def test_async_functions_are_awaited(tmp_path):
+    mine = own(tmp_path, OWN.replace("def rewards", "async def rewards"))
+    (row,) = mine.rows("train", 0, 1, 0)
+    (judged,) = mine.judge([Answer(row, mine.demonstration(row, random.Random(0)))])
+    assert judged.rewards == {"right": 1.0, "short": 1 / (1 + len(str(row.columns()["n"] + 1)))}
+    mine.guard.close()
+
+
+def test_rewards_are_the_same_in_process_and_through_the_guard(problem):
+    namespace: dict[str, Any] = {}
+    exec(OWN, namespace)
+    rows = problem.rows("validation", 0, 50, 0)
+    texts = [str(i) for i in range(50)]
+    judged = problem.judge([Answer(row, text) for row, text in zip(rows, texts, strict=True)])
+    assert [one.rewards for one in judged] == [
+        namespace["rewards"](row.columns(), text) for row, text in zip(rows, texts, strict=True)
+    ]

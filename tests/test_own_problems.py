@@ -1,0 +1,135 @@
+"""Problems of one's own, from the recipe to the registry, and the starter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline import starter
+from stages import problems
+from stages.job import BadInput
+from stages.problems.base import Answer
+from tests.conftest import run_cli
+
+REWARDS = """
+import asyncio, time
+def exact(completions, solution, **kwargs):
+    found = []
+    for completion, wanted in zip(completions, solution):
+        text = completion[0]["content"]
+        if text == "sleep":
+            time.sleep(1000)
+        if text == "raise":
+            raise KeyError("x")
+        found.append(None if text == "none" else float(text == wanted))
+    return found
+async def brevity(prompts, completions, completion_ids, n, **kwargs):
+    assert prompts[0][0]["role"] == "user" and len(n) == len(completion_ids)
+    await asyncio.sleep(0)
+    return [-len(completion[0]["content"]) / 100 for completion in completions]
+def short(completions, **kwargs):
+    return [1.0] * (len(completions) + 1)
+def bare(completions):
+    return [1.0] * len(completions)
+"""
+
+
+def dataset(tmp_path: Path, rewards: list, rows: int = 200):
+    (tmp_path / "mine.py").write_text(REWARDS)
+    lines = [json.dumps({"question": f"{i} + 1?", "n": i, "gold": str(i + 1)}) for i in range(rows)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    named = [one.replace("mine.py", str(tmp_path / "mine.py")) if isinstance(one, str) else one for one in rewards]
+    settings = {"dataset": str(tmp_path / "rows.jsonl"), "prompt": "question", "answer": "gold", "rewards": named}
+    return problems.load({**settings, "time_limit": 1.0, "max_failures": 1.0, "workers": 2})
+
+
+@pytest.mark.parametrize(("text", "failure"), [("sleep", "timeout"), ("raise", "exception")])
+def test_of_a_batch_that_fails_only_the_culprit_is_lost(tmp_path, text, failure):
+    problem = dataset(tmp_path, ["mine.py:exact", "mine.py:brevity"])
+    rows = problem.rows("train", 0, 20, 0)
+    texts = [text if i == 7 else row.columns()["gold"] for i, row in enumerate(rows)]
+    judged = problem.judge([Answer(row, said) for row, said in zip(rows, texts, strict=True)])
+    assert [one.score for i, one in enumerate(judged) if i != 7] == [1.0] * 19
+    assert judged[7].failure == failure and judged[7].rewards == {"exact": None, "brevity": None}
+    assert judged[0].rewards == {"exact": 1.0, "brevity": -len(texts[0]) / 100}
+    problem.guard.close()
+
+
+def test_a_reward_that_does_not_apply_is_no_failure(tmp_path):
+    problem = dataset(tmp_path, ["mine.py:exact", "think_format"])
+    (row,) = problem.rows("train", 0, 1, 0)
+    (judged,) = problem.judge([Answer(row, "none")])
+    assert (judged.outcome, judged.failure, judged.rewards) == ("unscored", None, {"exact": None, "think_format": 0.0})
+    problem.guard.close()
+
+
+def test_a_reward_of_another_length_is_an_outcome(tmp_path):
+    problem = dataset(tmp_path, ["mine.py:short"])
+    rows = problem.rows("train", 0, 3, 0)
+    assert {one.failure for one in problem.judge([Answer(row, "x") for row in rows])} == {"wrong_length"}
+    problem.guard.close()
+
+
+@pytest.mark.parametrize(
+    ("rewards", "says"),
+    [
+        (["mine.py:exakt"], r"mine.py has no function exakt; did you mean exact \(mine.py:\d+\)"),
+        (["mine.py:bare"], r"takes no \*\*kwargs"),
+        ([{"name": "repetition_penalty", "arguments": {"x": 1}}], r"get_repetition_penalty_reward\(ngram_size"),
+    ],
+)
+def test_rewards_that_cannot_be_used_are_refused_in_one_line(tmp_path, rewards, says):
+    with pytest.raises(BadInput, match=says):
+        dataset(tmp_path, rewards).rows("train", 0, 1, 0)
+
+
+def test_more_rows_than_a_dataset_has_are_refused_with_what_there_is(tmp_path):
+    problem = dataset(tmp_path, ["think_format"], rows=40)
+    with pytest.raises(BadInput, match=r"has train \d+, validation \d+, held_out \d+"):
+        problem.rows("train", 0, 40, 0)
+
+
+def test_demonstrations_of_a_dataset_are_refused_by_check(settings, write, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    settings["problem"] = {"dataset": str(tmp_path / "rows.jsonl"), "rewards": ["think_format"]}
+    done = run_cli("check", write(settings))
+    assert done.returncode == 2
+    assert "stages.warmup.data: a dataset problem has no demonstrations" in done.stderr
+
+
+def test_an_unknown_reward_is_refused_with_those_there_are(settings, write):
+    settings["problem"] = {"dataset": "org/data", "rewards": ["acuracy"]}
+    done = run_cli("check", write(settings))
+    assert done.returncode == 2 and "there is no reward 'acuracy'; there is accuracy," in done.stderr
+
+
+def test_the_starter_is_written_once_and_never_over_anything(tmp_path):
+    done = run_cli("init", "mine", cwd=tmp_path)
+    assert done.returncode == 0 and "switchback run recipe.yaml" in done.stdout
+    (tmp_path / "mine" / "recipe.yaml").write_text("mine")
+    again = run_cli("init", "mine", cwd=tmp_path)
+    assert again.returncode == 2 and "is not overwritten" in again.stderr
+    assert (tmp_path / "mine" / "recipe.yaml").read_text() == "mine"
+
+
+@pytest.mark.parametrize("problem", starter.CHOICES)
+def test_every_starter_can_be_planned(tmp_path, problem):
+    assert run_cli("init", "--problem", problem, cwd=tmp_path).returncode == 0
+    done = run_cli("plan", "recipe.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_starter_runs_to_its_end_even_when_its_reward_hangs_on_some_rows(tmp_path):
+    """Every row that starts with 7 hangs; the run ends well and says so."""
+    assert run_cli("init", cwd=tmp_path).returncode == 0
+    file = tmp_path / "my_problem.py"
+    hang = '    if row["prompt"].startswith("7 7"):\n        __import__("time").sleep(1000)\n    words, right'
+    file.write_text(file.read_text().replace("    words, right", hang))
+    text = (tmp_path / "recipe.yaml").read_text()
+    (tmp_path / "recipe.yaml").write_text(text.replace("my_problem.py}", "my_problem.py, time_limit: 0.3s}"))
+    done = run_cli("run", "recipe.yaml", "--no-prefect", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "the problem's own code failed on some answers" in done.stdout + done.stderr
