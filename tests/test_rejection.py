@@ -127,3 +127,76 @@ def test_what_cannot_be_harvested_is_one_line(change, said, settings, write):
         stage(settings, name).update(fields)
     done = run_cli("check", write(settings))
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+@pytest.fixture(scope="module")
+def reused(harvested, tmp_path_factory) -> tuple[Registry, dict]:
+    """The rollouts of rl1's training harvested, alone, the last step's only, and pooled with fresh ones."""
+    import copy
+
+    import yaml
+
+    directory = tmp_path_factory.mktemp("reused")
+    settings = copy.deepcopy(LEARNED)
+    mine = {
+        "kind": "rejection",
+        "policy": "rl1",
+        "samples": 2,
+        "max_completion_length": 36,
+        "keep": {"min_score": 0.0, "per_prompt": 9},
+    }
+    settings["stages"] = [
+        *settings["stages"][:2],
+        {**mine, "name": "logged", "source": "training"},
+        {**mine, "name": "last", "source": "training", "training_steps": [2, 2]},
+        {**mine, "name": "pooled", "source": "both", "control": "random"},
+        {**stage(LEARNED, "distill"), "name": "relearnt", "data": "pooled"},
+    ]  # fmt: skip
+    (directory / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    registry = harvested[1]
+    done = run_cli("run", directory / "recipe.yaml", "--registry", registry.store.root, "--no-prefect")
+    assert done.returncode == 0, done.stderr
+    return registry, {name: newest(registry, name) for name in ("rl1", "logged", "last", "pooled", "relearnt")}
+
+
+def test_what_training_sampled_is_harvested_as_it_was_sampled(reused):
+    registry, made = reused
+    log = [
+        json.loads(line)
+        for line in (registry.path(made["rl1"], "rollouts") / "rollouts.jsonl").read_text().splitlines()
+    ]
+    by_place = {(line["row"], line["step"], line["sample"]): line for line in log}
+    rows = tokens.read(registry.path(made["logged"], "data"))
+    assert made["logged"].metrics["rollouts"] == len(log) == 16 and len(rows) > 0
+    assert made["logged"].metrics["kept_from_training"] == made["logged"].metrics["kept"] == len(rows)
+    fresh = tokens.read(registry.path(newest(registry, "harvest"), "data"))
+    prompts = {row.row: row.ids[: row.roles.index("p")] for row in fresh}
+    for row in rows:
+        told, start = row.provenance, row.roles.index("p")
+        assert row.ids[start:] == by_place[row.row, told["step"], told["sample"]]["ids"]
+        assert row.ids[:start] == prompts.get(row.row, row.ids[:start]), "dressed as for any other stage"
+        assert (told["policy"], told["temperature"], told["max_completion_length"]) == (made["rl1"].id, 1.0, 36)
+
+
+def test_only_the_steps_that_were_asked_for_are_taken(reused):
+    registry, made = reused
+    assert {line["step"] for line in lines_of(registry, made["last"])} == {2}
+    assert made["last"].metrics["rollouts"] == 8
+
+
+def test_fresh_and_logged_rollouts_are_pooled_and_each_says_which_it_is(reused):
+    registry, made = reused
+    pooled, logged = lines_of(registry, made["pooled"]), lines_of(registry, made["logged"])
+    assert len(pooled) == 16 * 2 + len(logged)
+    assert Counter(line["step"] for line in pooled) == {None: 32, 1: 8, 2: 8}
+    kept = tokens.read(registry.path(made["pooled"], "data"))
+    assert made["pooled"].metrics["kept_from_training"] == sum(row.provenance["step"] is not None for row in kept) > 0
+    policies = {row.provenance["step"] is None: row.provenance["policy"] for row in kept}
+    assert policies == {True: made["rl1"].id, False: made["rl1"].id}
+    assert made["relearnt"].metrics["rows"] == len(kept)
+
+
+def test_harvesting_a_log_samples_nothing(reused):
+    registry, made = reused
+    sampled = {name: (registry.path(made[name]) / "metrics.jsonl").exists() for name in ("logged", "pooled")}
+    assert sampled == {"logged": False, "pooled": True}
