@@ -1,0 +1,43 @@
+"""General rows beside an sft stage's own: how many, and which.
+
+the number of own rows + a share + the lines of a file -> lines of it, each at most once. A seed puts the lines into an order and the first so many are drawn,
+so a larger share draws the same lines and more; which those are does not depend on what the own rows say.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import TypeVar
+
+from stages.job import BadInput
+
+T = TypeVar("T")
+
+
+def count(own: int, share: float) -> int:
+    """How many general rows make up `share` of all rows beside `own` others: share / (1 - share) * own, rounded."""
+    return round(share / (1 - share) * own)
+
+
+def order(lines: Sequence[T], seed: int) -> list[T]:
+    """The lines in the order in which they are drawn."""
+    shuffled = list(lines)
+    random.Random(f"mix-{seed}").shuffle(shuffled)
+    return shuffled
+
+
+def drawn(stage: str, lines: Sequence[T], own: int, share: float, seed: int) -> list[T]:
+    """The lines that go beside `own` rows. Raises BadInput where there are fewer, and where it would be none."""
+    wanted = count(own, share)
+    if not wanted:
+        raise BadInput(
+            f"stages.{stage}.mix: a share of {share:g} beside {own} rows is {share / (1 - share) * own:.2g} rows, which rounds to 0; raise the share, or remove mix"
+        )
+    if wanted > len(lines):
+        most = len(lines) / (len(lines) + own)
+        raise BadInput(
+            f"stages.{stage}.mix: a share of {share:g} beside {own} rows takes {share:g} / (1 - {share:g}) * {own} = {wanted} rows, but its data have {len(lines)},"
+            f" and no row is repeated; add rows, or lower the share to {most:.3g}"
+        )
+    return order(lines, seed)[:wanted]
