@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 SHAPES = '{"messages": [...]} or {"prompt": ..., "completion": ...}'
 Line = tuple[int, str]
 """Its number, from 1, and what it holds."""
-MIX = "mix"
-"""The `rule` that a general row is there by."""
 
 
 class Rows(NamedTuple):
@@ -84,7 +82,7 @@ def look_at_general(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase
 
 def _general(path: Path, lines: Sequence[Line], format: Format, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:
     return [
-        replace(row, row=f"{MIX}:{row.row}", provenance={"rule": MIX})
+        replace(row, row=f"{mix.MARK}{row.row}", provenance={"rule": mix.RULE})
         for row in _dressed(path, lines, format, tokenizer)
     ]
 

@@ -13,6 +13,10 @@ from typing import TypeVar
 from stages.job import BadInput
 
 T = TypeVar("T")
+RULE = "mix"
+"""The `rule` that a general row is there by (`stages.tokens`)."""
+MARK = f"{RULE}:"
+"""What its id starts with, before the number of its line."""
 
 
 def count(own: int, share: float) -> int:
