@@ -6,6 +6,7 @@ so a larger share draws the same lines and more; which those are does not depend
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from typing import TypeVar
@@ -39,9 +40,16 @@ def drawn(stage: str, lines: Sequence[T], own: int, share: float, seed: int) -> 
             f"stages.{stage}.mix: a share of {share:g} beside {own} rows is {share / (1 - share) * own:.2g} rows, which rounds to 0; raise the share, or remove mix"
         )
     if wanted > len(lines):
-        most = len(lines) / (len(lines) + own)
+        lower = f", or lower the share to {_most(len(lines), own):g}" if lines else ""
         raise BadInput(
             f"stages.{stage}.mix: a share of {share:g} beside {own} rows takes {share:g} / (1 - {share:g}) * {own} = {wanted} rows, but its data have {len(lines)},"
-            f" and no row is repeated; add rows, or lower the share to {most:.3g}"
+            f" and no row is repeated; add rows{lower}"
         )
     return order(lines, seed)[:wanted]
+
+
+def _most(general: int, own: int) -> float:
+    """The largest share that so many rows make up, rounded down to three digits."""
+    share = general / (general + own)
+    scale = 10 ** (2 - math.floor(math.log10(share)))
+    return math.floor(share * scale) / scale

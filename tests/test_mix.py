@@ -118,7 +118,7 @@ def test_only_lines_that_are_drawn_are_read(tmp_path):
     [
         (40, 0.6, "<think>\n", "takes 0.6 / (1 - 0.6) * 50 = 75 rows, but its data have 40, and no row is repeated; add rows, or lower the share to 0.444"),
         (40, 0.005, "<think>\n", "a share of 0.005 beside 50 rows is 0.25 rows, which rounds to 0; raise the share, or remove mix"),
-        (0, 0.2, "<think>\n", "but its data have 0"),
+        (0, 0.2, "<think>\n", "but its data have 0, and no row is repeated; add rows"),
         (40, 0.2, "", "the response prefix is '<think>"),
     ],
 )  # fmt: skip
@@ -127,6 +127,14 @@ def test_a_mix_that_cannot_be_had_is_one_line_with_the_arithmetic(count, share, 
     with pytest.raises(BadInput) as refused:
         mixed(path, tmp_path, share)
     assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("own", "lines"), [(32, 200), (50, 40), (1000, 1), (99_999, 40), (1, 50), (7, 3)])
+def test_the_share_that_is_advised_can_be_had(own, lines):
+    with pytest.raises(BadInput) as refused:
+        mix.drawn("s", range(lines), own, 0.9999, 0)
+    advised = float(str(refused.value).rpartition(" ")[2])
+    assert 0.98 * lines <= len(mix.drawn("s", range(lines), own, advised, 0)) <= lines
 
 
 def with_mix(one: Job, path) -> Job:
