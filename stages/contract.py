@@ -151,11 +151,10 @@ def refuse_other_formats(job: Job, path: str, tokenizer: PreTrainedTokenizerBase
         )
 
 
-def words(job: Job, tokenizer: PreTrainedTokenizerBase, rows: Sequence[TokenRow]) -> Iterator[Finding]:
-    """Rows that are dressed otherwise than the Format says, or whose answers the tokenizer would have begun otherwise."""
+def boundaries(job: Job, tokenizer: PreTrainedTokenizerBase, rows: Sequence[TokenRow], what: str) -> Iterator[Finding]:
+    """Rows whose answers the tokenizer would have begun otherwise; `what` they are, in the plural."""
     from stages import prefix
 
-    assert job.format is not None, "the plan gives every stage a Format"
     looked_at = rows[:LOOKED_AT]
     if rate := _share(prefix.merges_at_boundary(tokenizer, row) for row in looked_at):
         yield Finding(
@@ -163,9 +162,15 @@ def words(job: Job, tokenizer: PreTrainedTokenizerBase, rows: Sequence[TokenRow]
             severity="warn",
             stage=job.name,
             evidence={"rate": rate, "rows": len(looked_at)},
-            advice=f"in {rate:.0%} of {len(looked_at)} rows the tokenizer would merge across the start or end of the response prefix, which is never done in training or serving;"
+            advice=f"in {rate:.0%} of {len(looked_at)} {what} the tokenizer would merge across the start or end of the response prefix, which is never done in training or serving;"
             " end the prefix where a token ends",
         )
+
+
+def system_prompts(job: Job, tokenizer: PreTrainedTokenizerBase, rows: Sequence[TokenRow]) -> Iterator[Finding]:
+    """Rows that are dressed otherwise than the Format says."""
+    assert job.format is not None, "the plan gives every stage a Format"
+    looked_at = rows[:LOOKED_AT]
     if rate := _share(_said(tokenizer, row, SYSTEM) != job.format.system_prompt.strip() for row in looked_at):
         yield Finding(
             rule="other_system_prompt",

@@ -1,4 +1,5 @@
-"""What an sft stage trains on, as token rows: a problem's demonstrations, a file of conversations, or what another stage sampled.
+"""What an sft stage trains on, as token rows: a problem's demonstrations, a file of conversations, or what another stage sampled; and beside them, where
+the stage has a mix, general conversations.
 
 Whatever the source, a row is ids with a role each (`stages.tokens`), and every answer in it starts with the response prefix. A file has a JSON object a
 line, as TRL takes them: `{"messages": [...]}`, trained as they are, every assistant turn an answer; or `{"prompt": ..., "completion": ...}`, of
@@ -9,22 +10,47 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stages import chat, prefix, problems, tokens
+from stages import chat, mix, prefix, problems, tokens
 from stages.job import BadInput, Format, Job
 from stages.tokens import TokenRow
+from stages.training import Mix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHAPES = '{"messages": [...]} or {"prompt": ..., "completion": ...}'
+Line = tuple[int, str]
+"""Its number, from 1, and what it holds."""
 
 
-def load(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:
-    """The job's rows. Raises BadInput for none, for rows that cannot be read, and for rows that another tokenizer or template made."""
+class Rows(NamedTuple):
+    """What an sft stage trains on."""
+
+    own: list[TokenRow]
+    """The stage's own; never none."""
+    general: list[TokenRow]
+    """Those of its mix, in the order of their lines."""
+
+    @property
+    def all(self) -> list[TokenRow]:
+        """What is trained: first the own rows, then the general ones."""
+        return [*self.own, *self.general]
+
+
+def load(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase, mixed: Mix | None) -> Rows:
+    """The job's rows, with `mixed` of its config. Raises BadInput for no own rows or too few general ones, for rows that cannot be read, and for rows that
+    another tokenizer or template made."""
+    rows = own(job, format, tokenizer)
+    return Rows(rows, general(job, format, tokenizer, mixed, len(rows)) if mixed else [])
+
+
+def own(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:
+    """The stage's own rows. Raises BadInput as `load` does."""
     if (source := job.inputs.get("data")) is None:
         rows = demonstrations(job, format, tokenizer)
     elif Path(source).is_dir():
@@ -37,6 +63,28 @@ def load(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase) -> list[T
             f"{job.name}: its data has no rows ({source or 'demonstrations'}); if a rejection stage kept none, lower keep.min_score or raise samples"
         )
     return rows
+
+
+def general(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase, mixed: Mix, beside: int) -> list[TokenRow]:
+    """The rows that go `beside` so many others; only those that are drawn are read. Raises BadInput as `load` does."""
+    path = Path(job.inputs["mix"])
+    lines = mix.drawn(job.name, _lines(path), beside, mixed.share, job.seed)
+    return _general(path, sorted(lines), format, tokenizer)
+
+
+def look_at_general(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase) -> None:
+    """For a stage whose own rows are not there yet: raise BadInput where the row that every share draws cannot be used, or there is none."""
+    path = Path(job.inputs["mix"])
+    if not (lines := _lines(path)):
+        raise BadInput(f"stages.{job.name}.mix: {path} has no rows; add rows, or remove mix")
+    _general(path, mix.order(lines, job.seed)[:1], format, tokenizer)
+
+
+def _general(path: Path, lines: Sequence[Line], format: Format, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:
+    return [
+        replace(row, row=f"{mix.MARK}{row.row}", provenance={"rule": mix.RULE})
+        for row in _dressed(path, lines, format, tokenizer)
+    ]
 
 
 def _made_for(job: Job, tokenizer: PreTrainedTokenizerBase, card: dict[str, Any]) -> None:
@@ -70,15 +118,22 @@ def demonstrations(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase)
 
 def conversations(path: Path, format: Format, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:
     """The rows of a file, identified by their line. Raises BadInput with the line that cannot be used."""
+    return _dressed(path, _lines(path), format, tokenizer)
+
+
+def _lines(path: Path) -> list[Line]:
+    """The lines that hold something. Split there and nowhere else: a JSON string may hold other ends of lines."""
+    return [(number, line) for number, line in enumerate(_text(path).split("\n"), start=1) if line.strip()]
+
+
+def _dressed(path: Path, lines: Sequence[Line], format: Format, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:
     rows: list[TokenRow] = []
-    # split there and nowhere else: a JSON string may hold other ends of lines
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if line.strip():
-            try:
-                ids, roles = _conversation(_object(line), format, tokenizer)
-            except BadInput as error:
-                raise BadInput(f"{path}, line {number}: {error}") from None
-            rows.append(TokenRow(str(number), ids, roles))
+    for number, line in lines:
+        try:
+            ids, roles = _conversation(_object(line), format, tokenizer)
+        except BadInput as error:
+            raise BadInput(f"{path}, line {number}: {error}") from None
+        rows.append(TokenRow(str(number), ids, roles))
     return rows
 
 

@@ -14,21 +14,25 @@ class InspectConfig(Config):
     stage: dict[str, object] = identity()
     """The sft stage's Config."""
     row: int = identity(0, ge=0)
-    """Which of its rows, from 0."""
+    """Which of its rows, from 0; those of its mix come after its own."""
 
 
 def run(job: Job) -> Result:
     """Write the row's loss map to `job.out`. Raises BadInput when there is no such row."""
     from stages import data, loss_map, models, prefix
-    from stages.sft import SftConfig, ratio
+    from stages.sft import SftConfig, told
 
     config = InspectConfig.model_validate(job.config)
     stage = SftConfig.model_validate(config.stage)
     assert job.format is not None, "the plan gives every sft step a Format"
     tokenizer = models.load_tokenizer(models.local_path(job.inputs["policy"], weights=False), job.format)
-    rows = data.load(job, job.format, tokenizer)
+    loaded = data.load(job, job.format, tokenizer, stage.mix)
+    rows = loaded.all
     if config.row >= len(rows):
         raise BadInput(f"{job.name} has {len(rows)} rows, so there is no row {config.row}; rows count from 0")
     loss_map.write(Path(job.out), loss_map.of_row(rows[config.row], stage.weights, tokenizer))
-    metrics = {"rows": len(rows), **ratio(rows, stage.weights)}
-    return Result(outputs={"map": loss_map.FILE}, metrics=metrics, format=prefix.seen_format(job.format, tokenizer))
+    return Result(
+        outputs={"map": loss_map.FILE},
+        metrics=told(loaded, stage.weights),
+        format=prefix.seen_format(job.format, tokenizer),
+    )

@@ -60,15 +60,20 @@ def look_at(job: Job, policy_is_there: bool = True) -> list[Finding]:
         _components(job)
     if policy_is_there:
         contract.refuse_other_formats(job, path, tokenizer)
-    rows = _sft_rows(job, path, tokenizer) if job.kind == "sft" else []
-    dressed = contract.dressed(job, job.format, tokenizer, rows)
+    own, general = _sft_rows(job, path, tokenizer) if job.kind == "sft" else ([], [])
+    rows = [*own, *general]
+    dressed = contract.dressed(job, job.format, tokenizer, own)
+    if general:
+        dressed += contract.dressed(job, job.format, tokenizer, general)
     return [
         *contract.template(job, tokenizer),
         *contract.prefixes(job, tokenizer, dressed),
         *_weights(job, rows),
         *_positions(job, path, rows),
         *_warm_up(job, rows),
-        *contract.words(job, tokenizer, rows),
+        *contract.boundaries(job, tokenizer, own, "rows"),
+        *contract.boundaries(job, tokenizer, general, "rows of its mix"),
+        *contract.system_prompts(job, tokenizer, own),
     ]
 
 
@@ -80,17 +85,20 @@ def _components(job: Job) -> None:
     weights_of(job.name, GrpoConfig.model_validate(job.config).rewards, problems.load(job.problem).reward_weights)
 
 
-def _sft_rows(job: Job, path: str, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:
-    """Data that can be read; none where a stage that has not run makes them, which is looked at again when it has."""
+def _sft_rows(job: Job, path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[TokenRow], list[TokenRow]]:
+    """Own and general rows that can be read; none where a stage that has not run makes the own ones, which is looked at again when it has."""
     from stages import data, models
 
     models.refuse_vision(path)
-    if job.problem is None and "data" not in job.inputs:
-        return []
     assert job.format is not None, "the plan gives every sft step a Format"
-    rows = data.load(job, job.format, tokenizer)
-    sequences(SftConfig.model_validate(job.config), rows)
-    return rows
+    config = SftConfig.model_validate(job.config)
+    if job.problem is None and "data" not in job.inputs:
+        if config.mix:
+            data.look_at_general(job, job.format, tokenizer)
+        return [], []
+    rows = data.load(job, job.format, tokenizer, config.mix)
+    sequences(config, rows.all)
+    return rows.own, rows.general
 
 
 def _weights(job: Job, rows: Sequence[TokenRow]) -> Iterator[Finding]:

@@ -1,7 +1,7 @@
 """Supervised fine-tuning with a loss weight for every token, by its role.
 
 policy + token rows -> policy. The rows are a problem's demonstrations or a file of conversations, tokenised here, or what a rejection stage kept,
-trained as it was sampled (`stages.data`). Cheap to import: torch and trl come with `run`.
+trained as it was sampled (`stages.data`); general conversations may go beside them (`mix`). Cheap to import: torch and trl come with `run`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import model_validator
 
@@ -17,7 +17,10 @@ from stages.config import Config, execution, identity, resolved
 from stages.job import BadInput, Finding, Job, Result
 from stages.tokens import ANSWERED, ROLES, TokenRow, lengths
 from stages.training import TrainingConfig, accumulation, trl_arguments
-from stages.weighting import Normaliser, prompt_share
+from stages.weighting import Normaliser, prompt_share, total_weight
+
+if TYPE_CHECKING:
+    from stages.data import Rows
 
 DEMONSTRATIONS = "demonstrations"
 
@@ -143,7 +146,8 @@ def run(job: Job) -> Result:
     path = models.local_path(job.inputs["policy"])
     models.refuse_vision(path)
     tokenizer = models.load_tokenizer(path, job.format)
-    rows = data.load(job, job.format, tokenizer)
+    loaded = data.load(job, job.format, tokenizer, config.mix)
+    rows = loaded.all
     micro, steps = accumulation(config.rows_per_step, job)
     arguments = trl_arguments(
         job,
@@ -173,14 +177,24 @@ def run(job: Job) -> Result:
         loss_map.write(out, loss_map.of_row(rows[0], config.weights, tokenizer))
     metrics = {
         "steps": expected,
-        "rows": len(rows),
         "sequences": packed,
-        **ratio(rows, config.weights),
+        **told(loaded, config.weights),
     }
     metrics |= latest(out, ("completion_loss", "prompt_loss", "entropy"))
     return Result(
         outputs={"policy": "."}, metrics=metrics, findings=findings, format=prefix.seen_format(job.format, tokenizer)
     )
+
+
+def told(rows: Rows, weights: dict[str, float]) -> dict[str, float]:
+    """How many rows there are, what they weigh (`ratio`), and, where there is a mix, how many are of it and the share of the total weight that they carry:
+    a few long answers can be most of the loss."""
+    found = {"rows": float(len(rows.all)), **ratio(rows.all, weights)}
+    if not rows.general:
+        return found
+    own, general = total_weight(rows.own, weights), total_weight(rows.general, weights)
+    share = general / (own + general) if own + general else 0.0
+    return {**found, "mix_rows": float(len(rows.general)), "mix_weight_share": share}
 
 
 def sequences(config: SftConfig, rows: Sequence[TokenRow]) -> dict[str, Any]:

@@ -62,6 +62,11 @@ def row_weights(row: TokenRow, weights: Weights) -> list[float]:
     return [0.0, *(by_letter[role] for role in row.roles[1:])]
 
 
+def total_weight(rows: Iterable[TokenRow], weights: Weights) -> float:
+    """What the rows weigh together."""
+    return sum(sum(row_weights(row, weights)) for row in rows)
+
+
 def prompt_share(rows: Iterable[TokenRow], weights: Weights) -> float:
     """Share of the rows' total weight that prompt tokens carry, 0..1."""
     prompt = total = 0.0

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pipeline.cli.tables import console
+from stages.mix import MARK
 
 STYLES = {"system": "magenta", "user": "cyan", "template": "bright_blue", "prefix": "yellow", "completion": "green"}
 """Role -> colour of its tokens."""
@@ -25,11 +26,20 @@ def show_map(stage: str, row: int, found: dict[str, Any]) -> None:
     for role, style in STYLES.items():
         _role(terminal, role, style, found["tokens"])
     metrics = found["metrics"]
+    line = found["row"].removeprefix(MARK)
+    of_mix = f" (line {line} of its mix)" if line != found["row"] else ""
     terminal.print(
-        f"{stage}, row {row} of {metrics['rows']:.0f}; over all rows: R_g {metrics['generation_ratio']:.2f} (completion / prompt tokens),"
-        f" prompt tokens carry {metrics['prompt_weight_share']:.1%} of the weight",
+        f"{stage}, row {row} of {metrics['rows']:.0f}{of_mix}; over all rows: R_g {metrics['generation_ratio']:.2f} (completion / prompt tokens),"
+        f" prompt tokens carry {metrics['prompt_weight_share']:.1%} of the weight{_mix(metrics)}",
         soft_wrap=True,
     )
+
+
+def _mix(metrics: dict[str, float]) -> str:
+    """What general rows are of all rows, where there are any."""
+    if "mix_rows" not in metrics:
+        return ""
+    return f", the last {metrics['mix_rows']:.0f} rows, of the mix, {metrics['mix_weight_share']:.1%}"
 
 
 def _text(tokens: list[dict[str, Any]]) -> Text:

@@ -1,0 +1,55 @@
+"""General rows beside an sft stage's own: how many, and which.
+
+the number of own rows + a share + the lines of a file -> lines of it, each at most once. A seed puts the lines into an order and the first so many are drawn,
+so a larger share draws the same lines and more; which those are does not depend on what the own rows say.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import TypeVar
+
+from stages.job import BadInput
+
+T = TypeVar("T")
+RULE = "mix"
+"""The `rule` that a general row is there by (`stages.tokens`)."""
+MARK = f"{RULE}:"
+"""What its id starts with, before the number of its line."""
+
+
+def count(own: int, share: float) -> int:
+    """How many general rows make up `share` of all rows beside `own` others: share / (1 - share) * own, rounded."""
+    return round(share / (1 - share) * own)
+
+
+def order(lines: Sequence[T], seed: int) -> list[T]:
+    """The lines in the order in which they are drawn."""
+    shuffled = list(lines)
+    random.Random(f"mix-{seed}").shuffle(shuffled)
+    return shuffled
+
+
+def drawn(stage: str, lines: Sequence[T], own: int, share: float, seed: int) -> list[T]:
+    """The lines that go beside `own` rows. Raises BadInput where there are fewer, and where it would be none."""
+    wanted = count(own, share)
+    if not wanted:
+        raise BadInput(
+            f"stages.{stage}.mix: a share of {share:g} beside {own} rows is {share / (1 - share) * own:.2g} rows, which rounds to 0; raise the share, or remove mix"
+        )
+    if wanted > len(lines):
+        lower = f", or lower the share to {_most(len(lines), own):g}" if lines else ""
+        raise BadInput(
+            f"stages.{stage}.mix: a share of {share:g} beside {own} rows takes {share:g} / (1 - {share:g}) * {own} = {wanted} rows, but its data have {len(lines)},"
+            f" and no row is repeated; add rows{lower}"
+        )
+    return order(lines, seed)[:wanted]
+
+
+def _most(general: int, own: int) -> float:
+    """The largest share that so many rows make up, rounded down to three digits."""
+    share = general / (general + own)
+    scale = 10 ** (2 - math.floor(math.log10(share)))
+    return math.floor(share * scale) / scale
