@@ -18,7 +18,6 @@ from stages.grpo import GrpoConfig
 from stages.job import BadInput, parse_rows
 from stages.rejection import CONTROL, RejectionConfig
 from stages.sft import DEMONSTRATIONS, SftConfig
-from stages.training import TrainingConfig
 
 BASE = "base"
 ROWS = ".jsonl"
@@ -186,7 +185,7 @@ def _files(recipe: Recipe) -> None:
     for stage in recipe.stages:
         if isinstance(stage, SftConfig) and stage.data.endswith(ROWS):
             _is_file(f"stages.{stage.name}.data", stage.data)
-        if isinstance(stage, TrainingConfig) and stage.mix:
+        if isinstance(stage, SftConfig) and stage.mix:
             _is_file(f"stages.{stage.name}.mix.data", stage.mix.data)
     if isinstance(recipe.problem, FileProblem):
         _is_file("problem.file", recipe.problem.file)

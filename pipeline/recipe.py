@@ -245,6 +245,9 @@ def nearest(name: str, known: Sequence[str]) -> str:
 def _first(error: ValidationError, data: Any) -> str:
     """The first complaint in one line, and how many more there are."""
     errors = error.errors(include_url=False)
+    errors = [
+        one for one in errors if one["type"] != "too_short"
+    ] or errors  # a stage that is wrong is not counted as one
     first = errors[0]
     where = _where(first["loc"], data)
     found = first.get("input")

@@ -23,7 +23,6 @@ from stages.problems import PROBLEMS
 from stages.problems.settings import ALIASES, RewardSettings
 from stages.rejection import RejectionConfig
 from stages.sft import SftConfig
-from stages.training import TrainingConfig
 
 TRAINED = ("sft", "grpo")
 """Kinds that make a policy; what they train (lora) is part of their key."""
@@ -109,7 +108,7 @@ def _step(recipe: Recipe, base: Base, base_format: Format, stage: Box, made: dic
         data = (maker.name, maker.format) if maker else None
     if isinstance(stage, RejectionConfig) and stage.source != "fresh":
         inputs["training"] = _output(made[stage.policy], "rollouts")
-    if isinstance(stage, TrainingConfig) and stage.mix:
+    if isinstance(stage, SftConfig) and stage.mix:
         inputs["mix"] = _file(stage.mix.data)
     policy_format = base_format if stage.policy == checks.BASE else made[stage.policy].format
     format = formats.of_stage(stage.name, stage.format, policy_format, data)

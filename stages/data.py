@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from stages import chat, mix, prefix, problems, tokens
 from stages.job import BadInput, Format, Job
 from stages.tokens import TokenRow
-from stages.training import Mix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from stages.sft import Mix
 
 SHAPES = '{"messages": [...]} or {"prompt": ..., "completion": ...}'
 Line = tuple[int, str]

@@ -8,7 +8,9 @@ policy the stage starts from (with adapters: the same weights, adapter off). Che
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
+
+from pydantic import model_validator
 
 from stages.config import Config, execution, identity, resolved
 from stages.job import Job, Result
@@ -89,6 +91,17 @@ class GrpoConfig(TrainingConfig):
     """The probability ratio is clipped below 1 - epsilon. PPO's and TRL's default; idle where every step samples anew."""
     epsilon_high: float = identity(0.28, gt=0)
     """The ratio is clipped above 1 + epsilon_high (clip-higher, arXiv 2503.14476 section 3.1)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_mix(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "mix" in data:
+            raise ValueError(
+                "mix belongs to an sft stage: general conversations have no reward, so their rollouts have no advantage and train nothing;"
+                " put mix into the sft stage before it, and hold what the policy can do with kl.beta"
+            )
+        return data
+
     audit: bool = execution(True)
     """Before it runs, look at what the rewards pay for (`stages.audit`), and train nothing where the best answers earn less than worse ones. Off: not looked
     at, for rewards that are dear to ask or that are meant so; `switchback audit` still shows it."""

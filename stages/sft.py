@@ -50,6 +50,15 @@ class Packing(Config):
     """Tokens of a sequence."""
 
 
+class Mix(Config):
+    """General conversations beside a stage's own rows, so that what the policy could do before is not forgotten."""
+
+    data: str = resolved()
+    """A .jsonl file of conversations (`stages.data` says what a line may be), identified by its bytes."""
+    share: float = identity(gt=0, lt=1)
+    """Their share of all rows, such as 0.07; a single step has it on average only."""
+
+
 class SftConfig(TrainingConfig):
     """Settings of an `sft` stage."""
 
@@ -95,6 +104,8 @@ class SftConfig(TrainingConfig):
     """Put several rows into one sequence; `rows_per_step` then counts sequences. Off: a row is a sequence."""
     padding_free: bool = execution(False)
     """Lay the rows of a micro-batch end to end in place of padding them. The gradient is the same; on a GPU it needs FlashAttention."""
+    mix: Mix | None = identity(None)
+    """General conversations that are trained on beside the stage's own rows (docs/mix.md). Off: none."""
     epochs: float = identity(3.0, gt=0)
     """Passes over the rows. TRL's default."""
     rows_per_step: int = identity(32, ge=1)

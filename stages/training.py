@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import AfterValidator, model_validator
 
-from stages.config import Config, StageConfig, execution, identity, resolved, seconds
+from stages.config import StageConfig, execution, identity, seconds
 from stages.job import BadInput, Job
 
 if TYPE_CHECKING:
@@ -29,15 +29,6 @@ def _steps_or_time(value: int | str | None) -> int | str | None:
     if not good:
         raise ValueError(f'found {value!r}, expected a number of steps such as 50, or a time such as "10m"')
     return value
-
-
-class Mix(Config):
-    """General conversations beside a stage's own rows, so that what the policy could do before is not forgotten."""
-
-    data: str = resolved()
-    """A .jsonl file of conversations (`stages.data` says what a line may be), identified by its bytes."""
-    share: float = identity(gt=0, lt=1)
-    """Their share of all rows of a step, such as 0.07."""
 
 
 class TrainingConfig(StageConfig):
@@ -65,8 +56,6 @@ class TrainingConfig(StageConfig):
     """AdamW's weight decay. 0 = off (TRL's default)."""
     max_grad_norm: float = identity(1.0, ge=0)
     """Gradients are scaled down to this norm. 0 = off. TRL's default."""
-    mix: Mix | None = identity(None)
-    """General conversations that are trained on beside the stage's own rows. Off: none."""
     save_every: Annotated[int | str | None, AfterValidator(_steps_or_time)] = execution("10m")
     """How often a resume checkpoint is written: optimiser steps (50), or a time ("10m"). Off: only when the stage is asked to stop."""
     keep_last: int = execution(2, ge=1)
