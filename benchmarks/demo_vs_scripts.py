@@ -93,7 +93,7 @@ def plain(out: Path) -> None:
 
     torch.set_num_threads(1)
     stage = {box["name"]: box for box in yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())["stages"]}
-    problem, base = Scheduling("compact"), str(ROOT / "configs" / "tiny-base")
+    problem, base = Scheduling("compact", overlap="zero"), str(ROOT / "configs" / "tiny-base")
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
     scores: dict[str, float] = {}
     common = {
