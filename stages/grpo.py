@@ -92,6 +92,10 @@ class GrpoConfig(TrainingConfig):
     epsilon_high: float = identity(0.28, gt=0)
     """The ratio is clipped above 1 + epsilon_high (clip-higher, arXiv 2503.14476 section 3.1)."""
 
+    audit: bool = execution(True)
+    """Before it runs, look at what the rewards pay for (`stages.audit`), and train nothing where the best answers earn less than worse ones. Off: not looked
+    at, for rewards that are dear to ask or that are meant so; `switchback audit` still shows it."""
+
     @model_validator(mode="before")
     @classmethod
     def _has_no_mix(cls, data: Any) -> Any:
@@ -101,10 +105,6 @@ class GrpoConfig(TrainingConfig):
                 " put mix into the sft stage before it, and hold what the policy can do with kl.beta"
             )
         return data
-
-    audit: bool = execution(True)
-    """Before it runs, look at what the rewards pay for (`stages.audit`), and train nothing where the best answers earn less than worse ones. Off: not looked
-    at, for rewards that are dear to ask or that are meant so; `switchback audit` still shows it."""
 
 
 def run(job: Job) -> Result:

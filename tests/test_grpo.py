@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
 
 import pytest
@@ -15,7 +16,10 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from stages import chat, models, prefix
 from stages.job import BadInput, Lora
 from stages.lora import peft_config
+from stages.problems.base import Judgement, Row
+from stages.rewards import Rewards
 from stages.trl.prefill import PrefillGRPOTrainer, prefilled
+from stages.trl.rewarding import Judging, RewardedGRPOTrainer
 from tests.conftest import TINY_BASE
 from tests.models import CHATML, save
 from tests.templates import TEMPLATES
@@ -334,3 +338,85 @@ def _penalised(penalty, own_settings):
                 return super().train(*args, **kwargs)
 
     return Penalised
+
+
+class Flaky:
+    """A problem that pays for how many different ids an answer has, and cannot judge every third one that it is asked about."""
+
+    reward_weights = {"variety": 1.0, "length": 0.5}  # noqa: RUF012
+
+    def __init__(self):
+        self.asked = 0
+
+    def judge(self, answers):
+        self.asked += len(answers)
+        return [self.one(answer, failed=i % 3 == 1) for i, answer in enumerate(answers)]
+
+    def one(self, answer, failed):
+        if failed:
+            return Judgement(0.0, "failed", False, False, dict.fromkeys(self.reward_weights), "timeout")
+        return Judgement(
+            0.0, "fine", False, True, {"variety": float(len(set(answer.ids))), "length": float(len(answer.ids))}
+        )
+
+
+def judged(policy, tmp_path, own, **settings):
+    """(trainer, lines of the log) after a step of two groups of four, judged by Flaky."""
+    problem, tokenizer = Flaky(), models.load_tokenizer(str(policy))
+    rows = [Row(str(i), f"What is {i} + 1?") for i in range(16)]
+    prompts = [prefilled([{"role": "user", "content": row.prompt}], PREFIX) for row in rows]
+    arguments = GRPOConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=8, num_generations=4, max_completion_length=12, max_steps=1, beta=0.0, bf16=False, use_cpu=True,
+        report_to="none", save_strategy="no", gradient_checkpointing=False, disable_tqdm=True, seed=7, reward_weights=[1.0, 0.5], logging_steps=1, **settings,
+    )  # fmt: skip
+    log = tmp_path / "rollouts"
+    log.mkdir(parents=True)
+    trainer = RewardedGRPOTrainer(
+        judging=Judging(problem, rows, problem.reward_weights, own, frozenset({tokenizer.eos_token_id}), log), model=models.load_policy(str(policy), "float32"),
+        args=arguments, train_dataset=Dataset.from_list([{"prompt": p, "row": i} for i, p in enumerate(prompts)]), processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    assert problem.asked == 8, "judged once for all components"
+    return trainer, [json.loads(line) for line in (log / "rollouts.jsonl").read_text().splitlines()]
+
+
+def by_hand(values):
+    """TRL's advantages of a group, those that are None left out of the mean and 0 themselves."""
+    there = [value for value in values if value is not None]
+    mean = sum(there) / len(there)
+    deviation = (sum((value - mean) ** 2 for value in there) / (len(there) - 1)) ** 0.5
+    return [0.0 if value is None else (value - mean) / (deviation + 1e-4) for value in values]
+
+
+def test_a_rollout_that_was_not_judged_moves_nothing_and_nobodys_baseline(policy, tmp_path):
+    trainer, lines = judged(policy, tmp_path, Rewards())
+    advantages = trainer._buffered_inputs[0]["advantages"].tolist()
+    rewards = [None if one["failure"] else one["rewards"]["variety"] + 0.5 * one["rewards"]["length"] for one in lines]
+    assert [one["failure"] for one in lines] == [None, "timeout", None, None, "timeout", None, None, "timeout"]
+    # rollouts are shuffled between generation and training
+    assert sorted(advantages) == pytest.approx(sorted([*by_hand(rewards[:4]), *by_hand(rewards[4:])]), abs=1e-4)
+    (logged,) = [line for line in trainer.state.log_history if "rewards/failed" in line]
+    assert logged["rewards/failed"] == pytest.approx(3 / 8)
+    assert logged["reward"] == pytest.approx(sum(one for one in rewards if one is not None) / 5)
+
+
+def test_penalties_and_normalised_components_make_the_advantages_that_the_formula_says(policy, tmp_path):
+    own = Rewards(weights={"length": 0.5}, normalise={"variety": "batch"}, clip=(-1.0, 1.0))
+    trainer, lines = judged(policy, tmp_path, own, scale_rewards="none")
+    judged_lines = [one["rewards"] for one in lines if not one["failure"]]
+    variety = [one["variety"] for one in judged_lines]
+    mean = sum(variety) / len(variety)
+    deviation = (sum((value - mean) ** 2 for value in variety) / (len(variety) - 1)) ** 0.5
+
+    def made(one):
+        scaled = max(-1.0, min(1.0, (one["variety"] - mean) / (deviation + 1e-4)))
+        return scaled + 0.5 * max(-1.0, min(1.0, one["length"]))
+
+    rewards = [None if one["failure"] else made(one["rewards"]) for one in lines]
+    expected = []
+    for group in (rewards[:4], rewards[4:]):
+        there = [value for value in group if value is not None]
+        expected += [0.0 if value is None else value - sum(there) / len(there) for value in group]
+    assert sorted(trainer._buffered_inputs[0]["advantages"].tolist()) == pytest.approx(sorted(expected), abs=1e-4)
+    (logged,) = [line for line in trainer.state.log_history if "rewards/failed" in line]
+    assert logged["rewards/variety/mean"] == pytest.approx(mean), "as it was, not as it was made"

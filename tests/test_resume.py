@@ -45,7 +45,7 @@ SCENARIOS = {
     "sft-lora": {"stage": "warmup", "config": SFT, "lora": LORA},
     "sft-packed": {"stage": "warmup", "config": {**SFT, "packing": {"strategy": "bfd", "max_length": 256}, "epochs": 8.0, "rows_per_step": 4}},
     "grpo": {"stage": "rl1", "config": {**GRPO, "kl": {"beta": 0.05}}, "micro_batch": 8},
-    "grpo-no-kl": {"stage": "rl1", "config": {**GRPO, "kl": {"beta": 0.0}}},
+    "grpo-no-kl": {"stage": "rl1", "config": {**GRPO, "kl": {"beta": 0.0}, "rewards": {"normalise": "running", "clip": [-2.0, 2.0]}}},
     "grpo-iterations": {"stage": "rl1", "config": {**GRPO, "kl": {"beta": 0.05}, "trl": {"num_iterations": 2}, "steps": 13, "save_every": 11},
                         "micro_batch": 4, "kill": PUBLISHING},
     "grpo-lora": {"stage": "rl1", "config": {**GRPO, "kl": {"beta": 0.05}}, "lora": LORA},

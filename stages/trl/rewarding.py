@@ -74,7 +74,8 @@ class RewardedGRPOTrainer(PrefillGRPOTrainer):
         table = [[torch.nan if one[name] is None else one[name] for name in self.judging.weights] for one in values]
         mine_and_others = gather(torch.tensor(table, dtype=torch.float32, device=self.accelerator.device))
         self._raw = cast(torch.Tensor, mine_and_others)
-        self._running = self._running.with_batch(self._raw)
+        if self.model.training:
+            self._running = self._running.with_batch(self._raw)
         if self.judging.settings.as_they_are:
             return self._raw
         size = self.num_generations if self.model.training else self.num_generations_eval
