@@ -12,8 +12,9 @@ from typing import ClassVar, Literal
 
 from stages.config import Config, execution, identity, resolved
 from stages.job import Job, Result
+from stages.mix import count_of_step
 from stages.rewards import Rewards, weights_of
-from stages.training import TrainingConfig, accumulation, trl_arguments
+from stages.training import Mix, TrainingConfig, accumulation, trl_arguments
 
 LOGGED = (
     "reward",
@@ -23,6 +24,7 @@ LOGGED = (
     "entropy",
     "completions/mean_length",
     "completions/clipped_ratio",
+    "mix/loss",
 )
 """TRL's metrics whose last value an artifact shows."""
 
@@ -38,6 +40,13 @@ class Kl(Config):
     """Coefficient of the KL term. 0 = off: no reference is loaded and no KL is logged. 0.001 is often enough; raise it when KL explodes."""
     reference: str = identity("policy")
     """What to stay close to: `policy`, the policy this stage starts from."""
+
+
+class GrpoMix(Mix):
+    """General conversations beside a step's rollouts. They have no reward: they are trained by likelihood."""
+
+    coefficient: float = identity(0.1, gt=0)
+    """What the mean loss of their completion tokens weighs beside the loss of the rollouts, whose own weight is 1."""
 
 
 class GrpoConfig(TrainingConfig):
@@ -89,9 +98,16 @@ class GrpoConfig(TrainingConfig):
     """The probability ratio is clipped below 1 - epsilon. PPO's and TRL's default; idle where every step samples anew."""
     epsilon_high: float = identity(0.28, gt=0)
     """The ratio is clipped above 1 + epsilon_high (clip-higher, arXiv 2503.14476 section 3.1)."""
+    mix: GrpoMix | None = identity(None)
+    """General conversations that are trained on by likelihood at every step; `share` is of the step's rows, rounded up. Off: none."""
     audit: bool = execution(True)
     """Before it runs, look at what the rewards pay for (`stages.audit`), and train nothing where the best answers earn less than worse ones. Off: not looked
     at, for rewards that are dear to ask or that are meant so; `switchback audit` still shows it."""
+
+    @property
+    def general_rows(self) -> int:
+        """General rows of one step, over all processes and accumulation."""
+        return count_of_step(self.prompts_per_step, self.mix.share) if self.mix else 0
 
 
 def run(job: Job) -> Result:
@@ -100,12 +116,13 @@ def run(job: Job) -> Result:
     from transformers import set_seed
     from trl.trainer.grpo_config import GRPOConfig
 
-    from stages import failures, lora, models, prefix, problems, ranks, rollouts
+    from stages import data, failures, lora, models, prefix, problems, ranks, rollouts
     from stages.metrics import latest
     from stages.sampling import turn_ends
     from stages.sampling.settings import own_settings
     from stages.trl import resume
     from stages.trl.callbacks import listen
+    from stages.trl.likelihood import General, MixedGRPOTrainer
     from stages.trl.prefill import prefilled
     from stages.trl.rewarding import Judging, RewardedGRPOTrainer
 
@@ -135,13 +152,18 @@ def run(job: Job) -> Result:
     prompts = [prefilled(prefix.messages(format, row), prefix.of_row(format, row)) for row in rows]
     ends = turn_ends(tokenizer, model.generation_config)
     log = Path(job.out, ROLLOUTS)
-    trainer = RewardedGRPOTrainer(
+    mixed = {}
+    if config.mix:
+        general = data.general_of_steps(job, format, tokenizer, config.general_rows, config.steps)
+        mixed = {"general": General(general, config.general_rows, config.mix.coefficient, job.seed)}
+    trainer = (MixedGRPOTrainer if config.mix else RewardedGRPOTrainer)(
         judging=Judging(problem, rows, weights, config.rewards, ends, log),
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list([{"prompt": prompt, "row": i} for i, prompt in enumerate(prompts)]),
         processing_class=tokenizer,
         peft_config=lora.peft_config(job.lora) if job.lora else None,
+        **mixed,
     )
     checkpoint = resume.find(trainer, job, config)
     if ranks.first():
