@@ -2,11 +2,13 @@
 
 policy + rows of a problem -> policy. Each step samples `group_size` completions for each of `prompts_per_step` rows; their rewards, centred and
 scaled within the group, are the advantages. Loss: token-level (`dapo`, arXiv 2503.14476 section 3.3; TRL's default). The KL reference is the
-policy the stage starts from (with adapters: the same weights, adapter off). Cheap to import: torch and trl come with `run`.
+policy the stage starts from (with adapters: the same weights, adapter off). General rows may go beside the rollouts (`mix`, docs/mix.md). Cheap to import: torch and trl come with `run`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -98,7 +100,7 @@ class GrpoConfig(TrainingConfig):
     """The probability ratio is clipped below 1 - epsilon. PPO's and TRL's default; idle where every step samples anew."""
     epsilon_high: float = identity(0.28, gt=0)
     """The ratio is clipped above 1 + epsilon_high (clip-higher, arXiv 2503.14476 section 3.1)."""
-    mix: GrpoMix | None = identity(None)
+    mix: GrpoMix | None = identity(None)  # pyright: ignore[reportIncompatibleVariableOverride] - a Config is frozen
     """General conversations that are trained on by likelihood at every step; `share` is of the step's rows, rounded up. Off: none."""
     audit: bool = execution(True)
     """Before it runs, look at what the rewards pay for (`stages.audit`), and train nothing where the best answers earn less than worse ones. Off: not looked
@@ -134,6 +136,11 @@ def run(job: Job) -> Result:
     tokenizer = models.load_tokenizer(path, format)
     problem = problems.load(job.problem)
     rows = problems.rows(problem, job.rows)
+    kind: Callable[..., RewardedGRPOTrainer] = RewardedGRPOTrainer
+    if config.mix:
+        general = data.general_of_steps(job, format, tokenizer, config.general_rows, config.steps)
+        mixed = General(general, config.general_rows, config.mix.coefficient, job.seed)
+        kind = partial(MixedGRPOTrainer, general=mixed)
     micro, steps = accumulation(config.prompts_per_step * config.group_size, job)
     weights = weights_of(job.name, config.rewards, problem.reward_weights)
     arguments = trl_arguments(
@@ -152,18 +159,13 @@ def run(job: Job) -> Result:
     prompts = [prefilled(prefix.messages(format, row), prefix.of_row(format, row)) for row in rows]
     ends = turn_ends(tokenizer, model.generation_config)
     log = Path(job.out, ROLLOUTS)
-    mixed = {}
-    if config.mix:
-        general = data.general_of_steps(job, format, tokenizer, config.general_rows, config.steps)
-        mixed = {"general": General(general, config.general_rows, config.mix.coefficient, job.seed)}
-    trainer = (MixedGRPOTrainer if config.mix else RewardedGRPOTrainer)(
+    trainer = kind(
         judging=Judging(problem, rows, weights, config.rewards, ends, log),
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list([{"prompt": prompt, "row": i} for i, prompt in enumerate(prompts)]),
         processing_class=tokenizer,
         peft_config=lora.peft_config(job.lora) if job.lora else None,
-        **mixed,
     )
     checkpoint = resume.find(trainer, job, config)
     if ranks.first():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -47,7 +48,7 @@ def trained(out, general=True, pays=True, a_step=4, steps=1, resume=None, rows=R
     prompts = [prefilled([{"role": "user", "content": f"What is {i} + 1?"}], "") for i in range(16)]
     more = {"general": General(rows[: a_step * 4], a_step, COEFFICIENT, seed=3)} if general else {}
     trainer = (MixedGRPOTrainer if general else RewardedGRPOTrainer)(
-        judging=Judging(Variety(pays), [Row(str(i), "") for i in range(16)], {"variety": 1.0}, Rewards(), frozenset(), None),
+        judging=Judging(cast(Any, Variety(pays)), [Row(str(i), "") for i in range(16)], {"variety": 1.0}, Rewards(), frozenset(), None),
         model=make_model(tokenizer),
         args=GRPOConfig(output_dir=str(out), **settings),
         train_dataset=Dataset.from_list([{"prompt": prompt, "row": i} for i, prompt in enumerate(prompts)]),

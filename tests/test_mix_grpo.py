@@ -38,7 +38,9 @@ def by_hand(rows):
         losses += [-log_p[i - 1, row.ids[i]] for i in range(1, len(row.ids)) if row.roles[i] == "c"]
     loss = torch.stack(losses).mean()
     loss.backward()
-    return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
+    return loss.item(), {
+        name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
 
 
 def apart(one, other):
