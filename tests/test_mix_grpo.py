@@ -153,9 +153,13 @@ def test_a_general_row_that_cannot_be_used_is_found_before_anything_runs(mixed, 
 @pytest.mark.slow
 def test_a_stage_with_a_mix_that_is_killed_ends_bit_for_bit_where_it_would_have_ended(mixed, tmp_path):
     jobs = [(path, Job.model_validate_json(path.read_text())) for path in (mixed[1] / "work").glob("*/job.json")]
-    (path,) = [path for path, job in jobs if "mix" in job.inputs]
-    config = {"steps": 4, "save_every": 2}
-    scenario = {"name": "mix", "stage": "rl1", "job": str(path), "config": config, "kill": MIDDLE}
+    ((path, job),) = [(path, job) for path, job in jobs if "mix" in job.inputs]
+    config = {
+        "steps": 8,
+        "save_every": 3,
+        "mix": {**job.config["mix"], "share": 0.8},
+    }  # 8 of 40 rows a step: two passes
+    scenario = {"name": "mix", "stage": "rl1", "job": str(path), "config": config, "micro_batch": 4, "kill": MIDDLE}
     done = subprocess.run(
         [sys.executable, "-m", "tests.stage_crashes", str(tmp_path)],
         cwd=ROOT, input=json.dumps([scenario]), capture_output=True, text=True, env=environment(),
