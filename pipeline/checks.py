@@ -185,7 +185,7 @@ def _files(recipe: Recipe) -> None:
     for stage in recipe.stages:
         if isinstance(stage, SftConfig) and stage.data.endswith(ROWS):
             _is_file(f"stages.{stage.name}.data", stage.data)
-        if isinstance(stage, SftConfig) and stage.mix:
+        if isinstance(stage, SftConfig | GrpoConfig) and stage.mix:
             _is_file(f"stages.{stage.name}.mix.data", stage.mix.data)
     if isinstance(recipe.problem, FileProblem):
         _is_file("problem.file", recipe.problem.file)

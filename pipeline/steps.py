@@ -18,6 +18,7 @@ from pipeline.registry.aliases import resolve
 from stages import STAGES
 from stages.config import Config, Frozen, identity_values
 from stages.evaluate import EvaluateConfig
+from stages.grpo import GrpoConfig
 from stages.job import BadInput, Dtype, Format, Lora, RowRange, Sampler, parse_rows
 from stages.problems import PROBLEMS
 from stages.problems.settings import ALIASES, RewardSettings
@@ -108,7 +109,7 @@ def _step(recipe: Recipe, base: Base, base_format: Format, stage: Box, made: dic
         data = (maker.name, maker.format) if maker else None
     if isinstance(stage, RejectionConfig) and stage.source != "fresh":
         inputs["training"] = _output(made[stage.policy], "rollouts")
-    if isinstance(stage, SftConfig) and stage.mix:
+    if isinstance(stage, SftConfig | GrpoConfig) and stage.mix:
         inputs["mix"] = _file(stage.mix.data)
     policy_format = base_format if stage.policy == checks.BASE else made[stage.policy].format
     format = formats.of_stage(stage.name, stage.format, policy_format, data)

@@ -1,4 +1,4 @@
-"""What an sft stage trains on, as token rows: a problem's demonstrations, a file of conversations, or what another stage sampled; and beside them, where
+"""What an sft stage trains on, as token rows, and what a grpo stage trains on beside its rollouts: a problem's demonstrations, a file of conversations, or what another stage sampled; and beside them, where
 the stage has a mix, general conversations.
 
 Whatever the source, a row is ids with a role each (`stages.tokens`), and every answer in it starts with the response prefix. A file has a JSON object a
@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stages import chat, mix, prefix, problems, tokens
 from stages.job import BadInput, Format, Job
+from stages.mix import Mix
 from stages.tokens import TokenRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from stages.sft import Mix
 
 SHAPES = '{"messages": [...]} or {"prompt": ..., "completion": ...}'
 Line = tuple[int, str]
@@ -71,6 +70,20 @@ def general(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase, mixed:
     path = Path(job.inputs["mix"])
     lines = mix.drawn(job.name, _lines(path), beside, mixed.share, job.seed)
     return _general(path, sorted(lines), format, tokenizer)
+
+
+def general_of_steps(
+    job: Job, format: Format, tokenizer: PreTrainedTokenizerBase, a_step: int, steps: int
+) -> list[TokenRow]:
+    """The rows that so many steps take, in the order in which they are drawn. Raises BadInput for too few, for a row that cannot be read, and for one with nothing to train."""
+    path = Path(job.inputs["mix"])
+    rows = _general(path, mix.drawn_by_steps(job.name, _lines(path), a_step, steps, job.seed), format, tokenizer)
+    for row in rows:
+        if tokens.COMPLETION not in row.roles[1:]:
+            raise BadInput(
+                f"{path}, line {row.row.removeprefix(mix.MARK)}: no token follows the response prefix; remove it"
+            )
+    return rows
 
 
 def look_at_general(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -2,18 +2,19 @@
 
 policy + rows of a problem -> policy. Each step samples `group_size` completions for each of `prompts_per_step` rows; their rewards, centred and
 scaled within the group, are the advantages. Loss: token-level (`dapo`, arXiv 2503.14476 section 3.3; TRL's default). The KL reference is the
-policy the stage starts from (with adapters: the same weights, adapter off). Cheap to import: torch and trl come with `run`.
+policy the stage starts from (with adapters: the same weights, adapter off). General rows may go beside the rollouts (`mix`, docs/mix.md). Cheap to import: torch and trl come with `run`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
-
-from pydantic import model_validator
+from typing import ClassVar, Literal
 
 from stages.config import Config, execution, identity, resolved
 from stages.job import Job, Result
+from stages.mix import Mix, count_of_step
 from stages.rewards import Rewards, weights_of
 from stages.training import TrainingConfig, accumulation, trl_arguments
 
@@ -25,6 +26,7 @@ LOGGED = (
     "entropy",
     "completions/mean_length",
     "completions/clipped_ratio",
+    "mix/loss",
 )
 """TRL's metrics whose last value an artifact shows."""
 
@@ -40,6 +42,13 @@ class Kl(Config):
     """Coefficient of the KL term. 0 = off: no reference is loaded and no KL is logged. 0.001 is often enough; raise it when KL explodes."""
     reference: str = identity("policy")
     """What to stay close to: `policy`, the policy this stage starts from."""
+
+
+class GrpoMix(Mix):
+    """General conversations beside a step's rollouts. They have no reward: they are trained by likelihood."""
+
+    coefficient: float = identity(0.1, gt=0)
+    """What the mean loss of their completion tokens weighs beside the loss of the rollouts, whose own weight is 1."""
 
 
 class GrpoConfig(TrainingConfig):
@@ -91,20 +100,16 @@ class GrpoConfig(TrainingConfig):
     """The probability ratio is clipped below 1 - epsilon. PPO's and TRL's default; idle where every step samples anew."""
     epsilon_high: float = identity(0.28, gt=0)
     """The ratio is clipped above 1 + epsilon_high (clip-higher, arXiv 2503.14476 section 3.1)."""
-
+    mix: GrpoMix | None = identity(None)
+    """General conversations that are trained on by likelihood at every step; `share` is of the step's rows, rounded up. Off: none."""
     audit: bool = execution(True)
     """Before it runs, look at what the rewards pay for (`stages.audit`), and train nothing where the best answers earn less than worse ones. Off: not looked
     at, for rewards that are dear to ask or that are meant so; `switchback audit` still shows it."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _has_no_mix(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "mix" in data:
-            raise ValueError(
-                "mix belongs to an sft stage: general conversations have no reward, so their rollouts have no advantage and train nothing;"
-                " put mix into the sft stage before it, and hold what the policy can do with kl.beta"
-            )
-        return data
+    @property
+    def general_rows(self) -> int:
+        """General rows of one step, over all processes and accumulation."""
+        return count_of_step(self.prompts_per_step, self.mix.share) if self.mix else 0
 
 
 def run(job: Job) -> Result:
@@ -113,12 +118,13 @@ def run(job: Job) -> Result:
     from transformers import set_seed
     from trl.trainer.grpo_config import GRPOConfig
 
-    from stages import failures, lora, models, prefix, problems, ranks, rollouts
+    from stages import data, failures, lora, models, prefix, problems, ranks, rollouts
     from stages.metrics import latest
     from stages.sampling import turn_ends
     from stages.sampling.settings import own_settings
     from stages.trl import resume
     from stages.trl.callbacks import listen
+    from stages.trl.likelihood import General, MixedGRPOTrainer
     from stages.trl.prefill import prefilled
     from stages.trl.rewarding import Judging, RewardedGRPOTrainer
 
@@ -130,6 +136,11 @@ def run(job: Job) -> Result:
     tokenizer = models.load_tokenizer(path, format)
     problem = problems.load(job.problem)
     rows = problems.rows(problem, job.rows)
+    kind: Callable[..., RewardedGRPOTrainer] = RewardedGRPOTrainer
+    if config.mix:
+        general = data.general_of_steps(job, format, tokenizer, config.general_rows, config.steps)
+        mixed = General(general, config.general_rows, config.mix.coefficient, job.seed)
+        kind = partial(MixedGRPOTrainer, general=mixed)
     micro, steps = accumulation(config.prompts_per_step * config.group_size, job)
     weights = weights_of(job.name, config.rewards, problem.reward_weights)
     arguments = trl_arguments(
@@ -148,7 +159,7 @@ def run(job: Job) -> Result:
     prompts = [prefilled(prefix.messages(format, row), prefix.of_row(format, row)) for row in rows]
     ends = turn_ends(tokenizer, model.generation_config)
     log = Path(job.out, ROLLOUTS)
-    trainer = RewardedGRPOTrainer(
+    trainer = kind(
         judging=Judging(problem, rows, weights, config.rewards, ends, log),
         model=model,
         args=arguments,

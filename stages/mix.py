@@ -1,7 +1,8 @@
-"""General rows beside an sft stage's own: how many, and which.
+"""General rows beside a stage's own: how many, and which.
 
 the number of own rows + a share + the lines of a file -> lines of it, each at most once. A seed puts the lines into an order and the first so many are drawn,
-so a larger share draws the same lines and more; which those are does not depend on what the own rows say.
+so a larger share draws the same lines and more; which those are does not depend on what the own rows say. A grpo stage takes so many at every step, in that
+order, and when all were taken, all again in another.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import TypeVar
 
+from stages.config import Config, identity, resolved
 from stages.job import BadInput
 
 T = TypeVar("T")
@@ -18,6 +21,15 @@ RULE = "mix"
 """The `rule` that a general row is there by (`stages.tokens`)."""
 MARK = f"{RULE}:"
 """What its id starts with, before the number of its line."""
+
+
+class Mix(Config):
+    """General conversations beside a stage's own rows, so that what the policy could do before is not forgotten."""
+
+    data: str = resolved()
+    """A .jsonl file of conversations (`stages.data` says what a line may be), identified by its bytes."""
+    share: float = identity(gt=0, lt=1)
+    """Their share of all rows, such as 0.07; a single step has it on average only."""
 
 
 def count(own: int, share: float) -> int:
@@ -46,6 +58,31 @@ def drawn(stage: str, lines: Sequence[T], own: int, share: float, seed: int) -> 
             f" and no row is repeated; add rows{lower}"
         )
     return order(lines, seed)[:wanted]
+
+
+def count_of_step(own: int, share: float) -> int:
+    """How many general rows make up at least `share` of a step's rows beside `own` others: share / (1 - share) * own, rounded up."""
+    exact = Fraction(str(share))
+    return math.ceil(exact / (1 - exact) * own)
+
+
+def drawn_by_steps(stage: str, lines: Sequence[T], a_step: int, steps: int, seed: int) -> list[T]:
+    """The lines that so many steps take, in the order in which they are drawn. Raises BadInput where one step would take a line twice."""
+    if a_step > len(lines):
+        raise BadInput(
+            f"stages.{stage}.mix: every step takes {a_step} rows, but its data have {len(lines)}; add rows, or lower the share or prompts_per_step"
+        )
+    return order(lines, seed)[: a_step * steps]
+
+
+def of_step(drawn: Sequence[T], a_step: int, step: int, seed: int) -> list[T]:
+    """The rows of a step, from 0. No row is taken twice in a pass; one that is left where a pass does not divide into steps waits for the next, in another order."""
+    a_pass = len(drawn) // a_step
+    which, within = divmod(step, a_pass)
+    rows = list(drawn)
+    if which:
+        random.Random(f"mix-{seed}-{which}").shuffle(rows)
+    return rows[within * a_step : (within + 1) * a_step]
 
 
 def _most(general: int, own: int) -> float:

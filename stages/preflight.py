@@ -60,7 +60,7 @@ def look_at(job: Job, policy_is_there: bool = True) -> list[Finding]:
         _components(job)
     if policy_is_there:
         contract.refuse_other_formats(job, path, tokenizer)
-    own, general = _sft_rows(job, path, tokenizer) if job.kind == "sft" else ([], [])
+    own, general = _sft_rows(job, path, tokenizer) if job.kind == "sft" else ([], _mixed(job, tokenizer))
     rows = [*own, *general]
     dressed = contract.dressed(job, job.format, tokenizer, own)
     if general:
@@ -101,9 +101,19 @@ def _sft_rows(job: Job, path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[
     return rows.own, rows.general
 
 
+def _mixed(job: Job, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:
+    """The general rows of a grpo stage that can be read."""
+    from stages import data
+
+    if job.kind != "grpo" or not (config := GrpoConfig.model_validate(job.config)).mix:
+        return []
+    assert job.format is not None, "the plan gives every stage a Format"
+    return data.general_of_steps(job, job.format, tokenizer, config.general_rows, config.steps)
+
+
 def _weights(job: Job, rows: Sequence[TokenRow]) -> Iterator[Finding]:
     """Weights that leave something to learn, and mean what they say."""
-    if not rows:
+    if not rows or job.kind != "sft":
         return
     config = SftConfig.model_validate(job.config)
     if not any(weight for row in rows for weight in row_weights(row, config.weights)):

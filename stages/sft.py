@@ -15,6 +15,7 @@ from pydantic import model_validator
 
 from stages.config import Config, execution, identity, resolved
 from stages.job import BadInput, Finding, Job, Result
+from stages.mix import Mix
 from stages.tokens import ANSWERED, ROLES, TokenRow, lengths
 from stages.training import TrainingConfig, accumulation, trl_arguments
 from stages.weighting import Normaliser, prompt_share, total_weight
@@ -48,15 +49,6 @@ class Packing(Config):
     full, and each sees the one before it."""
     max_length: int = identity(2048, ge=2)
     """Tokens of a sequence."""
-
-
-class Mix(Config):
-    """General conversations beside a stage's own rows, so that what the policy could do before is not forgotten."""
-
-    data: str = resolved()
-    """A .jsonl file of conversations (`stages.data` says what a line may be), identified by its bytes."""
-    share: float = identity(gt=0, lt=1)
-    """Their share of all rows, such as 0.07; a single step has it on average only."""
 
 
 class SftConfig(TrainingConfig):

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from pipeline.registry import Registry
 from stages import data, mix
 from stages.job import BadInput, Job, parse_rows
+from stages.mix import Mix
 from stages.preflight import look_at
-from stages.sft import Mix, told
+from stages.sft import told
 from tests.conftest import ROOT, TINY, TINY_BASE, environment, run_cli, stage
 from tests.models import make_tokenizer
 from tests.test_data import FORMAT
@@ -278,10 +279,3 @@ def test_two_processes_train_on_the_same_mix(recipe, tmp_path):
         for registry, artifact in ((recipe[1], one), (tmp_path / "r", two))
     )
     assert max((a[name] - b[name]).abs().max().item() for name in a) < 1e-4
-
-
-def test_a_grpo_stage_refuses_a_mix_and_says_why(settings, write):
-    stage(settings, "rl1")["mix"] = {"data": "general.jsonl", "share": 0.1}
-    done = run_cli("check", write(settings))
-    assert done.returncode == 2 and done.stderr.endswith("hold what the policy can do with kl.beta\n"), done.stderr
-    assert "stages.rl1: mix belongs to an sft stage: general conversations have no reward" in done.stderr

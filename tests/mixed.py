@@ -1,0 +1,69 @@
+"""A grpo trainer with general rows on the small model, for tests; under torchrun (python -m tests.mixed DIRECTORY), in every process of this world."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from datasets import Dataset
+from safetensors.torch import save_file
+from trl.trainer.grpo_config import GRPOConfig
+
+from stages.problems.base import Judgement, Row
+from stages.rewards import Rewards
+from stages.trl.likelihood import General, MixedGRPOTrainer
+from stages.trl.prefill import prefilled
+from stages.trl.rewarding import Judging, RewardedGRPOTrainer
+from tests.models import make_model, make_tokenizer, token_rows
+
+ROWS = token_rows()
+RATE, COEFFICIENT = 0.5, 0.3
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class Variety:
+    """How many different ids a completion has; or nothing, for which GRPO moves nothing."""
+
+    def __init__(self, pays: bool) -> None:
+        self.pays = pays
+
+    def judge(self, answers):
+        values = [float(len(set(answer.ids))) if self.pays else 0.0 for answer in answers]
+        return [Judgement(0.0, "none", False, True, {"variety": value}) for value in values]
+
+
+def trained(out, general=True, pays=True, a_step=4, steps=1, resume=None, rows=ROWS, **settings):
+    """(trainer, parameters) after so many steps of SGD."""
+    settings = {
+        "per_device_train_batch_size": 8 // WORLD, "num_generations": 4, "max_completion_length": 12, "max_steps": steps, "learning_rate": RATE,
+        "beta": 0.0, "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1, "gradient_checkpointing": False,
+        "disable_tqdm": True, "seed": 7, "optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant", **settings,
+    }  # fmt: skip
+    if WORLD > 1:
+        settings["ddp_backend"] = "gloo"
+    tokenizer = make_tokenizer()
+    prompts = [prefilled([{"role": "user", "content": f"What is {i} + 1?"}], "") for i in range(16)]
+    more = {"general": General(rows[: a_step * 4], a_step, COEFFICIENT, seed=3)} if general else {}
+    trainer = (MixedGRPOTrainer if general else RewardedGRPOTrainer)(
+        judging=Judging(cast(Any, Variety(pays)), [Row(str(i), "") for i in range(16)], {"variety": 1.0}, Rewards(), frozenset(), None),
+        model=make_model(tokenizer),
+        args=GRPOConfig(output_dir=str(out), **settings),
+        train_dataset=Dataset.from_list([{"prompt": prompt, "row": i} for i, prompt in enumerate(prompts)]),
+        processing_class=tokenizer,
+        **more,
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume)
+    parameters = trainer.accelerator.unwrap_model(trainer.model).named_parameters()
+    return trainer, {name: parameter.detach().clone() for name, parameter in parameters}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    place = Path(sys.argv[1])
+    for a_step in (3, 4):
+        found = trained(place, pays=False, a_step=a_step, per_device_train_batch_size=4 // WORLD, gradient_accumulation_steps=2, steps_per_generation=2)  # fmt: skip
+        if os.environ.get("RANK", "0") == "0":
+            save_file(found[1], place / f"{a_step}.safetensors")
