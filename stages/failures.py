@@ -15,7 +15,7 @@ def found(stage: str, problem: Any, failures: Iterable[str | None]) -> tuple[Fin
     counts = Counter(failure for failure in every if failure)
     if not counts:
         return ()
-    first = getattr(problem, "guard", None) and problem.guard.first
+    first = first_message(problem)
     said = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
     return (
         Finding(
@@ -27,3 +27,9 @@ def found(stage: str, problem: Any, failures: Iterable[str | None]) -> tuple[Fin
             + (f"; the first said: {first}" if first else ""),
         ),
     )
+
+
+def first_message(problem: Any) -> str | None:
+    """What the first failure in this process said; None for a problem that is our own, or that judged everything."""
+    guard = getattr(problem, "guard", None)
+    return guard.first or None if guard else None

@@ -10,7 +10,7 @@ A question and no stage: nothing is published. Needs no model and no torch. `job
     pass_rate, pass_interval    share that passes, and its 95 % Wilson interval
     solved                      share with the best possible score
     rewards, reward             component -> its mean, where it applies (null where it never does); the mean of their weighted sum
-    failures                    what user code did in the place of judging -> how often
+    failures, first_failure     what user code did in the place of judging -> how often; what the first of them said (null without any)
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.config import Config
+from stages.failures import first_message
 from stages.job import Job, Result
 from stages.problems.base import Judgement, Problem
 
@@ -68,6 +69,7 @@ def summarise(problem: Problem, rows: Sequence[int], judgements: Sequence[Judgem
         "rewards": {name: _mean(judgements, name) for name in problem.reward_weights},
         "reward": sum(_weighted(problem, judgement) for judgement in judgements) / count,
         "failures": dict(Counter(judgement.failure for judgement in judgements if judgement.failure)),
+        "first_failure": first_message(problem),
     }
 
 

@@ -148,3 +148,27 @@ def test_neither_the_command_nor_its_worker_imports_torch(files):
     arguments = [sys.executable, "-c", code, rows.parent, rows, completions]
     done = subprocess.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_a_problem_of_ones_own_is_scored_and_says_what_it_could_not_judge(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "REWARDS = {'right': 2.0}\ndef rows(rng): yield {'prompt': 'p', 'n': 1}\n"
+        "def rewards(row, completion): return {'right': score(row, completion)}\n"
+        "def score(row, completion): return float(int(completion) == row['n'])\n"
+    )
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1?", "n": 1}\n{"prompt": "2?", "n": 2}\n')
+    said = [{"row": 0, "completion": "1"}, {"row": 1, "completion": "1"}, {"row": 1, "completion": "one"}]
+    (tmp_path / "said.jsonl").write_text("".join(json.dumps(line) + "\n" for line in said))
+    command = [
+        "score",
+        tmp_path / "mine.py",
+        "--rows",
+        tmp_path / "rows.jsonl",
+        "--completions",
+        tmp_path / "said.jsonl",
+    ]
+    found = printed_json(*command, "--json")
+    assert found["outcomes"] == {"failed": 1, "malformed": 0, "wrong": 1, "partial": 0, "passed": 1}
+    assert found["average"] == pytest.approx(1 / 3) and found["rewards"] == {"right": 0.5}
+    assert found["failures"] == {"exception": 1} and "mine.py:4: ValueError: invalid literal" in found["first_failure"]
+    assert "not judged: exception 1; the first said: mine.py:4: ValueError" in run_cli(*command).stdout

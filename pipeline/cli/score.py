@@ -63,8 +63,9 @@ def _print(found: dict[str, Any]) -> None:
     )
     rewards = ", ".join(f"{name} {_x100(value)}" for name, value in found["rewards"].items())
     print(f"reward {_x100(found['reward'])} of 100: {rewards}")
-    for failure, count in found["failures"].items():
-        print(f"not judged, {failure}: {count}")
+    if found["failures"]:
+        counts = ", ".join(f"{failure} {count}" for failure, count in found["failures"].items())
+        print(f"not judged: {counts}; the first said: {found['first_failure']}")
 
 
 def _x100(value: float | None) -> str:
