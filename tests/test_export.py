@@ -57,7 +57,8 @@ def test_what_is_of_the_registry_stays_there(policy, climbed):
     registry = Registry(climbed[1])
     published = {file.path for file in newest(registry, "rl2").files}
     found = {path.relative_to(policy).as_posix() for path in policy.rglob("*") if path.is_file()}
-    assert found == published - {"metrics.jsonl"} | {"README.md"}
+    log = {"rollouts/rollouts.jsonl", "rollouts/card.json"}
+    assert log < published and found == published - {"metrics.jsonl", *log} | {"README.md"}
     assert "additional_chat_templates/training.jinja" in found and "artifact.json" not in found
 
 

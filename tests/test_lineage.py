@@ -63,7 +63,7 @@ def test_a_climb_goes_back_to_the_bytes_of_its_base_and_to_its_rows(climbed):
         ids[name] for name in ("rl2", "distill", "warmup", "harvest")
     ]
     assert (base["kind"], base["key"], base["name"]) == ("base", digest_model(TINY_BASE), str(TINY_BASE))
-    assert rows["name"] == "train[528:544] of scheduling version 1 form compact"
+    assert rows["name"] == "train[528:544] of scheduling version 2 form compact overlap remove reward_overlap strict"
     assert demonstrations["name"].startswith("train[0:512] of scheduling")
     rl1 = harvest["inputs"][0]
     assert rl1["inputs"][0]["note"] == "its inputs are shown above" and rl1["inputs"][0]["id"] == ids["warmup"]

@@ -182,16 +182,15 @@ def test_what_comes_later_parses_and_plans_and_run_refuses_it_in_one_line(path, 
     assert not (tmp_path / "r").exists()
 
 
-def test_a_problem_file_and_a_dataset_parse_plan_and_are_refused(settings, write, tmp_path):
+def test_a_problem_of_ones_own_that_cannot_be_used_plans_and_is_refused_in_one_line(settings, write, tmp_path):
+    """What user code is good for is only seen where it is run."""
     (tmp_path / "mine.py").write_text("rows = []\n")
-    for problem in (
-        {"file": str(tmp_path / "mine.py")},
-        {"dataset": "org/data", "rewards": ["accuracy"], "answer": "answer"},
-    ):
-        settings["problem"] = problem
-        file = write(settings)
-        assert run_cli("plan", file, "--registry", tmp_path / "r").returncode == 0
-        assert "later version" in one_line(run_cli("run", file, "--registry", tmp_path / "r"))
+    settings["problem"] = {"file": str(tmp_path / "mine.py")}
+    file = write(settings)
+    assert run_cli("plan", file, "--registry", tmp_path / "r").returncode == 0
+    assert "mine.py: REWARDS is None, expected component: weight" in one_line(
+        run_cli("run", file, "--registry", tmp_path / "r", "--no-prefect")
+    )
 
 
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)

@@ -18,7 +18,7 @@ from pipeline.run import refuse_damaged
 from tests.conftest import printed_json, run_cli, tensors
 
 STEPS = {
-    "base.evaluate": 6, "warmup": 10, "warmup.evaluate": 6, "rl1": 9, "rl1.evaluate": 6, "harvest": 5, "distill": 10, "distill.evaluate": 6, "rl2": 9, "rl2.evaluate": 6
+    "base.evaluate": 6, "warmup": 10, "warmup.evaluate": 6, "rl1": 11, "rl1.evaluate": 6, "harvest": 7, "distill": 10, "distill.evaluate": 6, "rl2": 11, "rl2.evaluate": 6
 }  # fmt: skip
 """Step of the climb -> files of its artifact, the manifest among them."""
 FILES = [(step, number) for step, count in STEPS.items() for number in range(count)]

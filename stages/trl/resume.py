@@ -85,7 +85,10 @@ class ExactResume(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             file = Path(checkpoint, _file_of_rank())
-            self.take_up(torch.load(file, map_location=self.args.device, weights_only=True))
+            device = (
+                self.args.device if self.args.device.type != "cpu" else "cpu"
+            )  # of several processes it is cpu:0, which torch cannot read
+            self.take_up(torch.load(file, map_location=device, weights_only=True))
 
 
 def _file_of_rank() -> str:

@@ -49,12 +49,14 @@ class RewardedGRPOTrainer(PrefillGRPOTrainer):
 
     def held(self) -> dict[str, Any]:
         """What components were like so far, beside what every trainer holds."""
-        return super().held() | {"components": [*self._running]}
+        return super().held() | {"components": [part.tolist() for part in self._running]}
 
     def take_up(self, state: dict[str, Any]) -> None:
         """Take it up."""
         super().take_up(state)
-        self._running = Running(*state["components"])
+        self._running = Running(
+            *(now.new_tensor(part) for now, part in zip(self._running, state["components"], strict=True))
+        )
 
     def _calculate_rewards(
         self,
