@@ -120,6 +120,11 @@ def _has_a_log(recipe: Recipe, stage: RejectionConfig) -> None:
         raise BadInput(
             f"stages.{stage.name}.source: found {stage.source!r}, but its policy {stage.policy} is no grpo stage, which would have logged what it sampled; set source: fresh"
         )
+    trained = next(other for other in recipe.stages if isinstance(other, GrpoConfig) and other.name == stage.policy)
+    if stage.training_steps and stage.training_steps[0] > trained.steps:
+        raise BadInput(
+            f"stages.{stage.name}.training_steps: found {list(stage.training_steps)}, but {stage.policy} has {trained.steps} steps"
+        )
     if stage.format is not None:
         raise BadInput(
             f"stages.{stage.name}.format: the rollouts of {stage.policy}'s training are dressed in its own Format; remove format, or set source: fresh"

@@ -183,10 +183,15 @@ def _payload(
         "problem": _problem_identity(problem) if problem else None,
         "rows": rows.model_dump() if rows else None,
         "format": formats.identity(format),
-        "sampler": None if kind in TRAINED else sampler,
+        "sampler": sampler if _samples(kind, config) else None,
         "seed": seed,
         "replicate": replicate,
     }
+
+
+def _samples(kind: str, config: Config) -> bool:
+    """Whether the recipe's sampler is asked for anything."""
+    return kind not in TRAINED and getattr(config, "source", None) != "training"
 
 
 def base_of(recipe: Recipe, registry: Registry) -> Base:

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from stages.audit_rules import Line, Played
 from stages.baselines import GOLD, Baseline
 from stages.config import Frozen
-from stages.problems.base import Judgement, Problem
+from stages.problems.base import Judgement, Problem, passes
 
 
 class Range(Frozen):
@@ -42,7 +42,7 @@ def play(problem: Problem, weights: Mapping[str, float], asked: Sequence[Baselin
     """What the problem says to every baseline, its components weighed by `weights`."""
     judged = problem.judge([one.answer for one in asked])
     played = [
-        Played(one.name, one.own, one.row, judgement, problem.passed(judgement.score), _reward(judgement, weights))
+        Played(one.name, one.own, one.row, judgement, passes(problem, judgement), _reward(judgement, weights))
         for one, judgement in zip(asked, judged, strict=True)
     ]
     whole = _range(played, weights)

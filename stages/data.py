@@ -161,7 +161,7 @@ def _text(path: Path) -> str:
 def _object(line: str) -> Mapping[str, Any]:
     try:
         found = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{error}; expected {SHAPES}") from None
     if not isinstance(found, dict):
         raise BadInput(f"found {type(found).__name__}, expected {SHAPES}")

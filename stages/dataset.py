@@ -38,7 +38,8 @@ The settings: `{keep}`
 class Sampled(NamedTuple):
     """How rollouts were sampled (`rollouts.card`)."""
 
-    fresh: dict[str, Any]
+    fresh: dict[str, Any] | None
+    """Those of this stage; None where none were sampled."""
     training: dict[str, Any] | None
     """Those of a grpo stage's log; None where none were read."""
 
@@ -81,7 +82,7 @@ def _row(pool: Pool, i: int, prompt: tuple[list[int], str], provenance: dict[str
 def _provenance(pool: Pool, i: int, start: str, sampled: Sampled, rule: str | None) -> dict[str, Any]:
     line, one, choice = pool.lines[i], pool.candidates[i], pool.choices[i]
     how = sampled.fresh if line["step"] is None else sampled.training
-    assert how is not None, "rollouts with a step come from a log"
+    assert how is not None, "rollouts with a step come from a log, the others from this stage"
     return {
         **how,
         **{name: line[name] for name in ("step", "sample", "text", "score", "outcome")},

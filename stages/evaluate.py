@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from stages.config import Config, identity
 from stages.job import Evaluation, Job, Result, RowRange, Split
-from stages.problems.base import Row
+from stages.problems.base import Row, passes
 
 if TYPE_CHECKING:
     from stages.metrics import MetricsLog
@@ -103,7 +103,7 @@ def summarise(
 
     scores = np.array([[rollout.judgement.score for rollout in group] for group in sampled])
     judgements = [rollout.judgement for group in sampled for rollout in group]
-    passed = np.vectorize(player.problem.passed)(scores).astype(float)
+    passed = np.array([[passes(player.problem, one.judgement) for one in group] for group in sampled], dtype=float)
     count = Counter(judgement.outcome for judgement in judgements)
     return Evaluation(
         policy=job.inputs["policy"],

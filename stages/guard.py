@@ -319,7 +319,7 @@ def _reply(line: bytes, expected: int | None) -> Reply | None:
     try:
         said = json.loads(line)
         return Reply(said["value"], said["failure"], said["message"]) if said["id"] == expected else None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

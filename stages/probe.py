@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from stages.config import Config, FromList, identity
 from stages.job import Format, Job, Result, RowRange
+from stages.problems.base import passes
 
 if TYPE_CHECKING:
     from stages.rollouts import Player
@@ -74,7 +75,7 @@ def _line(player: Player, config: ProbeConfig, dress: Dress) -> dict[str, Any]:
     rows = player.rows(RowRange(split="validation", start=0, stop=config.rows, seed=0))
     decoding = Decoding(config.temperature, config.max_completion_length, config.samples)
     groups = player.play(rows, decoding, lambda done: None)
-    passed = np.array([[player.problem.passed(one.judgement.score) for one in group] for group in groups], dtype=float)
+    passed = np.array([[passes(player.problem, one.judgement) for one in group] for group in groups], dtype=float)
     every = [one for group in groups for one in group]
     rule = re.compile(dress.follow) if dress.follow else None
     followed = (

@@ -53,11 +53,19 @@ class RejectionConfig(StageConfig):
     @model_validator(mode="after")
     def _steps_of_a_log(self) -> RejectionConfig:
         steps = self.training_steps
+        if self.source == "training":
+            self._samples_nothing()
         if steps and self.source == "fresh":
             raise ValueError("training_steps belongs to source: training or both; remove it, or set source")
         if steps and not 1 <= steps[0] <= steps[1]:
             raise ValueError(f"training_steps: found {list(steps)}, expected the first and the last, such as [81, 160]")
         return self
+
+    def _samples_nothing(self) -> None:
+        """Refuse what says how to sample where nothing is."""
+        for name in ("samples", "temperature", "max_completion_length"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no effect with source: training, which samples nothing; remove it")
 
 
 def run(job: Job) -> Result:
@@ -73,10 +81,11 @@ def run(job: Job) -> Result:
         return Result(outputs={}, metrics={})
     tokenizer = models.load_tokenizer(models.local_path(job.inputs["policy"], weights=False), job.format)
     card = rollouts.card(tokenizer, job, config.temperature, config.max_completion_length)
-    logged, training = _logged(job, config, card) if config.source != "fresh" else ({}, None)
+    logged, training = _logged(job, config, rows, card) if config.source != "fresh" else ({}, None)
     pools = [_pool(row, [*fresh.get(row.id, []), *logged.get(row.id, [])], config.keep, problem) for row in rows]
+    sampled = dataset.Sampled(card["sampling"] if config.source != "training" else None, training)
+    card = {**card, "sampling": sampled._asdict()}
     rollouts.write(out / "rollouts", dataset.told(pools), card)
-    sampled = dataset.Sampled(card["sampling"], training)
     about = {**card, "keep": config.keep.model_dump(mode="json"), "source": config.source, "funnel": _funnel(pools)}
     picks = [[i for i, choice in enumerate(pool.choices) if choice.rank is not None] for pool in pools]
     dataset.write(out / "data", dataset.rows(tokenizer, job.format, pools, picks, sampled), about)
@@ -107,7 +116,9 @@ def _fresh(job: Job, config: RejectionConfig, rows: Sequence[Row]) -> dict[str, 
     }
 
 
-def _logged(job: Job, config: RejectionConfig, card: Mapping[str, Any]) -> tuple[dict[str, list[Line]], dict[str, Any]]:
+def _logged(
+    job: Job, config: RejectionConfig, rows: Sequence[Row], card: Mapping[str, Any]
+) -> tuple[dict[str, list[Line]], dict[str, Any]]:
     """(row -> what was sampled while the policy was trained, how it was sampled)"""
     from stages import rollouts
 
@@ -122,6 +133,10 @@ def _logged(job: Job, config: RejectionConfig, card: Mapping[str, Any]) -> tuple
     for line in rollouts.read(directory):
         if first <= line["step"] <= last:
             found.setdefault(line["row"], []).append(line)
+    if not any(row.id in found for row in rows):
+        raise BadInput(
+            f"{job.name}: the log of {job.sources['training']} has no rollout of these rows and steps; look at rows and training_steps"
+        )
     return found, {**theirs["sampling"], "policy": job.sources["training"]}
 
 

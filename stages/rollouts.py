@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages import models, prefix, problems, sampling
+from stages import models, prefix, problems, ranks, sampling
 from stages.chunks import Chunks
 from stages.job import Format, Job, RowRange
 from stages.prefix import Dressed
@@ -130,14 +130,21 @@ class Player:
             for row, start, completions in zip(rows, starts, sampled, strict=True)
             for ids in completions
         ]
-        judgements = iter(zip(answers, self.problem.judge(answers), strict=True))
+        judged = iter(zip(answers, self._judged(answers), strict=True))
 
         def rollout(i: int) -> Rollout:
-            answer, judgement = next(judgements)
+            answer, judgement = next(judged)
             dressed = prefix.answer(start_ids[i], answer.ids)
             return Rollout(prompts[i], dressed, answer.text, judgement, finished=answer.ids[-1] in self.engine.ends)
 
         return [[rollout(i) for _ in completions] for i, completions in enumerate(sampled)]
+
+    def _judged(self, answers: Sequence[Answer]) -> list[Judgement]:
+        """Each by one of the processes, for all of them."""
+        mine = range(ranks.rank(), len(answers), ranks.world())
+        judgements = self.problem.judge([answers[i] for i in mine])
+        everybodys = ranks.together(dict(zip(mine, judgements, strict=True)))
+        return [everybodys[i] for i in range(len(answers))]
 
     def seen_format(self) -> Format:
         """The Format with the digest of the template that was used."""

@@ -24,7 +24,7 @@ from typing import Any
 from stages.config import Config
 from stages.failures import first_message
 from stages.job import Job, Result
-from stages.problems.base import Judgement, Problem
+from stages.problems.base import Judgement, Problem, passes
 
 FILE = "score.json"
 
@@ -54,7 +54,7 @@ def summarise(problem: Problem, rows: Sequence[int], judgements: Sequence[Judgem
 
     count = len(judgements)
     scores = [judgement.score for judgement in judgements]
-    passed = sum(map(problem.passed, scores))
+    passed = sum(passes(problem, judgement) for judgement in judgements)
     outcomes = Counter(judgement.outcome for judgement in judgements)
     return {
         "rows": len(set(rows)),

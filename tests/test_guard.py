@@ -15,7 +15,7 @@ import pytest
 from stages import failures, problems
 from stages.guard import MARK, Guard, Limits, TooManyFailures
 from stages.job import BadInput
-from stages.problems.base import Answer
+from stages.problems.base import Answer, passes
 from tests.conftest import environment
 
 OWN = '''
@@ -52,6 +52,13 @@ def print_a_gigabyte():
     for _ in range(1024):
         os.write(1, b"x" * 2**20)
     return 0.5
+def write_into_the_pipe(data):
+    for fd in range(3, 20):
+        try:
+            os.write(fd, data)
+        except OSError:
+            pass
+    time.sleep(1000)
 def boom():
     raise ValueError("bad luck")
 ACTS = {
@@ -60,12 +67,17 @@ ACTS = {
     "str": lambda: "1", "two": lambda: 2.0, "raise": boom, "kill_parent": kill_parent, "close": lambda: os.closerange(0, 1000),
     "sigterm": ignore_sigterm, "segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV), "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "print": lambda: (print("last words"), time.sleep(1000)), "gigabyte": print_a_gigabyte,
+    "brackets": lambda: write_into_the_pipe(b"[" * 20000 + b"\\n"), "passes_badly": lambda: 0.25,
 }
+def passed(score):
+    if score == 0.25:
+        raise ValueError("no opinion")
+    return score >= 1
 '''  # fmt: skip
 HOSTILE = {
     "sleep": "timeout", "fork": None, "fork_and_sleep": None, "fork_and_exit": "crash", "exit": "crash", "sys_exit": "exception", "none": "not_a_number",
     "nan": "not_a_number", "inf": "not_a_number", "str": "not_a_number", "two": "out_of_range", "raise": "exception", "kill_parent": "crash",
-    "close": "crash", "sigterm": "timeout", "segfault": "crash", "stop": "timeout", "gigabyte": None,
+    "close": "crash", "brackets": "crash", "passes_badly": "exception", "sigterm": "timeout", "segfault": "crash", "stop": "timeout", "gigabyte": None,
 }  # fmt: skip
 """What the score does -> what is recorded of it; None: it judged."""
 
@@ -119,7 +131,9 @@ def test_a_hostile_score_loses_its_own_answer_and_no_other_and_leaves_no_process
     assert judged[4].failure == failure
     if failure:
         assert (judged[4].outcome, judged[4].score, set(judged[4].rewards.values())) == ("failed", 0.0, {None})
-    time.sleep(0.05)
+    ends = time.monotonic() + 10
+    while len(workers_alive()) > 4 and time.monotonic() < ends:
+        time.sleep(0.05)
     assert len(workers_alive()) <= 4, "two workers and their keepers, at most"
 
 
@@ -243,3 +257,25 @@ def test_rewards_are_the_same_in_process_and_through_the_guard(problem):
     assert [one.rewards for one in judged] == [
         namespace["rewards"](row.columns(), text) for row, text in zip(rows, texts, strict=True)
     ]
+
+
+@pytest.mark.parametrize(
+    ("value", "failure"),
+    [("1e9", None), ("1.1e9", "out_of_range"), ("-1e39", "out_of_range"), ("1e400", "not_a_number")],
+)
+def test_a_reward_that_float32_could_not_square_is_no_reward(value, failure, tmp_path):
+    mine = own(tmp_path, OWN.replace('"right": float(completion == str(row["n"] + 1))', f'"right": {value}'))
+    (row,) = mine.rows("train", 0, 1, 0)
+    (judgement,) = mine.judge([Answer(row, "x")])
+    assert judgement.failure == failure
+    mine.guard.close()
+
+
+def test_an_answer_that_could_not_be_judged_does_not_pass(tmp_path):
+    """Even where a score of 0 would."""
+    mine = own(tmp_path, OWN.replace("return score >= 1", "return score < 0.2"))
+    (row,) = mine.rows("train", 0, 1, 0)
+    bad, wrong = mine.judge([Answer(row, "raise"), Answer(row, "wrong")])
+    assert (bad.failure, wrong.failure) == ("exception", None)
+    assert (passes(mine, bad), passes(mine, wrong)) == (False, True)
+    mine.guard.close()

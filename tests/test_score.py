@@ -108,8 +108,8 @@ def test_a_bad_line_is_named_by_file_and_number(file, line, said, files):
     ("change", "said"),
     [
         (lambda rows, completions: ["nosuch", rows, completions], "problem.name: found 'nosuch'"),
-        (lambda rows, completions: ["mine.py", rows, completions], "mine.py: there is no such file"),
-        (lambda rows, completions: ["scheduling", rows.parent, completions], "there is no such file"),
+        (lambda rows, completions: ["mine.py", rows, completions], "mine.py is not there, or no regular file"),
+        (lambda rows, completions: ["scheduling", rows.parent, completions], "is not there, or no regular file"),
         (lambda rows, completions: ["scheduling", rows, _with(rows, b"{}\n")], "line 1: row: found None"),
         (lambda rows, completions: ["scheduling", rows, _with(rows, b"\xff")], "cannot be read as text"),
         (lambda rows, completions: ["scheduling", _with(rows, b""), completions], "is empty"),

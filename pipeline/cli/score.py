@@ -45,7 +45,7 @@ def score(name: Name, rows: Rows, completions: Completions, overrides: Set = Non
     """Judge completions: outcomes, average score and rewards, with intervals. Needs no model."""
     for file in (rows, completions, *([Path(name)] if name.endswith(".py") else [])):
         if not file.is_file():
-            raise BadInput(f"{file}: there is no such file")
+            raise BadInput(f"{file} is not there, or no regular file; name one on disk")
     settings = settings_of(name, overrides or ())
     with Launcher(preload=False) as launcher:
         found = ask.score(settings.model_dump(mode="json"), rows, completions, launcher)

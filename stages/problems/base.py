@@ -104,6 +104,11 @@ class Problem(Protocol):
         ...
 
 
+def passes(problem: Problem, judgement: Judgement) -> bool:
+    """Whether an answer passes; one that could not be judged does not, whatever its score of 0 would mean."""
+    return judgement.failure is None and problem.passed(judgement.score)
+
+
 def row_id(content: Any) -> str:
     """16 hex digits of the SHA-256 of the content's JSON."""
     return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()[:16]

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from stages.guard import Guard, Reply
 from stages.job import SPLITS, BadInput, Split
+from stages.problems import files
 from stages.problems.base import Answer, Judgement, Row, allotted
-from stages.problems.own_file import failed, outcome_of, too_few
+from stages.problems.own_file import are_rewards, failed, outcome_of, too_few
 from stages.problems.own_row import OwnRow, own_row
 from stages.problems.settings import DatasetProblem
 
@@ -49,8 +50,17 @@ class Dataset:
     def _all(self) -> list[OwnRow]:
         """Every row once; the rewards are imported before, because that may be refused."""
         self.guard.about()
-        lines = _lines(Path(self.settings.dataset)) if self.settings.is_file else _of_hub(self.settings)
-        return list({row.id: row for row in (self.row(line) for line in lines)}.values())
+        found = (
+            files.rows(self, Path(self.settings.dataset))
+            if self.settings.is_file
+            else map(self.row, _of_hub(self.settings))
+        )
+        return list({row.id: cast(OwnRow, row) for row in found}.values())
+
+    @cached_property
+    def _columns(self) -> list[str]:
+        """Of any row: what a reward is given must not depend on which rows stand beside it."""
+        return sorted({name for row in self._all for name in row.values} - {*OURS})
 
     def rows(self, split: Split, start: int, stop: int, seed: int) -> list[Row]:
         """The rows of a split; training rows in the order that the seed names. Raises BadInput where there are fewer."""
@@ -90,20 +100,21 @@ class Dataset:
         try:
             first = self.guard.map("judge", [self._asked(batch) for batch in batches])
             again = [answer for batch, reply in zip(batches, first, strict=True) if reply.failure for answer in batch]
-            single = iter(self.guard.map("judge", [self._asked([answer]) for answer in again], counted=True))
             self.guard.note(len(answers) - len(again))
+            single = iter(self.guard.map("judge", [self._asked([answer]) for answer in again], counted=True))
         finally:
             self.guard.sweep()
         return [
             self._judgement(reply)
             for batch, whole in zip(batches, first, strict=True)
-            for reply in (islice(single, len(batch)) if whole.failure else _apart(whole))
+            for reply in (islice(single, len(batch)) if whole.failure else _apart(whole, len(batch)))
         ]
 
     def _asked(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """What the rewards of a batch are called with."""
         rows = [answer.row.columns() for answer in answers]
-        columns = {name: [row.get(name) for row in rows] for name in rows[0] if name not in OURS}
+        names = dict.fromkeys([*self._columns, *(name for row in rows for name in row if name not in OURS)])
+        columns = {name: [row.get(name) for row in rows] for name in names}
         if self.settings.answer:
             columns["solution"] = [row[self.settings.answer] for row in rows]
         return {
@@ -116,6 +127,8 @@ class Dataset:
     def _judgement(self, reply: Reply) -> Judgement:
         if reply.failure:
             return failed(self.reward_weights, reply.failure)
+        if not (isinstance(reply.value, list) and reply.value and are_rewards(reply.value[0], self.reward_weights)):
+            return failed(self.reward_weights, "crash")
         first = reply.value[0][next(iter(self.reward_weights))]
         score = min(1.0, max(0.0, first or 0.0))
         outcome = "unscored" if first is None else outcome_of(score, self.passed(score), True)
@@ -126,27 +139,10 @@ class Dataset:
         return score >= 1
 
 
-def _apart(reply: Reply) -> list[Reply]:
+def _apart(reply: Reply, count: int) -> list[Reply]:
     """The reply of a batch, an answer at a time."""
-    return [Reply([value]) for value in reply.value]
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file. Raises BadInput with the line's number."""
-    if not path.is_file():
-        raise BadInput(f"problem.dataset: {path} is not there")
-    with path.open(encoding="utf-8") as file:
-        for i, line in enumerate(file, start=1):
-            try:
-                columns = json.loads(line) if line.strip() else None
-            except ValueError as error:
-                raise BadInput(f"{path}, line {i}: {error}; expected an object in JSON") from None
-            if columns is not None and not isinstance(columns, dict):
-                raise BadInput(
-                    f'{path}, line {i}: found {type(columns).__name__}, expected an object such as {{"prompt": ...}}'
-                )
-            if columns is not None:
-                yield columns
+    whole = isinstance(reply.value, list) and len(reply.value) == count
+    return [Reply([value]) for value in reply.value] if whole else [Reply(None)] * count
 
 
 def _of_hub(settings: DatasetProblem) -> Iterator[dict[str, Any]]:

@@ -26,6 +26,8 @@ from stages.problems.own_row import OwnRow, own_row
 NEEDED = {"rows": ("rng",), "rewards": ("row", "completion"), "score": ("row", "completion")}
 OPTIONAL = {"passed": ("score",), "demonstration": ("row", "rng"), "baselines": ("row", "rng"), "well_formed": ("row", "completion")}  # fmt: skip
 """Function -> what it is called with."""
+LARGEST = 1e9
+"""Of a reward, so that its square fits into float32, in which training sums."""
 AGAIN = 100_000
 """Rows in a row that were there already, after which an endless `rows` counts as exhausted."""
 
@@ -165,7 +167,9 @@ def _judge(module: ModuleType, components: list[str], asked: dict[str, Any]) -> 
     if not 0 <= score <= 1:
         raise Failure("out_of_range", f"score returned {score}, expected 0..1")
     well_formed = bool(settled(module.well_formed(dict(row), completion))) if hasattr(module, "well_formed") else True
+    passed = bool(settled(module.passed(score))) if hasattr(module, "passed") else score >= 1
     return {
+        "passed": passed,
         "rewards": {name: reward(rewards[name], f"rewards: {name}") for name in components},
         "score": score,
         "well_formed": well_formed,
@@ -181,6 +185,8 @@ def number(value: Any, what: str) -> float:
     """A finite number. Raises Failure for anything else."""
     if not _is_number(value):
         raise Failure("not_a_number", f"{what} returned {value!r:.80}, expected a finite number")
+    if abs(value) > LARGEST:
+        raise Failure("out_of_range", f"{what} returned {value!r:.80}, expected at most {LARGEST:g}")
     return float(value)
 
 

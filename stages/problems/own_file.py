@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -81,18 +82,47 @@ class OwnFile:
     def _judgement(self, reply: Reply) -> Judgement:
         if reply.failure:
             return failed(self.reward_weights, reply.failure)
-        score, well_formed = reply.value["score"], reply.value["well_formed"]
-        passed = self.passed(score)
+        if not _sound(reply.value, self.reward_weights):
+            return failed(self.reward_weights, "crash")
+        score, well_formed, passed = (reply.value[name] for name in ("score", "well_formed", "passed"))
+        self._passed[score] = passed
         outcome = outcome_of(score, passed, well_formed)
         return Judgement(score, outcome, passed and score >= 1, well_formed, reply.value["rewards"])
 
     def passed(self, score: float) -> bool:
-        """The file's `passed`, asked once a score; a score of 1 where it has none."""
+        """The file's `passed`, which every judgement tells; asked for a score that none had. A score of 1 where it has none."""
         if "passed" not in self._about["has"]:
             return score >= 1
         if score not in self._passed:
             self._passed[score] = self.guard.one("passed", float(score))
         return self._passed[score]
+
+
+def _sound(value: Any, components: Mapping[str, float]) -> bool:
+    """Whether it is what a worker says; user code that writes into the guard's pipe can say anything."""
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"score", "well_formed", "passed", "rewards"}
+        and is_finite(value["score"])
+        and 0 <= value["score"] <= 1
+        and isinstance(value["well_formed"], bool)
+        and isinstance(value["passed"], bool)
+        and are_rewards(value["rewards"], components)
+    )
+
+
+def are_rewards(value: Any, components: Mapping[str, float]) -> bool:
+    """Component -> number or None, for each component and nothing else."""
+    return (
+        isinstance(value, dict)
+        and value.keys() == components.keys()
+        and all(one is None or is_finite(one) for one in value.values())
+    )
+
+
+def is_finite(value: Any) -> bool:
+    """A number that is one."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def outcome_of(score: float, passed: bool, well_formed: bool) -> str:

@@ -76,6 +76,8 @@ class RewardedGRPOTrainer(PrefillGRPOTrainer):
         table = [[torch.nan if one[name] is None else one[name] for name in self.judging.weights] for one in values]
         mine_and_others = gather(torch.tensor(table, dtype=torch.float32, device=self.accelerator.device))
         self._raw = cast(torch.Tensor, mine_and_others)
+        failed = torch.tensor([float(one.failure is not None) for one in judgements], device=self._raw.device)
+        self._failed = cast(torch.Tensor, gather(failed)).mean().item()
         if self.model.training:
             self._running = self._running.with_batch(self._raw)
         if self.judging.settings.as_they_are:
@@ -84,10 +86,12 @@ class RewardedGRPOTrainer(PrefillGRPOTrainer):
         return rewards.composed(self._raw, [*self.judging.weights], self.judging.settings, size, self._running)
 
     def _values(self, answer: Answer, judgement: Judgement) -> dict[str, float | None]:
-        """Component -> its value; None in all of them for a rollout that could not be judged."""
-        own = rewards.penalties(self.judging.settings, answer.ids)
-        found = {**judgement.rewards, **own}
-        return {name: None if judgement.failure else found.get(name) for name in self.judging.weights}
+        """Component -> its value; None in all of them, penalties too, where the problem has none to give: the rollout was not judged, or nothing
+        applies to its row."""
+        if all(value is None for value in judgement.rewards.values()):
+            return dict.fromkeys(self.judging.weights)
+        found = {**judgement.rewards, **rewards.penalties(self.judging.settings, answer.ids)}
+        return {name: found.get(name) for name in self.judging.weights}
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         scored = super()._generate_and_score_completions(inputs)
@@ -97,7 +101,7 @@ class RewardedGRPOTrainer(PrefillGRPOTrainer):
                 metrics[f"rewards/{name}/mean"][-1], metrics[f"rewards/{name}/std"][-1] = _mean_and_deviation(column)
             total = rewards.weighted_sum(self._raw, self.reward_weights.to(self._raw.device))
             metrics["reward"][-1], metrics["reward_std"][-1] = _mean_and_deviation(total)
-        metrics["rewards/failed"].append(self._raw.isnan().all(1).float().mean().item())
+        metrics["rewards/failed"].append(self._failed)
         return scored
 
     def _log_rollouts(
