@@ -114,10 +114,12 @@ def test_a_stage_trains_on_the_control_by_its_name(harvested):
         ({"distill": {"data": "harvest:control"}}, "stages.distill.data: there is no harvest:control; a rejection stage with control: random makes one"),
         ({"distill": {"data": "harvest:rollouts"}}, "stages.distill.data: found harvest:rollouts, but a stage trains on harvest or harvest:control"),
         ({"harvest": {"control": "best"}}, "stages.harvest.control: found 'best'"),
-        ({"harvest": {"source": "training", "policy": "warmup", "rows": "train[0:9]"}}, "its policy warmup is no grpo stage"),
+        ({"harvest": {"source": "both", "policy": "warmup", "rows": "train[0:9]"}}, "its policy warmup is no grpo stage"),
         ({"harvest": {"source": "both", "format": {"response_prefix": ""}}}, "dressed in its own Format; remove format"),
+        ({"harvest": {"source": "training"}}, "samples has no effect with source: training"),
+        ({"harvest": {"source": "both", "training_steps": [3, 4]}}, "stages.harvest.training_steps: found [3, 4], but rl1 has 2 steps"),
         ({"harvest": {"training_steps": [1, 2]}}, "training_steps belongs to source: training or both"),
-        ({"harvest": {"source": "training", "training_steps": [3, 2]}}, "training_steps: found [3, 2]"),
+        ({"harvest": {"source": "both", "training_steps": [3, 2]}}, "training_steps: found [3, 2]"),
         ({"harvest": {"keep": {"pass_rate": [0.9, 0.1]}}}, "pass_rate: found [0.9, 0.1]"),
         ({"harvest": {"keep": {"dedup": "semantic"}}}, "stages.harvest.keep.dedup: found 'semantic'"),
     ],
@@ -138,18 +140,13 @@ def reused(harvested, tmp_path_factory) -> tuple[Registry, dict]:
 
     directory = tmp_path_factory.mktemp("reused")
     settings = copy.deepcopy(LEARNED)
-    mine = {
-        "kind": "rejection",
-        "policy": "rl1",
-        "samples": 2,
-        "max_completion_length": 36,
-        "keep": {"min_score": 0.0, "per_prompt": 9},
-    }
+    mine = {"kind": "rejection", "policy": "rl1", "keep": {"min_score": 0.0, "per_prompt": 9}}
+    fresh = {"samples": 2, "max_completion_length": 36}
     settings["stages"] = [
         *settings["stages"][:2],
         {**mine, "name": "logged", "source": "training"},
         {**mine, "name": "last", "source": "training", "training_steps": [2, 2]},
-        {**mine, "name": "pooled", "source": "both", "control": "random"},
+        {**mine, **fresh, "name": "pooled", "source": "both", "control": "random"},
         {**stage(LEARNED, "distill"), "name": "relearnt", "data": "pooled"},
     ]  # fmt: skip
     (directory / "recipe.yaml").write_text(yaml.safe_dump(settings))
@@ -168,6 +165,8 @@ def test_what_training_sampled_is_harvested_as_it_was_sampled(reused):
     by_place = {(line["row"], line["step"], line["sample"]): line for line in log}
     rows = tokens.read(registry.path(made["logged"], "data"))
     assert made["logged"].metrics["rollouts"] == len(log) == 16 and len(rows) > 0
+    sampling = tokens.read_card(registry.path(made["logged"], "data"))["sampling"]
+    assert sampling["fresh"] is None and sampling["training"]["policy"] == made["rl1"].id
     assert made["logged"].metrics["kept_from_training"] == made["logged"].metrics["kept"] == len(rows)
     fresh = tokens.read(registry.path(newest(registry, "harvest"), "data"))
     prompts = {row.row: row.ids[: row.roles.index("p")] for row in fresh}
@@ -200,3 +199,16 @@ def test_harvesting_a_log_samples_nothing(reused):
     registry, made = reused
     sampled = {name: (registry.path(made[name]) / "metrics.jsonl").exists() for name in ("logged", "pooled")}
     assert sampled == {"logged": False, "pooled": True}
+
+
+def test_rows_that_training_never_met_are_refused(reused, write):
+    import copy
+
+    settings = copy.deepcopy(LEARNED)
+    asked = {"name": "nowhere", "kind": "rejection", "policy": "rl1", "source": "training", "rows": "train[900:902]"}
+    settings["stages"] = [*settings["stages"][:2], asked]
+    done = run_cli("run", write(settings), "--registry", reused[0].store.root, "--no-prefect")
+    assert (
+        done.returncode == 2
+        and "has no rollout of these rows and steps; look at rows and training_steps" in done.stderr
+    )
