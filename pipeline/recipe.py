@@ -277,6 +277,8 @@ def _where(loc: tuple[int | str, ...], data: Any) -> str:
             stage = data["stages"][part]
             parts.append(str(stage.get("name", part)) if isinstance(stage, dict) else str(part))
             skip = True
+        elif isinstance(part, str) and "[" in part:
+            continue  # a member of a union, in pydantic's words
         elif parts == ["problem"] and part in ("name", "file", "dataset", *PROBLEMS) and len(loc) > 2:
             continue
         else:
