@@ -10,13 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from stages.config import Config, execution, identity, resolved
 from stages.job import Job, Result
 from stages.mix import Mix, count_of_step
 from stages.rewards import Rewards, weights_of
 from stages.training import TrainingConfig, accumulation, trl_arguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from stages.problems.base import Problem
+    from stages.trl.rewarding import RewardedGRPOTrainer
 
 LOGGED = (
     "reward",
@@ -114,33 +120,51 @@ class GrpoConfig(TrainingConfig):
 
 def run(job: Job) -> Result:
     """Train on the problem's rewards and write the policy to `job.out`. Raises RuntimeError when TRL ran another number of steps."""
-    from datasets import Dataset
     from transformers import set_seed
-    from trl.trainer.grpo_config import GRPOConfig
 
-    from stages import data, failures, lora, models, prefix, problems, ranks, rollouts
+    from stages import failures, models, prefix, problems, ranks, rollouts
     from stages.metrics import latest
-    from stages.sampling import turn_ends
     from stages.sampling.settings import own_settings
     from stages.trl import resume
     from stages.trl.callbacks import listen
-    from stages.trl.likelihood import General, MixedGRPOTrainer
-    from stages.trl.prefill import prefilled
-    from stages.trl.rewarding import Judging, RewardedGRPOTrainer
 
     config = GrpoConfig.model_validate(job.config)
-    assert job.format is not None and job.problem is not None and job.rows is not None, "the plan gives grpo all three"
-    format = job.format
+    assert job.format is not None and job.problem is not None, "the plan gives grpo both"
     set_seed(job.seed)
-    path = models.local_path(job.inputs["policy"])
-    tokenizer = models.load_tokenizer(path, format)
-    problem = problems.load(job.problem)
+    tokenizer = models.load_tokenizer(models.local_path(job.inputs["policy"]), job.format)
+    problem, log = problems.load(job.problem), Path(job.out, ROLLOUTS)
+    trainer, model = _trainer(job, config, tokenizer, problem, log)
+    checkpoint = resume.find(trainer, job, config)
+    if ranks.first():
+        rollouts.write_card(log, rollouts.card(tokenizer, job, config.temperature, config.max_completion_length))
+    listen(trainer, job)
+    with own_settings(model):
+        resume.train(trainer, job, config, checkpoint, config.steps)
+    findings = models.publish(trainer, tokenizer, job)
+    if not ranks.first():
+        return Result(outputs={}, metrics={})
+    return Result(
+        outputs={"policy": ".", ROLLOUTS: ROLLOUTS},
+        metrics={"steps": config.steps, "rows": len(trainer.judging.rows), **latest(Path(job.out), LOGGED)},
+        findings=(*findings, *failures.found(job.name, problem, (line["failure"] for line in rollouts.read(log)))),
+        format=prefix.seen_format(job.format, tokenizer),
+    )
+
+
+def _trainer(
+    job: Job, config: GrpoConfig, tokenizer: PreTrainedTokenizerBase, problem: Problem, log: Path
+) -> tuple[RewardedGRPOTrainer, PreTrainedModel]:
+    """The trainer, and the policy as it was loaded: with adapters the trainer has it inside another model."""
+    from datasets import Dataset
+    from trl.trainer.grpo_config import GRPOConfig
+
+    from stages import lora, models, prefix, problems
+    from stages.sampling import turn_ends
+    from stages.trl.prefill import prefilled
+    from stages.trl.rewarding import Judging
+
+    assert job.format is not None and job.rows is not None, "the plan gives grpo both"
     rows = problems.rows(problem, job.rows)
-    kind: Callable[..., RewardedGRPOTrainer] = RewardedGRPOTrainer
-    if config.mix:
-        general = data.general_of_steps(job, format, tokenizer, config.general_rows, config.steps)
-        mixed = General(general, config.general_rows, config.mix.coefficient, job.seed)
-        kind = partial(MixedGRPOTrainer, general=mixed)
     micro, steps = accumulation(config.prompts_per_step * config.group_size, job)
     weights = weights_of(job.name, config.rewards, problem.reward_weights)
     arguments = trl_arguments(
@@ -155,32 +179,29 @@ def run(job: Job) -> Result:
         steps_per_generation=steps,
         reward_weights=[*weights.values()],
     )
-    model = models.load_policy(path, job.dtype, adapters=job.lora)  # its path is where TRL loads the KL reference from
-    prompts = [prefilled(prefix.messages(format, row), prefix.of_row(format, row)) for row in rows]
-    ends = turn_ends(tokenizer, model.generation_config)
-    log = Path(job.out, ROLLOUTS)
+    kind = _kind(job, config, tokenizer)
+    path = models.local_path(job.inputs["policy"])  # where TRL loads the KL reference from
+    model = models.load_policy(path, job.dtype, adapters=job.lora)
+    prompts = [prefilled(prefix.messages(job.format, row), prefix.of_row(job.format, row)) for row in rows]
     trainer = kind(
-        judging=Judging(problem, rows, weights, config.rewards, ends, log),
+        judging=Judging(problem, rows, weights, config.rewards, turn_ends(tokenizer, model.generation_config), log),
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list([{"prompt": prompt, "row": i} for i, prompt in enumerate(prompts)]),
         processing_class=tokenizer,
         peft_config=lora.peft_config(job.lora) if job.lora else None,
     )
-    checkpoint = resume.find(trainer, job, config)
-    if ranks.first():
-        card = rollouts.card(tokenizer, job, config.temperature, config.max_completion_length)
-        rollouts.write_card(log, card)
-    listen(trainer, job)
-    with own_settings(model):
-        resume.train(trainer, job, config, checkpoint, config.steps)
-    findings = models.publish(trainer, tokenizer, job)
-    if not ranks.first():
-        return Result(outputs={}, metrics={})
-    metrics = {"steps": config.steps, "rows": len(rows), **latest(Path(job.out), LOGGED)}
-    return Result(
-        outputs={"policy": ".", ROLLOUTS: ROLLOUTS},
-        metrics=metrics,
-        findings=(*findings, *failures.found(job.name, problem, (line["failure"] for line in rollouts.read(log)))),
-        format=prefix.seen_format(format, tokenizer),
-    )
+    return trainer, model
+
+
+def _kind(job: Job, config: GrpoConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[..., RewardedGRPOTrainer]:
+    """What is trained on: rollouts, or general rows beside them."""
+    from stages import data
+    from stages.trl.likelihood import General, MixedGRPOTrainer
+    from stages.trl.rewarding import RewardedGRPOTrainer
+
+    if config.mix is None:
+        return RewardedGRPOTrainer
+    assert job.format is not None, "the plan gives grpo a Format"
+    rows = data.general_of_steps(job, job.format, tokenizer, config.general_rows, config.steps)
+    return partial(MixedGRPOTrainer, general=General(rows, config.general_rows, config.mix.coefficient, job.seed))
