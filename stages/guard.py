@@ -124,10 +124,6 @@ class Guard:
         """So many answers were judged in calls that were not counted."""
         self.judged += answers
 
-    def counts(self) -> dict[str, int]:
-        """Failure -> how many of the answers so far."""
-        return dict(self._failed)
-
     def close(self) -> None:
         """End all workers."""
         self._finalizer()
