@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +95,21 @@ def marked():
     del os.environ[name]
 
 
-def workers_alive() -> set[int]:
-    """Processes of any guard that these tests started: they carry both marks."""
+@pytest.fixture
+def mark(monkeypatch):
+    """In the environment of what this test starts and no other: another guard's worker may still be on its way."""
+    value = f"{MINE}-{uuid.uuid4().hex}"
+    monkeypatch.setenv(*value.split("="))
+    return value
+
+
+def workers_alive(mark: str = MINE) -> set[int]:
+    """Processes of any guard that was started under a mark: they carry the guard's, too."""
     found = set()
     for entry in Path("/proc").iterdir():
         try:
             environ = (entry / "environ").read_bytes() if entry.name.isdigit() else b""
-            if f"{MARK}=".encode() in environ and MINE.encode() in environ.split(b"\0"):
+            if f"{MARK}=".encode() in environ and mark.encode() in environ.split(b"\0"):
                 state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
                 found |= {int(entry.name)} if state != "Z" else set()
         except OSError:
@@ -137,18 +146,17 @@ def test_a_hostile_score_loses_its_own_answer_and_no_other_and_leaves_no_process
     assert len(workers_alive()) <= 4, "two workers and their keepers, at most"
 
 
-def test_nothing_is_left_when_the_guard_is_closed(tmp_path):
-    before = workers_alive()
+def test_nothing_is_left_when_the_guard_is_closed(tmp_path, mark):
     mine = own(tmp_path)
     (row,) = mine.rows("train", 0, 1, 0)
     mine.judge([Answer(row, "fork_and_sleep")] * 4)
+    assert workers_alive(mark)
     mine.guard.close()
-    assert workers_alive() <= before
+    assert not workers_alive(mark)
 
 
-def test_workers_die_with_the_process_that_started_them(tmp_path):
+def test_workers_die_with_the_process_that_started_them(tmp_path, mark):
     """Killed with SIGKILL, while user code sleeps."""
-    before = workers_alive()
     (tmp_path / "mine.py").write_text(OWN)
     code = (
         "from stages import problems\nfrom stages.problems.base import Answer\n"
@@ -157,13 +165,13 @@ def test_workers_die_with_the_process_that_started_them(tmp_path):
     )
     stage = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment())
     assert stage.stdout and stage.stdout.readline() == "ready\n"
-    assert workers_alive() > before
+    assert workers_alive(mark)
     stage.kill()
     stage.wait()
     ends = time.monotonic() + 5
-    while workers_alive() - before and time.monotonic() < ends:
+    while workers_alive(mark) and time.monotonic() < ends:
         time.sleep(0.05)
-    assert workers_alive() <= before
+    assert not workers_alive(mark)
 
 
 def test_a_message_says_what_a_hanging_call_printed_last(tmp_path):
