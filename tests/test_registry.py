@@ -278,3 +278,13 @@ def test_a_run_of_another_machine_that_is_silent_was_interrupted(registry):
         is None
         is runs.unfinished(registry, "tiny", "recipe", {"only": "rl1"})
     )
+
+
+def test_a_run_that_another_process_is_just_starting_is_none_to_go_on_with(registry):
+    """Between its plan and its first event a run is no run yet; `switchback run` beside it must not stumble over it."""
+    before = runs.start(registry, "tiny", "recipe", {"steps": [], "selection": {}})
+    runs.record(registry, before, "failed", message="a test")
+    starting = "tiny-99990101-000000-0000"
+    registry.store.put_new(f"runs/{starting}/plan.json", {"recipe": "tiny", "steps": [], "selection": {}})
+    assert runs.unfinished(registry, "tiny", "recipe", {}) == before
+    assert starting not in [run.run for run in runs.runs(registry)]
