@@ -65,7 +65,7 @@ class Progress:
 
     def waiting(self, step: Step, pid: str) -> None:
         """Another run is making it."""
-        self._line(step, f"waits for process {pid}, which is making it", "dim")
+        self._line(step, f"waits for {f'process {pid}' if pid else 'another process'}, which is making it", "dim")
 
     def started(self, step: Step, why: str) -> None:
         """A job begins; what the user has changed is named."""

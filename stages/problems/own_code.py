@@ -22,6 +22,7 @@ from stages.guard_worker import Calls, Failure, Refused, settled, told
 from stages.job import SPLITS, Split
 from stages.problems.base import split_of, stream
 from stages.problems.own_row import OwnRow, own_row
+from stages.rewards import LARGEST_WEIGHT
 
 NEEDED = {"rows": ("rng",), "rewards": ("row", "completion"), "score": ("row", "completion")}
 OPTIONAL = {"passed": ("score",), "demonstration": ("row", "rng"), "baselines": ("row", "rng"), "well_formed": ("row", "completion")}  # fmt: skip
@@ -114,6 +115,11 @@ def _weights(module: ModuleType, name: str) -> dict[str, float]:
         raise Refused(
             f"{name}: REWARDS is {weights!r:.80}, expected component: weight, such as REWARDS = {{'accuracy': 1.0}}"
         )
+    for key, value in cast("dict[str, float]", weights).items():
+        if not key.isprintable() or abs(value) > LARGEST_WEIGHT:
+            raise Refused(
+                f"{name}: REWARDS has {key!r:.80}: {value!r:.80}, expected a name and a weight of at most {LARGEST_WEIGHT:g}"
+            )
     return {key: float(value) for key, value in cast("dict[str, float]", weights).items()}
 
 
@@ -148,7 +154,8 @@ def checked_row(columns: Any, where: str) -> OwnRow:
     if not isinstance(columns, dict) or not isinstance(columns.get("prompt"), str):
         raise Failure("no_row", f"{where}: found {columns!r:.80}, expected a dict with a text under 'prompt'")
     try:
-        return own_row(json.loads(json.dumps(columns, allow_nan=False)))
+        # encoded, so that half of a surrogate pair, which no tokenizer takes, is found here
+        return own_row(json.loads(json.dumps(columns, allow_nan=False, ensure_ascii=False).encode()))
     except (TypeError, ValueError) as error:
         raise Failure("no_row", f"{where}: {error}; a row holds text, numbers, lists and dicts only") from None
 
