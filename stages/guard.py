@@ -106,15 +106,16 @@ class Guard:
         """A Reply for each payload, in order. `seconds` overrules the time limit; `counted` stops when failures are too many (TooManyFailures)."""
         limit = seconds or self.limits.seconds
         waiting, replies = deque(range(len(payloads))), dict[int, Reply]()
-        lines = _Lines(call, payloads)
+        lines, done = _Lines(call, payloads), 0
         while len(replies) < len(payloads):
             self._start(len(waiting))
             share = max(1, min(AHEAD, len(waiting) // (2 * max(1, len(self._workers)))))
             for worker in self._workers:
                 worker.take(waiting, share, lines, limit)
             for i in self._turn(waiting, replies):
+                done += 1
                 if counted and replies[i].failure:
-                    self._count(replies[i], len(payloads))
+                    self._count(replies[i], self.judged + done, len(payloads))
         if counted:
             self.judged += len(payloads)
         return replies_in_order(replies)
@@ -127,6 +128,11 @@ class Guard:
     def note(self, answers: int) -> None:
         """So many answers were judged in calls that were not counted."""
         self.judged += answers
+
+    def blame(self, reply: Reply, answers: int, left: int) -> None:
+        """So many of the answers that `note` was told of failed, all by one reply; `left` are still to be asked for. Raises TooManyFailures."""
+        for _ in range(answers):
+            self._count(reply, self.judged, left)
 
     def close(self) -> None:
         """End all workers."""
@@ -160,16 +166,17 @@ class Guard:
             raise BadInput(_import_failed(self.spec["name"], reply, self.limits.import_seconds))
         self._about = reply.value
 
-    def _count(self, reply: Reply, of: int) -> None:
-        """Stop as soon as the share of failures is sure to be too high when this call ends, in whatever order answers come."""
+    def _count(self, reply: Reply, seen: int, of: int) -> None:
+        """Stop as soon as the share of failures is sure to be too high when this call ends, in whatever order answers come. `seen`: answers so far."""
         self._failed[str(reply.failure)] += 1
         self.first = self.first or reply.message
-        failed, allowed = self._failed.total(), self.limits.failures * max(FEWEST, self.judged + of)
-        if failed > allowed:
+        failed, every = self._failed.total(), max(FEWEST, self.judged + of)
+        if failed > self.limits.failures * every:
             counts = ", ".join(f"{name} {count}" for name, count in self._failed.most_common())
             raise TooManyFailures(
-                f"{self.spec['name']}: {failed} of {self.judged + of} answers could not be judged ({counts}), more than max_failures={self.limits.failures:g} allows;"
-                f" the first said: {self.first}"
+                f"{self.spec['name']} failed on {failed} of the first {seen} answers it was asked to judge ({counts}), more than"
+                f" max_failures={self.limits.failures:g} of {every} allows; the first said: {self.first}; mend it and run again, or raise"
+                " problem.max_failures"
             )
 
 

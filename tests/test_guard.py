@@ -201,7 +201,7 @@ def test_too_many_failures_stop_the_stage_with_counts_and_the_first_message(tmp_
     mine.judge([Answer(row, "raise")] * 10)
     with pytest.raises(
         TooManyFailures,
-        match=r"11 of 11 .*exception 10, not_a_number 1.*max_failures=0.1.*mine.py:\d+: ValueError: bad luck",
+        match=r"failed on 11 of the first 11 .*exception 10, not_a_number 1.*max_failures=0.1.*mine.py:\d+: ValueError: bad luck",
     ):
         mine.judge([Answer(row, "nan")])
     mine.guard.close()

@@ -9,6 +9,7 @@ import pytest
 
 from pipeline import starter
 from stages import problems
+from stages.guard import TooManyFailures
 from stages.job import BadInput
 from stages.problems.base import Answer
 from tests.conftest import run_cli
@@ -31,6 +32,8 @@ async def brevity(prompts, completions, completion_ids, n, **kwargs):
     return [-len(completion[0]["content"]) / 100 for completion in completions]
 def short(completions, **kwargs):
     return [1.0] * (len(completions) + 1)
+def lonely(completions, **kwargs):
+    return [1.0]
 def bare(completions):
     return [1.0] * len(completions)
 def hinted(completions, hint=None, **kwargs):
@@ -103,6 +106,24 @@ def test_a_reward_of_another_length_is_an_outcome(tmp_path):
     problem = dataset(tmp_path, ["mine.py:short"])
     rows = problem.rows("train", 0, 3, 0)
     assert {one.failure for one in problem.judge([Answer(row, "x") for row in rows])} == {"wrong_length"}
+    problem.guard.close()
+
+
+def test_a_batch_with_one_reward_for_all_is_no_batch_of_right_answers(tmp_path):
+    """`[1.0]` has the right length for each answer alone."""
+    problem = dataset(tmp_path, ["mine.py:lonely"])
+    rows = problem.rows("train", 0, 20, 0)
+    judged = problem.judge([Answer(row, "x") for row in rows])
+    assert [(one.failure, one.score) for one in judged] == [("wrong_length", 0.0)] * 20
+    assert problem.guard.first == "lonely returned 1 rewards for 16 completions"
+    problem.guard.close()
+
+
+def test_answers_of_a_batch_of_the_wrong_length_are_failures_that_count(tmp_path):
+    problem = dataset(tmp_path, ["mine.py:lonely"], max_failures=0.1)
+    rows = problem.rows("train", 0, 20, 0)
+    with pytest.raises(TooManyFailures, match=r"failed on 11 of the first 20 answers .*\(wrong_length 11\).* of 100 allows"):
+        problem.judge([Answer(row, "x") for row in rows])
     problem.guard.close()
 
 

@@ -1,6 +1,7 @@
 """Rows of a dataset and TRL-style rewards by name, seen from the stage. The rewards are called in guarded worker processes (`stages.problems.reward_code`).
 
-A batch of answers is one call; where it fails, its answers are asked for one at a time, so that only the culprit is lost.
+A batch of answers is one call; where it fails, its answers are asked for one at a time, so that only the culprit is lost. Not where the number of rewards
+is wrong: which reward belongs to which answer is then unknown, and a constant `[1.0]` would have the right length for one.
 """
 
 from __future__ import annotations
@@ -99,15 +100,18 @@ class Dataset:
         batches = [answers[i : i + BATCH] for i in range(0, len(answers), BATCH)]
         try:
             first = self.guard.map("judge", [self._asked(batch) for batch in batches])
-            again = [answer for batch, reply in zip(batches, first, strict=True) if reply.failure for answer in batch]
+            again = [answer for batch, reply in zip(batches, first, strict=True) if _narrows(reply) for answer in batch]
             self.guard.note(len(answers) - len(again))
+            for batch, reply in zip(batches, first, strict=True):
+                if reply.failure and not _narrows(reply):
+                    self.guard.blame(reply, len(batch), len(again))
             single = iter(self.guard.map("judge", [self._asked([answer]) for answer in again], counted=True))
         finally:
             self.guard.sweep()
         return [
             self._judgement(reply)
             for batch, whole in zip(batches, first, strict=True)
-            for reply in (islice(single, len(batch)) if whole.failure else _apart(whole, len(batch)))
+            for reply in (islice(single, len(batch)) if _narrows(whole) else _apart(whole, len(batch)))
         ]
 
     def _asked(self, answers: Sequence[Answer]) -> dict[str, Any]:
@@ -139,8 +143,15 @@ class Dataset:
         return score >= 1
 
 
+def _narrows(reply: Reply) -> bool:
+    """Whether the answers of a batch that failed are asked for one at a time."""
+    return reply.failure not in (None, "wrong_length")
+
+
 def _apart(reply: Reply, count: int) -> list[Reply]:
     """The reply of a batch, an answer at a time."""
+    if reply.failure:
+        return [reply] * count
     whole = isinstance(reply.value, list) and len(reply.value) == count
     return [Reply([value]) for value in reply.value] if whole else [Reply(None)] * count
 
