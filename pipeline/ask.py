@@ -148,7 +148,7 @@ def _is_there(step: str | None, planned: Sequence[Planned]) -> bool:
 
 @contextmanager
 def _question(kind: str, config: dict[str, Any], like: Job, inputs: Mapping[str, str]) -> Iterator[Job]:
-    """A job with a temporary directory of its own, which is gone afterwards unless the job failed, so that its log can be read."""
+    """A job with a temporary directory of its own, which is gone afterwards but for a failure whose line names a log there."""
     work = Path(tempfile.mkdtemp(prefix=f"switchback-{kind}-"))
     execution = like.execution.model_copy(update={"processes": 1, "accelerate": None})
     what: dict[str, Any] = {
@@ -160,8 +160,10 @@ def _question(kind: str, config: dict[str, Any], like: Job, inputs: Mapping[str,
     }
     try:
         yield like.model_copy(update={**what, "execution": execution})
-    except StageFailed:
-        raise  # its message names the log
+    except StageFailed as error:
+        if str(work) not in str(error):
+            shutil.rmtree(work)
+        raise
     except BaseException:
         shutil.rmtree(work)
         raise

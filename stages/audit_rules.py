@@ -151,6 +151,18 @@ def gold_prefix(audited: Audited) -> Iterator[Finding]:
         )
 
 
+def gold_form(audited: Audited) -> Iterator[Finding]:
+    """The best answer has the form that is asked for."""
+    judged = [one for one in audited.played if one.name == GOLD and one.judgement.failure is None]
+    if malformed := sum(not one.judgement.well_formed for one in judged):
+        yield _warn(
+            audited,
+            "gold_form",
+            {"rows": float(malformed)},
+            f"{malformed} of {len(judged)} gold answers do not have the right form (well_formed); mend them, or what tells the form",
+        )
+
+
 def exploitable(audited: Audited) -> Iterator[Finding]:
     """No baseline is paid much better than it does."""
     for line in audited.lines:
@@ -285,6 +297,7 @@ def no_baselines(audited: Audited) -> Iterator[Finding]:
 RULES: tuple[Callable[[Audited], Iterator[Finding]], ...] = (
     gold,
     gold_prefix,
+    gold_form,
     exploitable,
     unearned,
     constant,

@@ -219,6 +219,17 @@ def test_an_answer_as_good_as_gold_that_earns_more_does_not_stop():
     assert finding.severity == "warn" and "scores as much (most often spaced)" in finding.advice
 
 
+def test_a_gold_answer_without_the_right_form_is_said():
+    """What is right here is said in words; the form asks for digits."""
+    problem = Sums(
+        known=lambda row: {"gold": f"<a>{row.answer} in words</a>"},
+        score=lambda row, text: float("in words" in text),
+        more=lambda row, text: {"correct": float("in words" in text)},
+    )
+    (finding,) = (one for one in audited(problem).findings if one.rule == "gold_form")
+    assert finding.severity == "warn" and "40 of 40 gold answers do not have the right form" in finding.advice
+
+
 def test_every_answer_starts_with_the_response_prefix_as_a_rollout_does():
     format = replace_prefix("<a>")
     asked, astray = baselines.of_rows(Sums(), Sums().rows("train", 0, 12, 0), format, 0)

@@ -127,6 +127,40 @@ def test_answers_of_a_batch_of_the_wrong_length_are_failures_that_count(tmp_path
     problem.guard.close()
 
 
+FILE = """
+import numpy
+REWARDS = {"right": 1.0}
+def rows(rng):
+    for n in range(400):
+        yield {"prompt": f"{n}?"}
+def rewards(row, completion):
+    return {"right": 1.0}
+def score(row, completion):
+    return {"yes": 1.0, "no": 0.5}.get(completion, 0.0)
+def passed(score):
+    return {1.0: numpy.bool_(True), 0.5: "no"}.get(score, False)
+def well_formed(row, completion):
+    return None if completion == "none" else numpy.float64(1.0) > 0.5
+"""
+
+
+def own_file(tmp_path: Path, code: str = FILE):
+    (tmp_path / "mine.py").write_text(code)
+    return problems.load({"file": str(tmp_path / "mine.py"), "max_failures": 1.0, "workers": 1})
+
+
+def test_what_is_neither_true_nor_false_is_not_taken_for_either(tmp_path):
+    problem = own_file(tmp_path)
+    (row,) = problem.rows("train", 0, 1, 0)
+    judged = problem.judge([Answer(row, text) for text in ("yes", "wrong", "no", "none")])
+    assert [one.outcome for one in judged] == ["passed", "wrong", "failed", "failed"]
+    assert [one.failure for one in judged] == [None, None, "not_a_bool", "not_a_bool"]
+    assert problem.guard.first == "passed returned 'no', expected True or False"
+    with pytest.raises(BadInput, match="passed failed .*expected True or False"):
+        problem.passed(0.5)
+    problem.guard.close()
+
+
 @pytest.mark.parametrize(
     ("rewards", "says"),
     [

@@ -45,7 +45,7 @@ def load(spec: dict[str, Any]) -> tuple[dict[str, Any], Calls]:
     return about, {
         "rows": lambda asked: _rows(module, spec["name"], asked),
         "judge": lambda asked: _judge(module, list(weights), asked),
-        "passed": lambda score: bool(settled(module.passed(score))),
+        "passed": lambda score: truth(settled(module.passed(score)), "passed"),
         "demonstration": lambda asked: _text(
             settled(module.demonstration(asked["row"], random.Random(asked["seed"]))), "demonstration"
         ),
@@ -173,13 +173,13 @@ def _judge(module: ModuleType, components: list[str], asked: dict[str, Any]) -> 
     score = number(settled(module.score(dict(row), completion)), "score")
     if not 0 <= score <= 1:
         raise Failure("out_of_range", f"score returned {score}, expected 0..1")
-    well_formed = bool(settled(module.well_formed(dict(row), completion))) if hasattr(module, "well_formed") else True
-    passed = bool(settled(module.passed(score))) if hasattr(module, "passed") else score >= 1
+    well_formed = settled(module.well_formed(dict(row), completion)) if hasattr(module, "well_formed") else True
+    passed = settled(module.passed(score)) if hasattr(module, "passed") else score >= 1
     return {
-        "passed": passed,
+        "passed": truth(passed, "passed"),
         "rewards": {name: reward(rewards[name], f"rewards: {name}") for name in components},
         "score": score,
-        "well_formed": well_formed,
+        "well_formed": truth(well_formed, "well_formed"),
     }
 
 
@@ -195,6 +195,14 @@ def number(value: Any, what: str) -> float:
     if abs(value) > LARGEST:
         raise Failure("out_of_range", f"{what} returned {value!r:.80}, expected at most {LARGEST:g}")
     return float(value)
+
+
+def truth(value: Any, what: str) -> bool:
+    """Yes or no, numpy's too. Raises Failure for anything else: "no" would mean yes."""
+    plain = value.item() if type(value).__module__ == "numpy" and getattr(value, "size", 0) == 1 else value
+    if not isinstance(plain, bool):
+        raise Failure("not_a_bool", f"{what} returned {value!r:.80}, expected True or False")
+    return plain
 
 
 def _is_number(value: Any) -> bool:
