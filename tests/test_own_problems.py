@@ -122,7 +122,9 @@ def test_a_batch_with_one_reward_for_all_is_no_batch_of_right_answers(tmp_path):
 def test_answers_of_a_batch_of_the_wrong_length_are_failures_that_count(tmp_path):
     problem = dataset(tmp_path, ["mine.py:lonely"], max_failures=0.1)
     rows = problem.rows("train", 0, 20, 0)
-    with pytest.raises(TooManyFailures, match=r"failed on 11 of the first 20 answers .*\(wrong_length 11\).* of 100 allows"):
+    with pytest.raises(
+        TooManyFailures, match=r"failed on 11 of the first 20 answers .*\(wrong_length 11\).* of 100 allows"
+    ):
         problem.judge([Answer(row, "x") for row in rows])
     problem.guard.close()
 
@@ -156,7 +158,7 @@ def test_what_is_neither_true_nor_false_is_not_taken_for_either(tmp_path):
     assert [one.outcome for one in judged] == ["passed", "wrong", "failed", "failed"]
     assert [one.failure for one in judged] == [None, None, "not_a_bool", "not_a_bool"]
     assert problem.guard.first == "passed returned 'no', expected True or False"
-    with pytest.raises(BadInput, match="passed failed .*expected True or False"):
+    with pytest.raises(BadInput, match=r"passed failed .*expected True or False"):
         problem.passed(0.5)
     problem.guard.close()
 
