@@ -323,6 +323,71 @@ def test_each_way_to_be_broken_has_its_rule(problem, expected):
     assert rules(problem) == expected
 
 
+def advice(problem: Sums, rule: str) -> list[str]:
+    return [finding.advice for finding in audited(problem).findings if finding.rule == rule]
+
+
+@pytest.mark.parametrize("known", [Sums.known, lambda row: {}], ids=["gold", "no_gold"])
+def test_weights_of_nothing_are_said_with_or_without_gold(known):
+    (said,) = advice(Sums({"format": 0.0, "correct": 0.0}, known=known), "constant")
+    assert said.endswith(
+        "earn 0, the best and the worst, so training learns nothing: every weight is 0; give them weights"
+    )
+
+
+def test_components_that_cancel_out_are_said_and_one_constant_component_is_said_once():
+    def opposite(row, text):
+        return {"correct": float(text == f"<a>{row.answer}</a>"), "style": -float(text == f"<a>{row.answer}</a>")}
+
+    (said,) = advice(Sums({"correct": 0.5, "style": 0.5}, opposite), "constant")
+    assert "answers earn 0, " in said and "their components cancel out" in said
+    (said,) = advice(Sums({"style": 1.0}, always("style", 0.5)), "constant")
+    assert said.startswith("style is 0.5 for all")
+    assert advice(Sums(known=lambda row: {}, more=always("correct", 0.0)), "constant") == []
+
+
+@pytest.mark.parametrize("known", [Sums.known, lambda row: {}], ids=["gold", "no_gold"])
+def test_a_component_that_never_applies_is_said(known):
+    (said,) = advice(Sums(WEIGHTS, always("style", None), known=known), "absent")
+    assert said.startswith("style is None for all ") and "pays nothing" in said
+    assert advice(Sums(known=known, failure=lambda row, text: "timeout"), "absent") == [], "nothing was judged"
+
+
+def test_what_penalties_do_not_cost_is_named_where_nothing_is_paid():
+    """Saying nothing earns 0: of -1..0.25 that is .8, without a component that pays it."""
+
+    def long(row, text):
+        return {"length": min(1.0, len(text) / 8), "correct": 0.25 * (text == f"<a>{row.answer}</a>")}
+
+    said = advice(Sums({"length": -1.0, "correct": 1.0}, long), "exploitable")
+    (empty,) = (one for one in said if one.startswith("empty earns"))
+    assert (
+        "it is paid by nothing, but spared what costs other answers (up to length 1): let a right answer earn" in empty
+    )
+
+
+def test_more_than_the_whole_variance_is_no_percentage():
+    """A penalty that rises with what is right takes some of it away again: of the variance, correct has 1.02."""
+
+    def pulled(row, text):
+        right = float(text == f"<a>{row.answer}</a>")
+        return {"correct": right, "style": -0.02 * right}
+
+    (said,) = advice(Sums({"correct": 0.5, "style": 0.5}, pulled), "dominated")
+    assert said.startswith("correct decides the reward against the components that pull the other way, so")
+
+
+def test_a_gold_by_another_name_is_asked_after():
+    (said,) = advice(Sums(known=lambda row: {"Gold": f"<a>{row.answer}</a>", "wrong": "<a>1</a>"}), "no_baselines")
+    assert said.startswith(
+        "the problem's baselines are Gold, wrong, and none is named gold (did you mean gold by Gold?)"
+    )
+    (said,) = advice(Sums(known=lambda row: {"seven": "<a>7</a>"}), "no_baselines")
+    assert "baselines are seven, and none is named gold, so" in said
+    with pytest.raises(BadInput, match=r"a baseline of row .* is named ''; give it a name, gold for the best"):
+        audited(Sums(known=lambda row: {"": "x"}))
+
+
 def test_a_component_that_even_good_answers_rarely_earn_is_sparse():
     """Of 80 well-formed answers of the problem's own, 4 earn it: one in twenty. With 12 of 80 it is more than one in ten."""
     for rows, flagged in ((4, True), (12, False)):
