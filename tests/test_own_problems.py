@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,8 @@ def short(completions, **kwargs):
 def lonely(completions, **kwargs):
     return [1.0]
 def bare(completions):
+    return [1.0] * len(completions)
+def wanting(completions, n, level, *, trainer_state, hint=None, **kwargs):
     return [1.0] * len(completions)
 def hinted(completions, hint=None, **kwargs):
     return [float(bool(one)) for one in hint or [None] * len(completions)]
@@ -167,6 +170,10 @@ def test_what_is_neither_true_nor_false_is_not_taken_for_either(tmp_path):
     ("rewards", "says"),
     [
         (["mine.py:exakt"], r"mine.py has no function exakt; did you mean exact \(mine.py:\d+\)"),
+        (
+            ["mine.py:wanting"],
+            r"wanting takes level, which is no column of .*rows.jsonl; there is gold, hint, n, question, solution: take one of",
+        ),
         (["mine.py:bare"], r"takes no \*\*kwargs"),
         ([{"name": "repetition_penalty", "arguments": {"x": 1}}], r"get_repetition_penalty_reward\(ngram_size"),
     ],
@@ -174,6 +181,32 @@ def test_what_is_neither_true_nor_false_is_not_taken_for_either(tmp_path):
 def test_rewards_that_cannot_be_used_are_refused_in_one_line(tmp_path, rewards, says):
     with pytest.raises(BadInput, match=says):
         dataset(tmp_path, rewards).rows("train", 0, 1, 0)
+
+
+def test_a_reward_that_wants_the_solution_asks_for_the_answer_column(tmp_path):
+    with pytest.raises(
+        BadInput, match=r"exact takes solution, .*name the column with the reference answer as problem.answer"
+    ):
+        dataset(tmp_path, ["mine.py:exact"], answer=None).rows("train", 0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("def rows", "async def rows", r"mine.py:4: rows is async, expected a plain function; write def rows\(rng\)"),
+        ("        yield", "        _ =", r"rows returned None, expected dicts, one a row; yield them"),
+        (
+            "def score",
+            "def baselines(row, rng):\n    return ['x']\ndef score",
+            r"baselines returned \['x'\], expected \{name: completion\}",
+        ),
+    ],
+)
+def test_a_function_that_returns_something_else_is_one_clear_line(tmp_path, old, new, says):
+    problem = own_file(tmp_path, FILE.replace(old, new))
+    with pytest.raises(BadInput, match=says):
+        problem.baselines(problem.rows("train", 0, 1, 0)[0], random.Random(0))
+    problem.guard.close()
 
 
 def test_more_rows_than_a_dataset_has_are_refused_with_what_there_is(tmp_path):

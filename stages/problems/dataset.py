@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -66,12 +66,23 @@ class Dataset:
     def rows(self, split: Split, start: int, stop: int, seed: int) -> list[Row]:
         """The rows of a split; training rows in the order that the seed names. Raises BadInput where there are fewer."""
         order = list(self._all)
+        self._refuse_missing(self._columns)
         random.Random(seed if split == "train" else split).shuffle(order)
         found = list(islice(allotted(iter(order), split), start, stop))
         if len(found) < stop - start:
             counts = {each: sum(1 for _ in allotted(iter(order), each)) for each in SPLITS}
             raise BadInput(too_few(self.settings.dataset, split, stop, counts))
         return list(found)
+
+    def _refuse_missing(self, columns: Collection[str]) -> None:
+        """Raise BadInput for a reward that cannot be called with these columns."""
+        there = [*columns, *(["solution"] if self.settings.answer else [])]
+        for component, needed in self.guard.about()["needs"].items():
+            if missing := [name for name in needed if name not in there]:
+                raise BadInput(
+                    f"problem.rewards: {component} takes {', '.join(missing)}, which is no column of {self.settings.dataset}; there is"
+                    f" {', '.join(there) or 'nothing'}: {_mend(missing, self.settings)}"
+                )
 
     def row(self, columns: Mapping[str, Any]) -> OwnRow:
         """Raises BadInput for a line that lacks a column that the recipe names."""
@@ -118,6 +129,7 @@ class Dataset:
         """What the rewards of a batch are called with."""
         rows = [answer.row.columns() for answer in answers]
         names = dict.fromkeys([*self._columns, *(name for row in rows for name in row if name not in OURS)])
+        self._refuse_missing(names)
         columns = {name: [row.get(name) for row in rows] for name in names}
         if self.settings.answer:
             columns["solution"] = [row[self.settings.answer] for row in rows]
@@ -141,6 +153,12 @@ class Dataset:
     def passed(self, score: float) -> bool:
         """The first reward is at its best."""
         return score >= 1
+
+
+def _mend(missing: Sequence[str], settings: DatasetProblem) -> str:
+    if "solution" in missing and not settings.answer:
+        return "name the column with the reference answer as problem.answer"
+    return "take one of these, or give it a default"
 
 
 def _narrows(reply: Reply) -> bool:

@@ -12,7 +12,7 @@ import json
 import math
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +41,7 @@ def load(spec: dict[str, Any]) -> tuple[dict[str, Any], Calls]:
         _look_at(module, spec["name"], name, takes, needed=True)
     for name, takes in OPTIONAL.items():
         _look_at(module, spec["name"], name, takes, needed=False)
+    _is_no_async(module, spec["name"])
     about = {"weights": weights, "has": [name for name in OPTIONAL if hasattr(module, name)]}
     return about, {
         "rows": lambda asked: _rows(module, spec["name"], asked),
@@ -49,10 +50,7 @@ def load(spec: dict[str, Any]) -> tuple[dict[str, Any], Calls]:
         "demonstration": lambda asked: _text(
             settled(module.demonstration(asked["row"], random.Random(asked["seed"]))), "demonstration"
         ),
-        "baselines": lambda asked: {
-            str(name): _text(text, f"baselines: {name}")
-            for name, text in settled(module.baselines(asked["row"], random.Random(asked["seed"]))).items()
-        },
+        "baselines": lambda asked: _baselines(settled(module.baselines(asked["row"], random.Random(asked["seed"])))),
     }
 
 
@@ -103,6 +101,13 @@ def _look_at(module: ModuleType, name: str, wanted: str, takes: tuple[str, ...],
         ) from None
 
 
+def _is_no_async(module: ModuleType, name: str) -> None:
+    if inspect.isasyncgenfunction(module.rows) or inspect.iscoroutinefunction(module.rows):
+        raise Refused(
+            f"{name}:{_line(module.rows)}: rows is async, expected a plain function; write def rows(rng) with yield"
+        )
+
+
 def _line(found: Any) -> int | str:
     code = getattr(found, "__code__", None)
     return code.co_firstlineno if code else "?"
@@ -140,7 +145,10 @@ def _made(module: ModuleType, name: str, rng: random.Random) -> Iterator[OwnRow]
     """What `rows` yields, until nothing new comes. Raises Failure for what is no row."""
     seen: set[str] = set()
     again = 0
-    for i, columns in enumerate(module.rows(rng)):
+    rows = module.rows(rng)
+    if not isinstance(rows, Iterable):
+        raise Failure("no_row", f"rows returned {rows!r:.80}, expected dicts, one a row; yield them")
+    for i, columns in enumerate(rows):
         row = checked_row(columns, f"{name}: row {i} of rows(rng)")
         again = again + 1 if row.id in seen else 0
         seen.add(row.id)
@@ -207,6 +215,12 @@ def truth(value: Any, what: str) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and math.isfinite(value)
+
+
+def _baselines(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise Failure("no_text", f"baselines returned {value!r:.80}, expected {{name: completion}}, gold the best")
+    return {str(name): _text(text, f"baselines: {name}") for name, text in value.items()}
 
 
 def _text(value: Any, what: str) -> str:
