@@ -51,7 +51,12 @@ def waits_for_data(one: Planned, planned: Sequence[Planned]) -> bool:
 
 
 def audit(
-    one: Planned, rows: Path | None, registry: Registry, launcher: Launcher, execution: Execution
+    one: Planned,
+    rows: Path | None,
+    registry: Registry,
+    launcher: Launcher,
+    execution: Execution,
+    on_metrics: OnMetrics = lambda line: None,
 ) -> audit_job.Report:
     """What the rewards of a grpo step pay for, on the first of its rows or on those of a file. Its policy need not be there. Raises BadInput for another kind of
     step, and for rows that cannot be read."""
@@ -60,7 +65,7 @@ def audit(
     like = job_of(one.step.model_copy(update={"inputs": {}}), {}, registry, execution)
     inputs = {"rows": str(rows.absolute())} if rows else {}
     with _question("audit", {"weights": one.step.config["rewards"]["weights"]}, like, inputs) as job:
-        launcher.launch(job)
+        launcher.launch(job, on_metrics=on_metrics)
         return audit_job.Report.model_validate_json(Path(job.out, audit_job.FILE).read_text())
 
 

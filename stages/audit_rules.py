@@ -90,6 +90,8 @@ class Audited(NamedTuple):
     """Rows whose gold does not start with the response prefix."""
     mended: Mapping[str, str]
     """Exploitable baseline -> a `--set` with which it is not."""
+    first_failure: str | None = None
+    """What user code said when it failed first."""
 
     @property
     def has_gold(self) -> bool:
@@ -332,12 +334,13 @@ def failures(audited: Audited) -> Iterator[Finding]:
     counts = Counter(one.judgement.failure for one in audited.played if one.judgement.failure)
     if counts:
         where = Counter(one.name for one in audited.played if one.judgement.failure)
+        said = f"; the first said: {audited.first_failure}" if audited.first_failure else ""
         yield _warn(
             audited,
             "failures",
             {**{str(name): float(count) for name, count in counts.items()}, "answers": len(audited.played)},
             f"{sum(counts.values())} of {len(audited.played)} answers could not be judged ({', '.join(f'{n} {c}' for n, c in counts.items())};"
-            f" most often {where.most_common(1)[0][0]}); such a rollout has no reward",
+            f" most often {where.most_common(1)[0][0]}); such a rollout has no reward{said}",
         )
 
 

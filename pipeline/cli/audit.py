@@ -14,6 +14,7 @@ from rich.text import Text
 from pipeline import ask, checks
 from pipeline import plan as planning
 from pipeline.cli.common import JsonOption, RecipeArgument, RegistryOption, SetOption, open_registry, print_json
+from pipeline.cli.progress import Progress
 from pipeline.cli.tables import SEVERITY_STYLE, console, show, table
 from pipeline.launch import Launcher
 from pipeline.plan import Planned
@@ -68,8 +69,8 @@ def audit(
         raise BadInput(f"--rows: {rows} is not there")
     place = open_registry(registry, loaded)
     one = _named(planning.plan(loaded, place), stage)
-    with Launcher(preload=False) as launcher:
-        report = ask.audit(one, rows, place, launcher, loaded.launch)
+    with Progress() as progress, Launcher(preload=False) as launcher:
+        report = ask.audit(one, rows, place, launcher, loaded.launch, progress.asked("audit"))
     if json:
         print_json(report.model_dump(mode="json"))
     else:
