@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
-from pipeline import ask
+from pipeline import ask, findings
 from pipeline import recipe as recipes
 from pipeline.launch import Launcher
 from pipeline.mirror import open_mirror
@@ -66,7 +66,7 @@ def _conduct(
 
         def report(found: list[Finding]) -> None:
             """Show what was found and remember it. Raises Refused for what nothing is to be trained on."""
-            for finding in found:
+            for finding in findings.merged(found):
                 observer.found(finding)
             if found:
                 runs.record(registry, id, "findings", findings=[finding.model_dump(mode="json") for finding in found])

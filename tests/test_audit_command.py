@@ -107,6 +107,25 @@ def test_what_is_no_grpo_stage_has_no_rewards_to_audit(settings, write, tmp_path
     assert "no grpo stage" in run_cli("audit", write(settings), "--registry", tmp_path / "r").stderr
 
 
+def test_what_differs_in_nothing_but_its_name_is_printed_once(only_rl, write, tmp_path):
+    """A reward that pays everything, and a score that gives everything: eight hostile texts are paid like gold."""
+    always = HANGS.replace("time.sleep(1000)", "return 1.0").replace('str(row["n"])', "f'<a>{row[\"n\"]}</a>'")
+    (tmp_path / "mine.py").write_text(always)
+    only_rl["problem"] = {"file": str(tmp_path / "mine.py")}
+    only_rl["stages"][0]["rows"] = "train[0:16]"
+    arguments = ["audit", write(only_rl), "--registry", tmp_path / "r"]
+    shown, report = run_cli(*arguments).stdout, audit(*arguments[1:])
+    assert sum(one["name"].startswith("hostile_") for one in report["baselines"]) == 8
+    assert "8 hostile ones" in shown and "hostile_long " not in shown
+    unearned = [one for one in report["findings"] if one["rule"] == "unearned"]
+    assert len(unearned) == 9, "empty, prompt_copied, one_answer and the six hostile texts that do not hold gold alone"
+    (alone, several) = sorted((line for line in shown.splitlines() if "unearned:" in line), key=len)
+    assert "one_answer scores 100.0 of 100: one class" in alone
+    assert (
+        "each of empty, prompt_copied, hostile_long, " in several and " scores 100.0 of 100: the score can" in several
+    )
+
+
 def test_bars_are_drawn_on_a_terminal_and_numbers_when_piped(settings, write, tmp_path):
     arguments = ["audit", str(write(settings)), "--registry", str(tmp_path / "r")]
     piped = run_cli(*arguments).stdout
