@@ -187,19 +187,25 @@ def exploitable(audited: Audited) -> Iterator[Finding]:
 
 
 def _why_paid(audited: Audited, line: Line) -> str:
-    """The components that pay a baseline; where none does, those that cost it less than they cost another answer."""
+    """The components that pay a baseline, and those that cost the worst answer more than they cost it."""
     paid = {name: audited.weights[name] * (value or 0.0) for name, value in line.rewards.items()}
-    if any(part > 0 for part in paid.values()):
-        return f"paid by {_parts(paid)}: let a broken rule cost more there"
-    least = {name: min((weight * value for value in audited.of(name)), default=0.0) for name, weight in audited.weights.items()}  # fmt: skip
-    spared = {name: paid[name] - least[name] for name in paid}
-    return f"paid by nothing, but spared what costs other answers (up to {_parts(spared)}): let a right answer earn more than these cost"
+    spared = {name: min(0.0, part) - _least(audited, name) for name, part in paid.items()}
+    by = f"paid by {_parts(paid) or 'nothing'}"
+    if not _parts(spared):
+        return f"{by}: let a broken rule cost more there"
+    mend = "let a broken rule cost more" if sum(paid.values()) > sum(spared.values()) else "let a right answer earn more than these cost"  # fmt: skip
+    return f"{by}, and spared what costs other answers ({_parts(spared)}): {mend}"
+
+
+def _least(audited: Audited, component: str) -> float:
+    """The most that a component takes off, as a number up to 0."""
+    return min([0.0, *(audited.weights[component] * value for value in audited.of(component))])
 
 
 def _parts(paid: Mapping[str, float]) -> str:
     """Components and what they come to, the most first."""
     most = sorted(paid, key=lambda name: -paid[name])
-    return ", ".join(f"{name} {paid[name]:.3g}" for name in most if paid[name] > 0)
+    return ", ".join(f"{name} {paid[name]:.3g}" for name in most if paid[name] > EXACT)
 
 
 def exploits(line: Line) -> bool:
@@ -324,9 +330,15 @@ def disagree(audited: Audited) -> Iterator[Finding]:
                 audited,
                 "disagree",
                 {"rank_correlation": found, "answers": len(pairs)},
-                f"{name} {'falls' if found < -DISAGREE else 'does not rise'} with the score (rank correlation {found:+.2f}), so it leads away from the task"
+                f"{_leads(name, sign, sign * found)} with the score (rank correlation {found:+.2f}), so it leads away from the task"
                 " where it can; look at what it pays for",
             )
+
+
+def _leads(name: str, sign: int, agrees: float) -> str:
+    if sign > 0:
+        return f"{name} {'falls' if agrees < -DISAGREE else 'does not rise'}"
+    return f"{name} has a negative weight and {'rises' if agrees < -DISAGREE else 'does not fall'}"
 
 
 def failures(audited: Audited) -> Iterator[Finding]:

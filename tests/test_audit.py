@@ -362,7 +362,14 @@ def test_what_penalties_do_not_cost_is_named_where_nothing_is_paid():
     said = advice(Sums({"length": -1.0, "correct": 1.0}, long), "exploitable")
     (empty,) = (one for one in said if one.startswith("empty earns"))
     assert (
-        "it is paid by nothing, but spared what costs other answers (up to length 1): let a right answer earn" in empty
+        "it is paid by nothing, and spared what costs other answers (length 1): let a right answer earn more" in empty
+    )
+
+
+def test_a_penalty_that_rises_with_the_score_is_said_to():
+    (said,) = advice(Sums({"format": 0.5, "correct": -0.5}), "disagree")
+    assert said.startswith(
+        "correct has a negative weight and rises with the score (rank correlation +1.00), so it leads away"
     )
 
 
