@@ -17,6 +17,7 @@ from typing import IO, Any, Protocol
 
 from pydantic import ValidationError
 
+from pipeline.evaluations import Difference
 from pipeline.launch import Launcher, StageFailed
 from pipeline.mirror import forget, mirrored
 from pipeline.plan import Planned
@@ -26,7 +27,7 @@ from pipeline.registry.store import Store
 from pipeline.registry.verify import as_read, condemn
 from pipeline.steps import InputRef, Step
 from stages import checkpoints
-from stages.job import BadInput, Execution, Finding, Job, Result
+from stages.job import BadInput, Evaluation, Execution, Finding, Job, Result
 from stages.metrics import FILE as METRICS
 
 WORK = "SWITCHBACK_WORK"
@@ -59,6 +60,10 @@ class Observer(Protocol):
 
     def finished(self, step: Step, artifact: Artifact) -> None:
         """It has been published."""
+
+    def evaluated(self, step: Step, found: Evaluation, before: str, gain: Difference | None) -> None:
+        """What an evaluation found on held-out rows, and how much better that is than `before`, the policy that the stage started from. None: there is none,
+        or it cannot be compared."""
 
 
 def run_step(

@@ -158,11 +158,14 @@ def composed(values: Tensor, names: Sequence[str], settings: Rewards, group_size
     """(rollouts, components), whole groups one after another, as they are to be summed by weight. `running` has seen these values already."""
     import torch
 
-    kinds = settings.normalise if isinstance(settings.normalise, dict) else dict.fromkeys(names, settings.normalise)
     columns = zip(names, values.unbind(1), running.mean, running.deviation, strict=True)
-    made = [_normalised(column, kinds.get(name, "none"), group_size, *past) for name, column, *past in columns]
+    made = [_normalised(column, _kind(settings, name), group_size, *past) for name, column, *past in columns]
     found = torch.stack(made, dim=1)
     return found.clamp(*settings.clip) if settings.clip else found  # clamp keeps NaN
+
+
+def _kind(settings: Rewards, name: str) -> Normalise:
+    return settings.normalise.get(name, "none") if isinstance(settings.normalise, dict) else settings.normalise
 
 
 def _normalised(column: Tensor, kind: Normalise, group_size: int, mean: Tensor, deviation: Tensor) -> Tensor:

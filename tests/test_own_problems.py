@@ -13,6 +13,7 @@ from stages import problems
 from stages.guard import TooManyFailures
 from stages.job import BadInput
 from stages.problems.base import Answer
+from stages.problems.files import lines
 from tests.conftest import run_cli
 
 REWARDS = """
@@ -215,6 +216,14 @@ def test_more_rows_than_a_dataset_has_are_refused_with_what_there_is(tmp_path):
         problem.rows("train", 0, 40, 0)
 
 
+def test_half_a_surrogate_pair_in_a_file_is_named_by_its_line(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "\\ud83d\\ude00", "answer": "\\\\ud83d"}\n{"prompt": "a \\uD83D"}\n')
+    with pytest.raises(BadInput, match=r"rows.jsonl, line 2: it holds half of a surrogate pair"):
+        list(lines(file))
+    assert next(lines(file)).columns == {"prompt": "\U0001f600", "answer": "\\ud83d"}
+
+
 def test_demonstrations_of_a_dataset_are_refused_by_check(settings, write, tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}")
     settings["problem"] = {"dataset": str(tmp_path / "rows.jsonl"), "rewards": ["think_format"]}
@@ -254,7 +263,11 @@ def test_the_starter_runs_to_its_end_even_when_its_reward_hangs_on_some_rows(tmp
     file.write_text(file.read_text().replace("    words, right", hang))
     text = (tmp_path / "recipe.yaml").read_text()
     (tmp_path / "recipe.yaml").write_text(text.replace("my_problem.py}", "my_problem.py, time_limit: 0.3s}"))
-    done = run_cli("run", "recipe.yaml", "--no-prefect", cwd=tmp_path)
+    few = ["steps=4", "prompts_per_step=8", "group_size=4"]
+    small = [part for stage in ("rl1", "rl2") for one in few for part in ("--set", f"stages.{stage}.{one}")]
+    small += ["--set", "stages.warmup.epochs=1", "--set", "evaluate.rows=50", "--set", "validation.rows=50"]
+    small += ["--set", "stages.rl1.rows=train[2000:2040]", "--set", "stages.harvest.keep.min_score=0.1"]
+    done = run_cli("run", "recipe.yaml", "--no-prefect", *small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     said = done.stdout + done.stderr
     assert "the problem's own code failed on" in said and "(timeout" in said and "no answer within 0.3 s" in said
