@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from stages import chat, mix, prefix, problems, tokens
 from stages.job import BadInput, Format, Job
 from stages.mix import Mix
+from stages.problems.files import refuse_half_pairs
 from stages.tokens import TokenRow
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ def _object(line: str) -> Mapping[str, Any]:
         raise BadInput(f"{error}; expected {SHAPES}") from None
     if not isinstance(found, dict):
         raise BadInput(f"found {type(found).__name__}, expected {SHAPES}")
+    refuse_half_pairs(found)
     return found
 
 

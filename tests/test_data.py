@@ -79,6 +79,7 @@ def test_a_column_may_give_each_row_its_prefix(tokenizer, tmp_path):
             "line 1: the response prefix is '<think>",
         ),
         ({"text": "1 + 2 = 3"}, 'line 1: found text, expected {"messages": [...]} or'),
+        ({"prompt": "\ud83d", "completion": "x"}, "line 1: it holds half of a surrogate pair"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
             "line 1: messages, turn 1: found 'role: str, content: list'",

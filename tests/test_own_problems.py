@@ -13,7 +13,7 @@ from stages import problems
 from stages.guard import TooManyFailures
 from stages.job import BadInput
 from stages.problems.base import Answer
-from stages.problems.files import lines
+from stages.problems.files import rows as rows_of
 from tests.conftest import run_cli
 
 REWARDS = """
@@ -217,11 +217,13 @@ def test_more_rows_than_a_dataset_has_are_refused_with_what_there_is(tmp_path):
 
 
 def test_half_a_surrogate_pair_in_a_file_is_named_by_its_line(tmp_path):
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"prompt": "\\ud83d\\ude00", "answer": "\\\\ud83d"}\n{"prompt": "a \\uD83D"}\n')
-    with pytest.raises(BadInput, match=r"rows.jsonl, line 2: it holds half of a surrogate pair"):
-        list(lines(file))
-    assert next(lines(file)).columns == {"prompt": "\U0001f600", "answer": "\\ud83d"}
+    problem = dataset(tmp_path, ["think_format"])
+    file = tmp_path / "other.jsonl"
+    file.write_text('{"question": "\\ud83d\\ude00 \\\\ud83d", "gold": "1"}\n')
+    assert rows_of(problem, file)[0].prompt == "\U0001f600 \\ud83d"
+    file.write_text(file.read_text() + '{"question": "a \\uD83D", "gold": "1"}\n')
+    with pytest.raises(BadInput, match=r"other.jsonl, line 2: it holds half of a surrogate pair"):
+        rows_of(problem, file)
 
 
 def test_demonstrations_of_a_dataset_are_refused_by_check(settings, write, tmp_path):

@@ -40,6 +40,7 @@ def rows(problem: Problem, path: Path) -> list[Row]:
     found: list[Row] = []
     for where, columns in lines(path):
         try:
+            refuse_half_pairs(columns)
             found.append(problem.row(columns))
         except BadInput as error:
             raise BadInput(f"{where}: {error}") from None
@@ -66,20 +67,17 @@ def _object(line: str, where: str) -> dict[str, Any]:
         found = json.loads(line)
     except (ValueError, RecursionError) as error:  # ValueError: also a number of more than 4300 digits
         raise BadInput(f"{where}: found no JSON ({error}), expected an object") from None
-    if "\\ud" in line.lower() and not _is_unicode(found):
-        raise BadInput(f"{where}: it holds half of a surrogate pair (\\ud800 to \\udfff), which is no text; remove it")
     if not isinstance(found, dict):
         raise BadInput(f"{where}: found {_short(found)}, expected an object")
     return found
 
 
-def _is_unicode(found: Any) -> bool:
-    """Whether all of its texts can be encoded; a JSON escape can say what cannot."""
+def refuse_half_pairs(columns: dict[str, Any]) -> None:
+    """Raise BadInput where a text cannot be encoded: a JSON escape can say half of a surrogate pair, which no tokenizer takes."""
     try:
-        json.dumps(found, ensure_ascii=False).encode()
+        json.dumps(columns, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return False
-    return True
+        raise BadInput("it holds half of a surrogate pair (\\ud800 to \\udfff), which is no text; remove it") from None
 
 
 def _short(value: Any) -> str:
