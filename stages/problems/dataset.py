@@ -16,7 +16,7 @@ from typing import Any, cast
 from stages.guard import Guard, Reply
 from stages.job import SPLITS, BadInput, Split
 from stages.problems import files
-from stages.problems.base import Answer, Judgement, Row, allotted
+from stages.problems.base import Answer, Judgement, Row, TooFew, allotted
 from stages.problems.own_file import are_rewards, failed, outcome_of, too_few
 from stages.problems.own_row import OwnRow, own_row
 from stages.problems.settings import DatasetProblem
@@ -63,13 +63,13 @@ class Dataset:
         return sorted({name for row in self._all for name in row.values} - {*OURS})
 
     def rows(self, split: Split, start: int, stop: int, seed: int) -> list[Row]:
-        """The rows of a split; training rows in the order that the seed names. Raises BadInput where there are fewer."""
+        """The rows of a split; training rows in the order that the seed names. Raises TooFew where there are fewer."""
         order = list(self._all)
         random.Random(seed if split == "train" else split).shuffle(order)
         found = list(islice(allotted(iter(order), split), start, stop))
         if len(found) < stop - start:
             counts = {each: sum(1 for _ in allotted(iter(order), each)) for each in SPLITS}
-            raise BadInput(too_few(self.settings.dataset, split, stop, counts))
+            raise TooFew(too_few(self.settings.dataset, split, stop, counts))
         return list(found)
 
     def row(self, columns: Mapping[str, Any]) -> OwnRow:
