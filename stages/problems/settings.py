@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import model_validator
 
-from stages.config import Config, FromList, Seconds, execution, identity, resolved
+from stages.config import MAPPING, WORD, Config, FromList, Seconds, WordOrMapping, execution, identity, resolved
 from stages.guard import Limits
 
 ALIASES = {
@@ -63,6 +63,9 @@ class RewardSettings(Config):
         return self.name.rpartition(":")[0] or None
 
 
+Reward = Annotated[Annotated[str, WORD] | Annotated[RewardSettings, MAPPING], WordOrMapping]
+
+
 def _reward(value: str | RewardSettings) -> RewardSettings:
     return RewardSettings(name=value) if isinstance(value, str) else value
 
@@ -72,7 +75,7 @@ class DatasetProblem(OwnCode):
 
     dataset: str = resolved()
     """Hub id as written, or path of a .jsonl file, identified by its bytes."""
-    rewards: Annotated[tuple[str | RewardSettings, ...], FromList] = identity(min_length=1)
+    rewards: Annotated[tuple[Reward, ...], FromList] = identity(min_length=1)
     """Names of rewards, or file.py:function, or {name, weight, arguments}. The first is the score too, clipped to 0..1."""
     prompt: str = identity("prompt")
     """Column with the question."""
