@@ -278,7 +278,7 @@ def no_baselines(audited: Audited) -> Iterator[Finding]:
             stage=audited.stage,
             evidence={"own": float(sum(line.own for line in audited.lines))},
             advice="the problem has no gold baseline, so only answers that fit any problem were played, and nothing says that the best answer earns most;"
-            " give it baselines",
+            " give a problem file baselines(row, rng), or name a dataset's column of best completions with problem.gold",
         )
 
 

@@ -151,7 +151,7 @@ def test_a_field_of_another_kind_of_problem_moves_the_keys_of_what_uses_it(probl
 
 def test_how_user_code_is_run_and_a_short_name_of_a_reward_move_no_key(settings, tmp_path):
     seen = []
-    for change in ({}, {"workers": 3}, {"max_failures": 0.5}, {"rewards": ["accuracy_reward"]}):
+    for change in ({}, {"workers": 3}, {"max_failures": 0.5}, {"gold": "best"}, {"rewards": ["accuracy_reward"]}):
         problem = {"dataset": "org/data", "rewards": ["accuracy"], **change}
         seen.append(keys(settings | {"problem": problem}, tmp_path))
     assert all(found == seen[0] for found in seen)

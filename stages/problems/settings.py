@@ -81,6 +81,9 @@ class DatasetProblem(OwnCode):
     """Column with the question."""
     answer: str | None = identity(None)
     """Column with the reference answer, which rewards get as `solution` too. Off: none."""
+    gold: str | None = execution(None)
+    """Column with the best completion there is, as text, which the audit plays; it decides no result. Off: none, and the audit cannot say whether the best
+    answer is the best paid."""
     config: str | None = identity(None)
     """Configuration of a hub dataset. Off: its default."""
     split: str = identity("train")
