@@ -165,11 +165,14 @@ def problem(name: str, overrides: Sequence[str] = ()) -> ProblemSettings:
     """The settings of a problem by its name, or by the path of its .py file, with `field=value` overrides. Raises BadInput, one line."""
     data = {"problem": {"file": name} if name.endswith(".py") else {"name": name}}
     for override in overrides:
+        if "=" not in override:
+            raise BadInput(f"--set {override}: expected a setting of the problem, = and a value, such as form=compact")
         _override(data, f"problem.{override}")
     try:
         return _OneProblem.model_validate(data).problem
     except ValidationError as error:
-        raise BadInput(_first(error, data)) from None
+        own = "" if name in PROBLEMS or name.endswith(".py") else "; or give the path of a .py file"
+        raise BadInput(f"{_first(error, data)}{own}") from None
 
 
 def dump(recipe: Recipe) -> str:

@@ -53,6 +53,8 @@ BAD = {
     "a seed that numpy refuses": ({"seed": 2**32}, "seed: found 4294967296"),
     "an unknown key of one of two shapes": ({"problem": {"dataset": "a.jsonl", "rewards": [{"name": "accuracy", "wieght": 3}]}}, "problem.rewards.0: unknown key 'wieght'; did you mean weight?"),
     "neither shape": ({"problem": {"dataset": "a.jsonl", "rewards": [3]}}, "problem.rewards.0: found 3, expected text"),
+    "a dataset that is no file and not on the hub": ({"problem": {"dataset": "nope", "rewards": ["accuracy"]}}, "problem.dataset: found 'nope', expected a file whose name ends in .jsonl, or a dataset on the hub"),
+    "a dataset that is another file": ({"problem": {"dataset": "configs/demo.yaml", "rewards": ["accuracy"]}}, "found 'configs/demo.yaml', expected a file whose name ends in .jsonl"),
     "no reward": ({"problem": {"dataset": "a.jsonl", "rewards": []}}, "problem.rewards: found [], expected at least 1"),
     "a word of a mapping": ({"stages.rl1.rewards": {"normalise": {"score": "runing"}}}, "rewards.normalise.score: found 'runing', expected 'none', 'group'"),
     "a word": ({"stages.rl1.rewards": {"normalise": "runing"}}, "rewards.normalise: found 'runing', expected 'none', 'group'"),
@@ -170,10 +172,18 @@ def test_a_bad_override_is_one_line(override, said, settings, write):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["nosuch"], ["plan"], ["run", "--nosuch"], ["plan", "configs/demo.yaml", "--only", "nosuch"]]
+    ("arguments", "said"),
+    [
+        (["nosuch"], "nosuch"),
+        (["plan"], "Missing argument 'recipe'"),
+        (["run", "--nosuch"], "--nosuch"),
+        (["plan", "configs/demo.yaml", "--only", "nosuch"], "no stage is named nosuch"),
+        (["score", "arithmetic", "--rows", "x"], "Missing option '--completions'"),
+        (["inspect", "configs/demo.yaml", "--stage", "warmup", "--row", "x"], "Invalid value for '--row'"),
+    ],
 )
-def test_bad_arguments_are_one_line(arguments, tmp_path):
-    one_line(run_cli(*arguments, env={"SWITCHBACK_REGISTRY": str(tmp_path)}))
+def test_bad_arguments_are_one_line(arguments, said, tmp_path):
+    assert said in one_line(run_cli(*arguments, env={"SWITCHBACK_REGISTRY": str(tmp_path)}))
 
 
 LATER = {
