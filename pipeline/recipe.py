@@ -171,7 +171,7 @@ def problem(name: str, overrides: Sequence[str] = ()) -> ProblemSettings:
     try:
         return _OneProblem.model_validate(data).problem
     except ValidationError as error:
-        own = "" if name in PROBLEMS or name.endswith(".py") else "; or give the path of a .py file"
+        own = "" if name in PROBLEMS or name.endswith(".py") else " (or give the path of a .py file)"
         raise BadInput(f"{_first(error, data)}{own}") from None
 
 

@@ -277,4 +277,8 @@ def test_a_key_does_not_depend_on_the_order_of_a_dict():
 
 
 def test_changes_names_fields_by_their_path():
+    assert changes({"a": [{"b": 1, "c": 2}, {"b": 3}]}, {"a": [{"b": 1, "c": 4}]}) == {
+        "a.0.c": (2, 4),
+        "a.1.b": (3, None),
+    }
     assert changes({"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": 1, "c": 3}, "d": (1,), "e": None}) == {"a.c": (2, 3)}

@@ -110,7 +110,7 @@ def test_a_bad_line_is_named_by_file_and_number(file, line, said, files):
     [
         (
             lambda rows, completions: ["nosuch", rows, completions],
-            "problem.name: found 'nosuch'; there is scheduling, arithmetic, countdown; or give the path of a .py file",
+            "problem.name: found 'nosuch'; there is scheduling, arithmetic, countdown (or give the path of a .py file)",
         ),
         (lambda rows, completions: ["mine.py", rows, completions], "mine.py is not there, or no regular file"),
         (lambda rows, completions: ["scheduling", rows.parent, completions], "is not there, or no regular file"),
