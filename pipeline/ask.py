@@ -69,7 +69,12 @@ def waits_for_data(one: Planned, planned: Sequence[Planned]) -> bool:
 
 
 def audit(
-    one: Planned, rows: Path | None, registry: Registry, launcher: Launcher, execution: Execution
+    one: Planned,
+    rows: Path | None,
+    registry: Registry,
+    launcher: Launcher,
+    execution: Execution,
+    on_metrics: OnMetrics = lambda line: None,
 ) -> audit_job.Report:
     """What the rewards of a grpo step pay for, on the first of its rows or on those of a file. Its policy need not be there. Raises BadInput for another kind of
     step, and for rows that cannot be read."""
@@ -78,7 +83,7 @@ def audit(
     like = job_of(one.step.model_copy(update={"inputs": {}}), {}, registry, execution)
     inputs = {"rows": str(rows.absolute())} if rows else {}
     with _question("audit", {"weights": one.step.config["rewards"]["weights"]}, like, inputs) as job:
-        launcher.launch(job)
+        launcher.launch(job, on_metrics=on_metrics)
         return audit_job.Report.model_validate_json(Path(job.out, audit_job.FILE).read_text())
 
 
@@ -166,7 +171,7 @@ def _is_there(step: str | None, planned: Sequence[Planned]) -> bool:
 
 @contextmanager
 def _question(kind: str, config: dict[str, Any], like: Job, inputs: Mapping[str, str]) -> Iterator[Job]:
-    """A job with a temporary directory of its own, which is gone afterwards unless the job failed, so that its log can be read."""
+    """A job with a temporary directory of its own, which is gone afterwards but for a failure whose line names a log there."""
     work = Path(tempfile.mkdtemp(prefix=f"switchback-{kind}-"))
     execution = like.execution.model_copy(update={"processes": 1, "accelerate": None})
     what: dict[str, Any] = {
@@ -178,8 +183,10 @@ def _question(kind: str, config: dict[str, Any], like: Job, inputs: Mapping[str,
     }
     try:
         yield like.model_copy(update={**what, "execution": execution})
-    except StageFailed:
-        raise  # its message names the log
+    except StageFailed as error:
+        if str(work) not in str(error):
+            shutil.rmtree(work)
+        raise
     except BaseException:
         shutil.rmtree(work)
         raise

@@ -8,8 +8,10 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
-from pipeline import ask
+from pipeline import ask, findings
 from pipeline import recipe as recipes
+from pipeline.checks import BASE
+from pipeline.evaluations import NotComparable, difference
 from pipeline.launch import Launcher
 from pipeline.mirror import open_mirror
 from pipeline.plan import ALL, Planned, Selection, said
@@ -18,7 +20,8 @@ from pipeline.recipe import Recipe
 from pipeline.refused import refuse
 from pipeline.registry import Artifact, Registry, runs
 from pipeline.run import Observer, run_step, work_root
-from stages.job import BadInput, Finding
+from pipeline.steps import Step
+from stages.job import BadInput, Finding, read_evaluation
 
 
 def run(
@@ -62,7 +65,7 @@ def _conduct(
 
         def report(found: list[Finding]) -> None:
             """Show what was found and remember it. Raises Refused for what nothing is to be trained on."""
-            for finding in found:
+            for finding in findings.merged(found):
                 observer.found(finding)
             if found:
                 runs.record(registry, id, "findings", findings=[finding.model_dump(mode="json") for finding in found])
@@ -80,6 +83,8 @@ def _conduct(
             made[one.step.name] = artifact
             seconds = 0.0 if reused else artifact.provenance.get("seconds", 0.0)
             runs.record(registry, id, "step", step=one.step.name, artifact=artifact.id, reused=reused, seconds=seconds)
+            if one.step.kind == "evaluate" and not reused:
+                _tell(one.step, planned, made, registry, observer)
             return artifact, reused
 
         with_prefect = use_prefect and bool(to_run or api_url())
@@ -98,6 +103,22 @@ def _conduct(
                 do(one)
     for artifact in (*base, *made.values()):
         registry.release(artifact.id, id)
+
+
+def _tell(
+    step: Step, planned: list[Planned], made: dict[str, Artifact], registry: Registry, observer: Observer
+) -> None:
+    """What an evaluation found, beside that of the policy that its stage started from."""
+    found = read_evaluation(registry.path(made[step.name], "held_out"))
+    stage = next((one.step for one in planned if one.step.name == step.inputs["policy"].step), None)
+    before = (stage.inputs["policy"].step or BASE) if stage else ""
+    gain = None
+    if other := made.get(f"{before}.evaluate"):
+        try:
+            gain = difference(registry, made[step.name], other, "held_out")
+        except (BadInput, NotComparable) as error:
+            observer.said(step, f"not compared with {before}: {error}")
+    observer.evaluated(step, found, before, gain)
 
 
 def _held_base(first: Planned, registry: Registry, run: str) -> list[Artifact]:

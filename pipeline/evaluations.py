@@ -1,13 +1,35 @@
-"""The evaluations of a policy, and which of two policies' can be compared: those that were asked the same, of other policies."""
+"""The evaluations of a policy, which of two policies' can be compared, and how: those that were asked the same, of other policies, row by row."""
 
 from __future__ import annotations
 
+import json
+import random
 from typing import Any
 
 from pipeline.registry import Artifact, Registry
+from pipeline.registry.verify import verify
+from stages.config import Frozen
+from stages.job import BadInput, Split, read_evaluation
 
 OF_THE_POLICY = ("inputs", "format")
 """Fields of an evaluation's identity that differ from policy to policy."""
+
+RESAMPLES, SEED = 2000, 0
+"""Of the bootstrap."""
+
+
+class Difference(Frozen):
+    """How much better one evaluation came out than another, on the same rows. Shares in 0..1."""
+
+    difference: float
+    """Mean score of the samples, minus the other one's."""
+    interval: tuple[float, float]
+    """95 % of it: percentile bootstrap, resampling rows."""
+    rows: int
+
+
+class NotComparable(ValueError):
+    """Two policies have no evaluations that can be compared; says why."""
 
 
 def of_policy(registry: Registry, policy: Artifact) -> list[Artifact]:
@@ -24,3 +46,32 @@ def settings(evaluation: Artifact) -> dict[str, Any]:
 def _is_of(evaluation: Artifact, policy: Artifact) -> bool:
     source = evaluation.inputs.get("policy")
     return source is not None and source.id == policy.id
+
+
+def difference(registry: Registry, a: Artifact, b: Artifact, split: Split) -> Difference:
+    """How much better evaluation `a` came out than `b`, paired by row. Raises NotComparable where they did not see the same rows in the same way."""
+    if settings(a) != settings(b):
+        raise NotComparable(f"{a.id} and {b.id} were not made with equal settings")
+    ours, theirs = (scores(registry, evaluation, split) for evaluation in (a, b))
+    if ours.keys() != theirs.keys():
+        raise NotComparable(f"{a.id} and {b.id} did not see the same rows")
+    differences = [ours[row] - theirs[row] for row in sorted(ours)]
+    mean = sum(differences) / len(differences)
+    return Difference(difference=mean, interval=bootstrap(differences), rows=len(differences))
+
+
+def scores(registry: Registry, evaluation: Artifact, split: Split) -> dict[str, float]:
+    """Row -> mean score of its samples. Raises BadInput when the files are no longer what was published."""
+    if wrong := verify(registry, evaluation):
+        raise BadInput(f"{wrong[0]}; run switchback verify {evaluation.id}, and evaluate the policy again")
+    directory = registry.path(evaluation)
+    said = read_evaluation(registry.path(evaluation, split)).per_row
+    lines = [json.loads(line) for line in (directory / said).read_text().splitlines()]
+    return {line["row"]: sum(one["score"] for one in line["samples"]) / len(line["samples"]) for line in lines}
+
+
+def bootstrap(values: list[float]) -> tuple[float, float]:
+    """95 % percentile interval of a mean, resampling the values; the same for the same values."""
+    draw = random.Random(SEED)
+    means = sorted(sum(draw.choices(values, k=len(values))) / len(values) for _ in range(RESAMPLES))
+    return means[round(0.025 * (RESAMPLES - 1))], means[round(0.975 * (RESAMPLES - 1))]

@@ -264,7 +264,7 @@ def _result(job: Job, status: int, log: Path) -> Result:
         error = json.loads((work / ERROR).read_text())
         if error["bad_input"]:
             raise BadInput(error["message"])
-        raise StageFailed(f"{job.name}: {error['message']} (log: {log})")
+        raise StageFailed(f"{job.name}: {error['message']}{'' if error['told'] else f' (log: {log})'}")
     if status == BUSY:
         raise _busy(job)
     if status == STOPPED:

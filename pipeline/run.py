@@ -17,6 +17,7 @@ from typing import IO, Any, Protocol
 
 from pydantic import ValidationError
 
+from pipeline.evaluations import Difference
 from pipeline.launch import Launcher, StageFailed
 from pipeline.mirror import forget, mirrored
 from pipeline.plan import Planned
@@ -26,7 +27,7 @@ from pipeline.registry.store import Store
 from pipeline.registry.verify import as_read, condemn
 from pipeline.steps import InputRef, Step
 from stages import checkpoints
-from stages.job import BadInput, Execution, Finding, Job, Result
+from stages.job import BadInput, Evaluation, Execution, Finding, Job, Result
 from stages.metrics import FILE as METRICS
 
 WORK = "SWITCHBACK_WORK"
@@ -46,7 +47,7 @@ class Observer(Protocol):
         """It was not selected."""
 
     def waiting(self, step: Step, pid: str) -> None:
-        """Another run, process `pid`, is making it."""
+        """Another run, process `pid` ("" where that is not known), is making it."""
 
     def started(self, step: Step, why: str) -> None:
         """Its job begins, and why it has to."""
@@ -59,6 +60,10 @@ class Observer(Protocol):
 
     def finished(self, step: Step, artifact: Artifact) -> None:
         """It has been published."""
+
+    def evaluated(self, step: Step, found: Evaluation, before: str, gain: Difference | None) -> None:
+        """What an evaluation found on held-out rows, and how much better that is than `before`, the policy that the stage started from. None: there is none,
+        or it cannot be compared."""
 
 
 def run_step(
@@ -191,15 +196,27 @@ def alone(work: Path, on_wait: Callable[[str], None], on_tick: Callable[[], None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.seek(0)
-            on_wait(lock.read().strip())
+            on_wait(_holder(lock))
             while not _locked(lock):
                 on_tick()
                 time.sleep(0.5)
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        yield
+        try:
+            yield
+        finally:
+            lock.truncate(0)  # so that nobody waits for one that has ended
+
+
+def _holder(lock: IO[str]) -> str:
+    """The pid of who holds a lock; "" where that is not written within a second."""
+    for _ in range(20):
+        lock.seek(0)
+        if pid := lock.read().strip():
+            return pid
+        time.sleep(0.05)
+    return ""
 
 
 def _locked(lock: IO[str]) -> bool:
@@ -219,7 +236,7 @@ def job_of(step: Step, made: Mapping[str, Artifact], registry: Registry, executi
         name=step.name,
         config=step.config,
         inputs=inputs,
-        sources={role: source.id or source.name for role, source in sources_of(step, made, registry).items()},
+        sources={role: _told(source) for role, source in sources_of(step, made, registry).items()},
         work=str(work),
         out=str(work / "out"),
         problem=step.problem,
@@ -231,6 +248,11 @@ def job_of(step: Step, made: Mapping[str, Artifact], registry: Registry, executi
         sampler=step.sampler,
         execution=_execution(execution),
     )
+
+
+def _told(source: Source) -> str:
+    """What is told of an input in what is made from it: an id, a hub's name, or of a path its last part; no path of this machine."""
+    return source.id or (Path(source.name).name if Path(source.name).is_absolute() else source.name)
 
 
 def place_of(ref: InputRef, made: Mapping[str, Artifact], registry: Registry) -> str:

@@ -10,21 +10,27 @@ no gold, the greatest that was seen may be far from the best; there the range is
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin
 
 from stages import baselines, problems
 from stages.audit_rules import Audited, Line, exploits, findings
-from stages.audit_table import Range, Table, play
+from stages.audit_table import Heard, Range, Table, play
 from stages.baselines import GOLD, Baseline
 from stages.config import Config, Frozen, identity
+from stages.failures import first_message
+from stages.guard import TooManyFailures
 from stages.job import Finding, Job, Result, RowRange
+from stages.metrics import MetricsLog
 from stages.problems import files
 from stages.problems.base import Problem
 from stages.rewards import Rewards, weights_of
 
 FILE = "audit.json"
+FIRST = 3
+"""Answers that are tried before all are played."""
 KEPT = 0.02
 """Score and reward share that gold may lose by a change that mends something; with touching events as overlaps, an optimal schedule earns .993."""
 Others = Iterable[tuple[str, Problem]]
@@ -54,17 +60,36 @@ class Report(Frozen):
 
 
 def run(job: Job) -> Result:
-    """Write `audit.json` to `job.out`. Raises BadInput for a file of rows that cannot be read, and for weights of components that there are not."""
+    """Write `audit.json` to `job.out`. Raises BadInput for a file of rows that cannot be read, and for weights of components that there are not;
+    TooManyFailures for user code that hangs on the first answers already."""
     config = AuditConfig.model_validate(job.config)
     assert job.problem is not None and job.rows is not None and job.format is not None, "the plan gives grpo all three"
-    problem = problems.load(job.problem)
+    problem = problems.load(_uncounted(job.problem))
     file = job.inputs.get("rows")
     rows = files.rows(problem, Path(file)) if file else problems.rows(problem, _first(job.rows, config.rows))
     asked, astray = baselines.of_rows(problem, rows, job.format, job.seed)
     weights_of(job.name, Rewards(weights=config.weights), problem.reward_weights)
-    report = audit(job.name, problem, asked, astray, with_one_change(job.problem), config.weights)
+    refuse_hanging(problem, asked)
+    heard = partial(MetricsLog(Path(job.out)).write, total=len(asked))
+    report = audit(job.name, problem, asked, astray, with_one_change(job.problem), config.weights, heard)
     Path(job.out, FILE).write_text(report.model_dump_json(indent=1))
     return Result(outputs={"audit": FILE}, metrics={"answers": len(asked)}, findings=report.findings)
+
+
+def _uncounted(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The problem, whose own code may fail on any number of answers: it is what the audit is to tell of."""
+    return {**settings} if "name" in settings else {**settings, "max_failures": 1.0}
+
+
+def refuse_hanging(problem: Problem, asked: Sequence[Baseline]) -> None:
+    """Raise TooManyFailures where user code has no time for any of the first answers, gold where there is some: it would wait as long for every other."""
+    golds = [one.answer for one in asked if one.name == GOLD]
+    first = (golds or [one.answer for one in asked])[:FIRST]
+    if all(one.failure == "timeout" for one in problem.judge(first)):
+        raise TooManyFailures(
+            f"the problem's own code judged none of the first {len(first)}{' gold' if golds else ''} answers: {first_message(problem)};"
+            " mend it, or raise problem.time_limit"
+        )
 
 
 def audit(
@@ -74,13 +99,14 @@ def audit(
     astray: int,
     others: Others = (),
     own: Mapping[str, float] = MappingProxyType({}),
+    heard: Heard = lambda done: None,
 ) -> Report:
     """What the problem says to every baseline. `astray` is how many golds do not start with the response prefix; `others` are what the problem would be with
-    one setting changed; `own` are weights in the place of the problem's."""
+    one setting changed; `own` are weights in the place of the problem's; `heard` is told how many answers are judged."""
     weights = {**problem.reward_weights, **own}
-    table = play(problem, weights, asked)
+    table = play(problem, weights, asked, heard)
     mended = _mended(table, asked, ((change, other, {**other.reward_weights, **own}) for change, other in others))
-    found = findings(Audited(stage, weights, table.played, table.lines, astray, mended))
+    found = findings(Audited(stage, weights, table.played, table.lines, astray, mended, first_message(problem)))
     rows = len({one.row for one in asked})
     return Report(
         stage=stage, rows=rows, weights=weights, range=table.range, baselines=table.lines, findings=tuple(found)

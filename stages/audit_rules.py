@@ -5,6 +5,7 @@ the lines of an audit, and every answer it played -> findings. Pure: no problem,
 
 from __future__ import annotations
 
+import difflib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
@@ -89,6 +90,8 @@ class Audited(NamedTuple):
     """Rows whose gold does not start with the response prefix."""
     mended: Mapping[str, str]
     """Exploitable baseline -> a `--set` with which it is not."""
+    first_failure: str | None = None
+    """What user code said when it failed first."""
 
     @property
     def has_gold(self) -> bool:
@@ -99,6 +102,10 @@ class Audited(NamedTuple):
         """What a component gave, where it applied."""
         pairs = ((one.judgement.rewards.get(component), one) for one in self.played)
         return [(value, one) for value, one in pairs if value is not None]
+
+    def of(self, component: str) -> list[float]:
+        """The same without the answers."""
+        return [value for value, _ in self.values(component)]
 
 
 def findings(audited: Audited) -> list[Finding]:
@@ -151,23 +158,54 @@ def gold_prefix(audited: Audited) -> Iterator[Finding]:
         )
 
 
+def gold_form(audited: Audited) -> Iterator[Finding]:
+    """The best answer has the form that is asked for."""
+    judged = [one for one in audited.played if one.name == GOLD and one.judgement.failure is None]
+    if malformed := sum(not one.judgement.well_formed for one in judged):
+        yield _warn(
+            audited,
+            "gold_form",
+            {"rows": float(malformed)},
+            f"{malformed} of {len(judged)} gold answers do not have the right form (well_formed); mend them, or what tells the form",
+        )
+
+
 def exploitable(audited: Audited) -> Iterator[Finding]:
     """No baseline is paid much better than it does."""
     for line in audited.lines:
         if not exploits(line):
             continue
         share = line.share or 0.0
-        paid = {name: audited.weights[name] * (value or 0.0) for name, value in line.rewards.items()}
-        most = sorted(paid, key=lambda name: -paid[name])
-        by = ", ".join(f"{name} {paid[name]:.3g}" for name in most if paid[name] > 0)
         yield _warn(
             audited,
             "exploitable",
             {"reward_share": share, "score": line.score, "gap": line.gap},
             f"{line.name} earns {100 * share:.1f} of 100 reward and {100 * line.score:.1f} of 100 score, so training may settle for it;"
-            f" it is paid by {by}: let a broken rule cost more there",
+            f" it is {_why_paid(audited, line)}",
             audited.mended.get(line.name),
         )
+
+
+def _why_paid(audited: Audited, line: Line) -> str:
+    """The components that pay a baseline, and those that cost the worst answer more than they cost it."""
+    paid = {name: audited.weights[name] * (value or 0.0) for name, value in line.rewards.items()}
+    spared = {name: min(0.0, part) - _least(audited, name) for name, part in paid.items()}
+    by = f"paid by {_parts(paid) or 'nothing'}"
+    if not _parts(spared):
+        return f"{by}: let a broken rule cost more there"
+    mend = "let a broken rule cost more" if sum(paid.values()) > sum(spared.values()) else "let a right answer earn more than these cost"  # fmt: skip
+    return f"{by}, and spared what costs other answers ({_parts(spared)}): {mend}"
+
+
+def _least(audited: Audited, component: str) -> float:
+    """The most that a component takes off, as a number up to 0."""
+    return min([0.0, *(audited.weights[component] * value for value in audited.of(component))])
+
+
+def _parts(paid: Mapping[str, float]) -> str:
+    """Components and what they come to, the most first."""
+    most = sorted(paid, key=lambda name: -paid[name])
+    return ", ".join(f"{name} {paid[name]:.3g}" for name in most if paid[name] > EXACT)
 
 
 def exploits(line: Line) -> bool:
@@ -194,15 +232,48 @@ def unearned(audited: Audited) -> Iterator[Finding]:
 
 
 def constant(audited: Audited) -> Iterator[Finding]:
-    """Every component tells answers apart. Says nothing without a gold, because nothing right was then played."""
-    for name in audited.weights if audited.has_gold else ():
-        values = [value for value, _ in audited.values(name)]
-        if values and max(values) - min(values) <= EXACT:
+    """The reward and every component tell answers apart. Without a gold only weights of 0 are told, because nothing right was then played."""
+    same = [name for name in audited.weights if audited.has_gold and _spread(audited.of(name)) == 0]
+    for name in same:
+        values = audited.of(name)
+        yield _warn(
+            audited,
+            "constant",
+            {"value": values[0], "answers": len(values)},
+            f"{name} is {values[0]:g} for all {len(values)} answers, the best and the worst, so it teaches nothing; mend it or remove it",
+        )
+    weighted = {name for name, weight in audited.weights.items() if weight}
+    rewards = [one.reward for one in audited.played if one.reward is not None]
+    if _spread(rewards) == 0 and (not weighted or (audited.has_gold and not weighted <= {*same})):
+        why = (
+            "their components cancel out; mend the rewards or their weights"
+            if weighted
+            else "every weight is 0; give them weights"
+        )
+        yield _warn(
+            audited,
+            "constant",
+            {"value": rewards[0], "answers": len(rewards)},
+            f"all {len(rewards)} answers earn {rewards[0]:g}, the best and the worst, so training learns nothing: {why}",
+        )
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    """The greatest less the least, rounding left out; None where there are none."""
+    spread = max(values) - min(values) if values else None
+    return 0.0 if spread is not None and spread <= EXACT else spread
+
+
+def absent(audited: Audited) -> Iterator[Finding]:
+    """Every component applies to some answer."""
+    judged = sum(one.judgement.failure is None for one in audited.played)
+    for name in audited.weights if judged else ():
+        if not audited.of(name):
             yield _warn(
                 audited,
-                "constant",
-                {"value": values[0], "answers": len(values)},
-                f"{name} is {values[0]:g} for all {len(values)} answers, the best and the worst, so it teaches nothing; mend it or remove it",
+                "absent",
+                {"answers": judged},
+                f"{name} is None for all {judged} answers that were judged, so it pays nothing; mend when it applies, or remove it",
             )
 
 
@@ -235,8 +306,17 @@ def dominated(audited: Audited) -> Iterator[Finding]:
                 audited,
                 "dominated",
                 {"of_weights": of_weight[name], "of_variance": of_variance.get(name, 0.0)},
-                f"{name} makes up {share:.0%} of the reward, so the other components hardly count; weigh them, or remove them",
+                f"{name} {_how_much(share)}, so the other components hardly count; weigh them, or remove them",
             )
+
+
+def _how_much(share: float) -> str:
+    """Above 1 where other components fall when it rises: their shares of the variance are negative."""
+    return (
+        f"makes up {share:.0%} of the reward"
+        if share <= 1
+        else "decides the reward against the components that pull the other way"
+    )
 
 
 def disagree(audited: Audited) -> Iterator[Finding]:
@@ -250,9 +330,15 @@ def disagree(audited: Audited) -> Iterator[Finding]:
                 audited,
                 "disagree",
                 {"rank_correlation": found, "answers": len(pairs)},
-                f"{name} {'falls' if found < -DISAGREE else 'does not rise'} with the score (rank correlation {found:+.2f}), so it leads away from the task"
+                f"{_leads(name, sign, sign * found)} with the score (rank correlation {found:+.2f}), so it leads away from the task"
                 " where it can; look at what it pays for",
             )
+
+
+def _leads(name: str, sign: int, agrees: float) -> str:
+    if sign > 0:
+        return f"{name} {'falls' if agrees < -DISAGREE else 'does not rise'}"
+    return f"{name} has a negative weight and {'rises' if agrees < -DISAGREE else 'does not fall'}"
 
 
 def failures(audited: Audited) -> Iterator[Finding]:
@@ -260,34 +346,49 @@ def failures(audited: Audited) -> Iterator[Finding]:
     counts = Counter(one.judgement.failure for one in audited.played if one.judgement.failure)
     if counts:
         where = Counter(one.name for one in audited.played if one.judgement.failure)
+        said = f"; the first said: {audited.first_failure}" if audited.first_failure else ""
         yield _warn(
             audited,
             "failures",
             {**{str(name): float(count) for name, count in counts.items()}, "answers": len(audited.played)},
             f"{sum(counts.values())} of {len(audited.played)} answers could not be judged ({', '.join(f'{n} {c}' for n, c in counts.items())};"
-            f" most often {where.most_common(1)[0][0]}); such a rollout has no reward",
+            f" most often {where.most_common(1)[0][0]}); such a rollout has no reward{said}",
         )
 
 
 def no_baselines(audited: Audited) -> Iterator[Finding]:
     """It is said what was not looked at."""
     if not audited.has_gold:
+        own = [line.name for line in audited.lines if line.own]
         yield Finding(
             rule="no_baselines",
             severity="note",
             stage=audited.stage,
-            evidence={"own": float(sum(line.own for line in audited.lines))},
-            advice="the problem has no gold baseline, so only answers that fit any problem were played, and nothing says that the best answer earns most;"
-            " give a problem file baselines(row, rng), or name a dataset's column of best completions with problem.gold",
+            evidence={"own": float(len(own))},
+            advice=f"{_no_gold(own)}, and nothing says that the best answer earns most; give it baselines with one that is named {GOLD}"
+            " (a problem file's baselines(row, rng); the column that problem.gold of a dataset names)",
         )
+
+
+def _no_gold(own: Sequence[str]) -> str:
+    if not own:
+        return f"the problem has no {GOLD} baseline, so only answers that fit any problem were played"
+    lowered = {name.lower(): name for name in own}
+    close = difflib.get_close_matches(GOLD, lowered, n=1)
+    meant = f" (did you mean {GOLD} by {lowered[close[0]]}?)" if close else ""
+    return (
+        f"the problem's baselines are {', '.join(own)}, and none is named {GOLD}{meant}, so no best answer was played"
+    )
 
 
 RULES: tuple[Callable[[Audited], Iterator[Finding]], ...] = (
     gold,
     gold_prefix,
+    gold_form,
     exploitable,
     unearned,
     constant,
+    absent,
     sparse,
     dominated,
     disagree,

@@ -6,7 +6,7 @@ answers -> judgements -> the least and the greatest reward -> a line a baseline.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Literal, NamedTuple
 
@@ -14,6 +14,10 @@ from stages.audit_rules import Line, Played
 from stages.baselines import GOLD, Baseline
 from stages.config import Frozen
 from stages.problems.base import Judgement, Problem, passes
+
+Heard = Callable[[int], None]
+PART = 32
+"""Answers that are judged between two words of progress; whole batches of every problem."""
 
 
 class Range(Frozen):
@@ -38,9 +42,15 @@ class Table(NamedTuple):
     """In the order of what they earn, gold first."""
 
 
-def play(problem: Problem, weights: Mapping[str, float], asked: Sequence[Baseline]) -> Table:
-    """What the problem says to every baseline, its components weighed by `weights`."""
-    judged = problem.judge([one.answer for one in asked])
+def play(
+    problem: Problem, weights: Mapping[str, float], asked: Sequence[Baseline], heard: Heard = lambda done: None
+) -> Table:
+    """What the problem says to every baseline, its components weighed by `weights`; `heard` is told how many it has judged."""
+    judged = list[Judgement]()
+    while len(judged) < len(asked):
+        heard(len(judged))
+        judged += problem.judge([one.answer for one in asked[len(judged) : len(judged) + PART]])
+    heard(len(judged))
     played = [
         Played(one.name, one.own, one.row, judgement, passes(problem, judgement), _reward(judgement, weights))
         for one, judgement in zip(asked, judged, strict=True)

@@ -75,6 +75,10 @@ def _own(problem: Problem, row: Row, seed: int) -> Mapping[str, str]:
     """The problem's baselines of a row, whatever order rows are asked for in."""
     found = problem.baselines(row, random.Random(f"{seed}:{row.id}"))
     for name, text in found.items():
+        if not name.strip():
+            raise BadInput(
+                f"problem: a baseline of row {row.id} is named {name!r}; give it a name, {GOLD} for the best"
+            )
         if not isinstance(text, str):
             raise BadInput(
                 f"problem: its baseline {name} of row {row.id} is of type {type(text).__name__}, expected text"

@@ -19,7 +19,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, ValidationError
 
-from stages import chunks
+from stages import chunks, problems
 from stages.config import Config, Frozen, identity_values
 from stages.disk import digest_files, replace, sync_tree
 from stages.job import Job
@@ -75,10 +75,12 @@ class Found(NamedTuple):
 
 
 def asked(job: Job, config: Config) -> str:
-    """SHA-256 of what is to be done, wherever it lies and however it is run: two jobs of which it is equal make the same. `config` is the job's."""
+    """SHA-256 of what is to be done, wherever it lies and however it is run. `config` is the job's. A second look only: checkpoints lie below their step's
+    key, which also knows the bytes of files that are only named here."""
     inputs = {role: Path(path).parts[-2:] for role, path in job.inputs.items()}
-    what = job.model_dump(mode="json", exclude={"name", "config", "inputs", "work", "out", "execution"})
-    what |= {"config": identity_values(config), "inputs": inputs}
+    what = job.model_dump(mode="json", include={"kind", "rows", "format", "seed", "dtype", "lora"})
+    problem = identity_values(problems.settings_of(job.problem)) if job.problem else None
+    what |= {"config": identity_values(config), "problem": problem, "inputs": inputs}
     return sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 

@@ -3,7 +3,8 @@
 payloads -> one Reply each, in order. A worker is two processes: a keeper, which user code sees as its parent, and below it the one that imports user
 code once and then answers (`stages.guard_worker`). Both die with the stage. Requests and replies are lines of JSON over pipes of their own, never pickle;
 what user code prints is read away and only its end is kept. The invariant: whatever a call does, `map` comes back with a Reply for every payload, after
-at most the time limit for each of them, and what the call started is gone.
+at most the time limit for each of them, and what the call started is gone. It guards against accidents and against models that are graded, not
+against whoever wrote the code: what runs here may do all that its user may.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from typing import Any, NamedTuple
 
 from stages import ranks
 from stages.job import BadInput
-from stages.process import descendants, kill_marked
+from stages.process import descendants, kill_marked, kill_tree
+from stages.redaction import redacted
 
 MARK = "SWITCHBACK_GUARD"
 """Environment variable that names a worker: what it forks carries it, wherever it hides in the tree."""
@@ -34,10 +36,12 @@ AHEAD = 32
 """Requests that are sent to a worker before it answered the first."""
 TAIL = 4000
 """Bytes of what a worker printed that are kept."""
-LONGEST = 64 * 2**20
-"""Bytes that a reply may have; a worker that writes more is killed."""
+LONGEST = 256 * 2**20
+"""Bytes that a reply may have, such as all rows of a range; a worker that writes more is killed."""
 FEWEST = 100
 """Failures are a share of at least so many answers, so that one bad answer of ten stops nothing."""
+SWEEPS = 20
+"""How often what a call left behind is looked for, where it forks while it is killed."""
 LOAD = -1
 """The number of a worker's first request: import the user's code."""
 
@@ -102,15 +106,16 @@ class Guard:
         """A Reply for each payload, in order. `seconds` overrules the time limit; `counted` stops when failures are too many (TooManyFailures)."""
         limit = seconds or self.limits.seconds
         waiting, replies = deque(range(len(payloads))), dict[int, Reply]()
-        lines = _Lines(call, payloads)
+        lines, done = _Lines(call, payloads), 0
         while len(replies) < len(payloads):
             self._start(len(waiting))
             share = max(1, min(AHEAD, len(waiting) // (2 * max(1, len(self._workers)))))
             for worker in self._workers:
                 worker.take(waiting, share, lines, limit)
             for i in self._turn(waiting, replies):
+                done += 1
                 if counted and replies[i].failure:
-                    self._count(replies[i], len(payloads))
+                    self._count(replies[i], self.judged + done, len(payloads))
         if counted:
             self.judged += len(payloads)
         return replies_in_order(replies)
@@ -123,6 +128,11 @@ class Guard:
     def note(self, answers: int) -> None:
         """So many answers were judged in calls that were not counted."""
         self.judged += answers
+
+    def blame(self, reply: Reply, answers: int, left: int) -> None:
+        """So many of the answers that `note` was told of failed, all by one reply; `left` are still to be asked for. Raises TooManyFailures."""
+        for _ in range(answers):
+            self._count(reply, self.judged, left)
 
     def close(self) -> None:
         """End all workers."""
@@ -156,16 +166,17 @@ class Guard:
             raise BadInput(_import_failed(self.spec["name"], reply, self.limits.import_seconds))
         self._about = reply.value
 
-    def _count(self, reply: Reply, of: int) -> None:
-        """Stop as soon as the share of failures is sure to be too high when this call ends, in whatever order answers come."""
+    def _count(self, reply: Reply, seen: int, of: int) -> None:
+        """Stop as soon as the share of failures is sure to be too high when this call ends, in whatever order answers come. `seen`: answers so far."""
         self._failed[str(reply.failure)] += 1
         self.first = self.first or reply.message
-        failed, allowed = self._failed.total(), self.limits.failures * max(FEWEST, self.judged + of)
-        if failed > allowed:
+        failed, every = self._failed.total(), max(FEWEST, self.judged + of)
+        if failed > self.limits.failures * every:
             counts = ", ".join(f"{name} {count}" for name, count in self._failed.most_common())
             raise TooManyFailures(
-                f"{self.spec['name']}: {failed} of {self.judged + of} answers could not be judged ({counts}), more than max_failures={self.limits.failures:g} allows;"
-                f" the first said: {self.first}"
+                f"{self.spec['name']} failed on {failed} of the first {seen} answers it was asked to judge ({counts}), more than"
+                f" max_failures={self.limits.failures:g} of {every} allows; the first said: {self.first}; mend it and run again, or raise"
+                " problem.max_failures"
             )
 
 
@@ -246,16 +257,21 @@ class _Worker:
         """Kill what is below it and was not when it had imported the user's code; one that is still importing answered no call yet."""
         if LOAD in self.asked:
             return
-        for pid in descendants(self.process.pid) - self.kept:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        for _ in range(SWEEPS):
+            if not (left := descendants(self.process.pid) - self.kept):
+                return
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def end(self) -> None:
         """Kill it and all that it started, in whatever session."""
-        below = descendants(self.process.pid)
-        for pid in (self.process.pid, *below):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        with suppress(
+            ProcessLookupError
+        ):  # stopped, it still adopts what loses its parent, and does not end with the worker
+            os.kill(self.process.pid, signal.SIGSTOP)
+        kill_tree(self.process.pid)
+        self.process.kill()
         self.process.wait()
         kill_marked(self.mark)
         for fd in (self.requests, self.replies, self.output, self.ended):
@@ -267,15 +283,18 @@ class _Worker:
 
     def _with_tail(self, message: str) -> str:
         printed = " ".join(self.tail.decode(errors="replace").split())[-300:]
-        return f"{message}; it printed last: {printed}" if printed else message
+        return redacted(f"{message}; it printed last: {printed}") if printed else message
 
     def _how_it_ended(self) -> str:
         try:
             code = self.process.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
+            if len(self.incoming) > LONGEST:
+                return f"its answer is longer than {LONGEST // 2**20} MiB; ask for less at a time"
             return "it closed the guard's own pipe, or wrote into it"
-        if code < 0 or code > 128:
-            return f"its process was killed by {signal.Signals(-code if code < 0 else code - 128).name}"
+        number = -code if code < 0 else code - 128
+        if number in {each.value for each in signal.Signals}:
+            return f"its process was killed by {signal.Signals(number).name}"
         return f"its process ended with exit code {code}"
 
     def _send(self) -> None:
@@ -314,7 +333,11 @@ def _reply(line: bytes, expected: int | None) -> Reply | None:
     """None for anything but the answer to what was asked."""
     try:
         said = json.loads(line)
-        return Reply(said["value"], said["failure"], said["message"]) if said["id"] == expected else None
+        if said["id"] != expected:
+            return None
+        failure = said["failure"] and str(said["failure"])
+        message = str(said["message"]).encode(errors="backslashreplace").decode()
+        return Reply(said["value"], failure, redacted(message))
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
 

@@ -70,7 +70,8 @@ def started_at(pid: int) -> str | None:
 def _stat(proc: Path) -> list[str] | None:
     """The fields of /proc/<pid>/stat after the command's name: state, parent, ..."""
     try:
-        return (proc / "stat").read_text().rpartition(")")[2].split()
+        stat = (proc / "stat").read_bytes()  # a name may hold any bytes, and be cut within a letter
+        return stat.rpartition(b")")[2].decode("ascii").split()
     except OSError:
         return None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from stages.config import MAPPING, WORD, Config, FromList, WordOrMapping, identity
 from stages.job import BadInput
@@ -18,6 +18,8 @@ from stages.job import BadInput
 if TYPE_CHECKING:
     from torch import Tensor
 
+LARGEST_WEIGHT = 1e6
+"""Of a component: with the largest reward that user code may return, a sum that float32 still holds."""
 EPSILON = 1e-4
 """Added to a standard deviation before it divides; TRL's own."""
 Normalise = Literal["none", "group", "batch", "running"]
@@ -26,7 +28,7 @@ Normalise = Literal["none", "group", "batch", "running"]
 class LengthPenalty(Config):
     """The soft overlong punishment of DAPO (arXiv 2503.14476 equation 13): 0 up to `start` tokens, then linear to -1 at `end` and beyond."""
 
-    weight: float = identity(1.0, gt=0)
+    weight: float = identity(1.0, gt=0, le=LARGEST_WEIGHT)
     """Of the component `length_penalty`."""
     start: int = identity(ge=0)
     """Tokens of a completion, the prefix not counted, that cost nothing."""
@@ -43,7 +45,7 @@ class LengthPenalty(Config):
 class RepetitionPenalty(Config):
     """Minus the share of a completion's token n-grams that it has said before (arXiv 2502.03373 appendix, on ids in place of words), in -1..0."""
 
-    weight: float = identity(1.0, gt=0)
+    weight: float = identity(1.0, gt=0, le=LARGEST_WEIGHT)
     """Of the component `repetition_penalty`."""
     ngram: int = identity(3, ge=1)
     """Tokens of a piece."""
@@ -52,7 +54,7 @@ class RepetitionPenalty(Config):
 class Rewards(Config):
     """What a grpo stage makes of the problem's components."""
 
-    weights: dict[str, float] = identity({})
+    weights: dict[str, Annotated[float, Field(ge=-LARGEST_WEIGHT, le=LARGEST_WEIGHT)]] = identity({})
     """Component -> its weight, in place of the problem's. Those that are not named keep theirs; 0 = only logged."""
     normalise: Annotated[Annotated[Normalise, WORD] | Annotated[dict[str, Normalise], MAPPING], WordOrMapping] = (
         identity("none")
@@ -85,9 +87,13 @@ PENALTIES = ("length_penalty", "repetition_penalty")
 def weights_of(stage: str, settings: Rewards, problem: Mapping[str, float]) -> dict[str, float]:
     """Component -> the weight that the stage trains with: the problem's, the stage's own in their place, and its penalties.
 
-    Raises BadInput for a component that there is not.
+    Raises BadInput for a component that there is not, and for a penalty of the stage that the problem has a component of the same name for.
     """
     own = {name: penalty.weight for name in PENALTIES if (penalty := getattr(settings, name))}
+    if twice := [name for name in own if name in problem]:
+        raise BadInput(
+            f"stages.{stage}.rewards.{twice[0]}: the problem has a component of this name; remove the penalty here, or rename the component there"
+        )
     _known(f"stages.{stage}.rewards.weights", settings.weights, problem)
     if isinstance(settings.normalise, dict):
         _known(f"stages.{stage}.rewards.normalise", settings.normalise, {**problem, **own})
@@ -117,7 +123,8 @@ def repeated(ids: Sequence[int], ngram: int) -> float:
 
 
 class Running(NamedTuple):
-    """Count, mean and sum of squared differences of each component over all rollouts so far (Welford; merged as by Chan et al. 1983). (components,) each."""
+    """Count, mean and sum of squared differences of each component over all rollouts so far (Welford; merged as by Chan et al. 1983). (components,) each,
+    in float64 on the CPU, wherever the rollouts are."""
 
     seen: Tensor
     mean: Tensor
@@ -125,6 +132,7 @@ class Running(NamedTuple):
 
     def with_batch(self, values: Tensor) -> Running:
         """After a further (rollouts, components) of values; NaN is left out."""
+        values = values.detach().to(self.mean.device)
         there = ~values.isnan()
         more = there.sum(0).to(self.seen)
         known = values.double().nan_to_num()
@@ -140,11 +148,11 @@ class Running(NamedTuple):
         return (self.squares / (self.seen - 1).clamp(min=1)).sqrt()
 
 
-def nothing_seen(components: int, like: Tensor) -> Running:
+def nothing_seen(components: int) -> Running:
     """Before the first batch."""
     import torch
 
-    zeros = torch.zeros(components, dtype=torch.float64, device=like.device)
+    zeros = torch.zeros(components, dtype=torch.float64)
     return Running(zeros, zeros.clone(), zeros.clone())
 
 
@@ -152,17 +160,23 @@ def composed(values: Tensor, names: Sequence[str], settings: Rewards, group_size
     """(rollouts, components), whole groups one after another, as they are to be summed by weight. `running` has seen these values already."""
     import torch
 
-    columns = []
-    for i, name in enumerate(names):
-        column = values[:, i]
-        kind = settings.normalise.get(name, "none") if isinstance(settings.normalise, dict) else settings.normalise
-        if kind == "running":
-            column = ((column.double() - running.mean[i]) / (running.deviation[i] + EPSILON)).to(values)
-        elif kind != "none":
-            column = _scaled(column.view(-1, group_size if kind == "group" else len(column))).flatten()
-        columns.append(column)
-    found = torch.stack(columns, dim=1)
+    columns = zip(names, values.unbind(1), running.mean, running.deviation, strict=True)
+    made = [_normalised(column, _kind(settings, name), group_size, *past) for name, column, *past in columns]
+    found = torch.stack(made, dim=1)
     return found.clamp(*settings.clip) if settings.clip else found  # clamp keeps NaN
+
+
+def _kind(settings: Rewards, name: str) -> Normalise:
+    return settings.normalise.get(name, "none") if isinstance(settings.normalise, dict) else settings.normalise
+
+
+def _normalised(column: Tensor, kind: Normalise, group_size: int, mean: Tensor, deviation: Tensor) -> Tensor:
+    """(rollouts,) of one component; `mean` and `deviation` are those of its past."""
+    if kind == "none":
+        return column
+    if kind == "running":
+        return ((column.double() - mean) / (deviation + EPSILON)).to(column)
+    return _scaled(column.view(-1, group_size if kind == "group" else len(column))).flatten()
 
 
 def _scaled(rows: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def card(
     """What made rollouts: tokenizer and Format (`prefix.card`), and under `sampling`, who was sampled, and how."""
     assert job.format is not None, "the plan gives every stage a Format"
     sampling = {
-        "policy": job.sources.get("policy", job.inputs["policy"]),
+        "policy": job.sources["policy"],
         "seed": job.seed,
         "temperature": temperature,
         "max_completion_length": max_completion_length,

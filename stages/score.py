@@ -10,6 +10,7 @@ A question and no stage: nothing is published. Needs no model and no torch. `job
     pass_rate, pass_interval    share that passes, and its 95 % Wilson interval
     solved                      share with the best possible score
     rewards, reward             component -> its mean, where it applies (null where it never does); the mean of their weighted sum
+    weights                     component -> its weight in that sum
     failures, first_failure     what user code did in the place of judging -> how often; what the first of them said (null without any)
 """
 
@@ -68,6 +69,7 @@ def summarise(problem: Problem, rows: Sequence[int], judgements: Sequence[Judgem
         "solved": sum(judgement.solved for judgement in judgements) / count,
         "rewards": {name: _mean(judgements, name) for name in problem.reward_weights},
         "reward": sum(_weighted(problem, judgement) for judgement in judgements) / count,
+        "weights": dict(problem.reward_weights),
         "failures": dict(Counter(judgement.failure for judgement in judgements if judgement.failure)),
         "first_failure": first_message(problem),
     }

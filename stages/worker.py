@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from stages import checkpoints, chunks, ranks, stopping
 from stages.disk import replace
+from stages.guard import TooManyFailures
 from stages.job import BadInput, Job, Result
 from stages.metrics import WORDS, say
 from stages.process import die_with_parent
@@ -31,6 +32,8 @@ BUSY = 75
 """Exit code of a job that found another one in its directory; it touches nothing there."""
 PATIENCE = 10.0
 """Seconds to wait for a directory that another job holds."""
+TOLD = (BadInput, TooManyFailures)
+"""Errors whose line says all that a user needs; of others the class and the log help, too."""
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
 
 
@@ -67,10 +70,10 @@ def attempt(job: Job) -> int:
         return stopping.STOPPED
     except Exception as error:
         traceback.print_exc()
-        bad_input = isinstance(error, BadInput)
-        message = " ".join(f"{error if bad_input else f'{type(error).__name__}: {error}'}".split())
+        bad_input, whole = isinstance(error, BadInput), isinstance(error, TOLD)
+        message = " ".join(f"{error if whole else f'{type(error).__name__}: {error}'}".split())
         if not (Path(job.work) / ERROR).exists():  # of several processes, what failed first is what went wrong
-            _write(Path(job.work) / ERROR, {"message": message, "bad_input": bad_input})
+            _write(Path(job.work) / ERROR, {"message": message, "bad_input": bad_input, "told": whole})
         return 2 if bad_input else 1
     if ranks.first():
         _write(Path(job.work) / RESULT, result.model_dump(mode="json"))

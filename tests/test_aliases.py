@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.evaluations import NotComparable, bootstrap
 from pipeline.identity import key_of
-from pipeline.promote import Comparison, NotComparable, Refused, bootstrap, compare, promote
+from pipeline.promote import Comparison, Refused, compare, promote
 from pipeline.registry import Artifact, Registry
 from pipeline.registry.aliases import aliases, current, history, look_up, remove, resolve, set_to
 from pipeline.registry.pins import keep, let_go, pins

@@ -219,6 +219,17 @@ def test_an_answer_as_good_as_gold_that_earns_more_does_not_stop():
     assert finding.severity == "warn" and "scores as much (most often spaced)" in finding.advice
 
 
+def test_a_gold_answer_without_the_right_form_is_said():
+    """What is right here is said in words; the form asks for digits."""
+    problem = Sums(
+        known=lambda row: {"gold": f"<a>{row.answer} in words</a>"},
+        score=lambda row, text: float("in words" in text),
+        more=lambda row, text: {"correct": float("in words" in text)},
+    )
+    (finding,) = (one for one in audited(problem).findings if one.rule == "gold_form")
+    assert finding.severity == "warn" and "40 of 40 gold answers do not have the right form" in finding.advice
+
+
 def test_every_answer_starts_with_the_response_prefix_as_a_rollout_does():
     format = replace_prefix("<a>")
     asked, astray = baselines.of_rows(Sums(), Sums().rows("train", 0, 12, 0), format, 0)
@@ -310,6 +321,78 @@ WEIGHTS = {"format": 0.2, "correct": 0.7, "style": 0.1}
 )  # fmt: skip
 def test_each_way_to_be_broken_has_its_rule(problem, expected):
     assert rules(problem) == expected
+
+
+def advice(problem: Sums, rule: str) -> list[str]:
+    return [finding.advice for finding in audited(problem).findings if finding.rule == rule]
+
+
+@pytest.mark.parametrize("known", [Sums.known, lambda row: {}], ids=["gold", "no_gold"])
+def test_weights_of_nothing_are_said_with_or_without_gold(known):
+    (said,) = advice(Sums({"format": 0.0, "correct": 0.0}, known=known), "constant")
+    assert said.endswith(
+        "earn 0, the best and the worst, so training learns nothing: every weight is 0; give them weights"
+    )
+
+
+def test_components_that_cancel_out_are_said_and_one_constant_component_is_said_once():
+    def opposite(row, text):
+        return {"correct": float(text == f"<a>{row.answer}</a>"), "style": -float(text == f"<a>{row.answer}</a>")}
+
+    (said,) = advice(Sums({"correct": 0.5, "style": 0.5}, opposite), "constant")
+    assert "answers earn 0, " in said and "their components cancel out" in said
+    (said,) = advice(Sums({"style": 1.0}, always("style", 0.5)), "constant")
+    assert said.startswith("style is 0.5 for all")
+    assert advice(Sums(known=lambda row: {}, more=always("correct", 0.0)), "constant") == []
+
+
+@pytest.mark.parametrize("known", [Sums.known, lambda row: {}], ids=["gold", "no_gold"])
+def test_a_component_that_never_applies_is_said(known):
+    (said,) = advice(Sums(WEIGHTS, always("style", None), known=known), "absent")
+    assert said.startswith("style is None for all ") and "pays nothing" in said
+    assert advice(Sums(known=known, failure=lambda row, text: "timeout"), "absent") == [], "nothing was judged"
+
+
+def test_what_penalties_do_not_cost_is_named_where_nothing_is_paid():
+    """Saying nothing earns 0: of -1..0.25 that is .8, without a component that pays it."""
+
+    def long(row, text):
+        return {"length": min(1.0, len(text) / 8), "correct": 0.25 * (text == f"<a>{row.answer}</a>")}
+
+    said = advice(Sums({"length": -1.0, "correct": 1.0}, long), "exploitable")
+    (empty,) = (one for one in said if one.startswith("empty earns"))
+    assert (
+        "it is paid by nothing, and spared what costs other answers (length 1): let a right answer earn more" in empty
+    )
+
+
+def test_a_penalty_that_rises_with_the_score_is_said_to():
+    (said,) = advice(Sums({"format": 0.5, "correct": -0.5}), "disagree")
+    assert said.startswith(
+        "correct has a negative weight and rises with the score (rank correlation +1.00), so it leads away"
+    )
+
+
+def test_more_than_the_whole_variance_is_no_percentage():
+    """A penalty that rises with what is right takes some of it away again: of the variance, correct has 1.02."""
+
+    def pulled(row, text):
+        right = float(text == f"<a>{row.answer}</a>")
+        return {"correct": right, "style": -0.02 * right}
+
+    (said,) = advice(Sums({"correct": 0.5, "style": 0.5}, pulled), "dominated")
+    assert said.startswith("correct decides the reward against the components that pull the other way, so")
+
+
+def test_a_gold_by_another_name_is_asked_after():
+    (said,) = advice(Sums(known=lambda row: {"Gold": f"<a>{row.answer}</a>", "wrong": "<a>1</a>"}), "no_baselines")
+    assert said.startswith(
+        "the problem's baselines are Gold, wrong, and none is named gold (did you mean gold by Gold?)"
+    )
+    (said,) = advice(Sums(known=lambda row: {"seven": "<a>7</a>"}), "no_baselines")
+    assert "baselines are seven, and none is named gold, so" in said
+    with pytest.raises(BadInput, match=r"a baseline of row .* is named ''; give it a name, gold for the best"):
+        audited(Sums(known=lambda row: {"": "x"}))
 
 
 def test_a_component_that_even_good_answers_rarely_earn_is_sparse():

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,6 +107,25 @@ def test_what_is_no_grpo_stage_has_no_rewards_to_audit(settings, write, tmp_path
     assert "no grpo stage" in run_cli("audit", write(settings), "--registry", tmp_path / "r").stderr
 
 
+def test_what_differs_in_nothing_but_its_name_is_printed_once(only_rl, write, tmp_path):
+    """A reward that pays everything, and a score that gives everything: eight hostile texts are paid like gold."""
+    always = HANGS.replace("time.sleep(1000)", "return 1.0").replace('str(row["n"])', "f'<a>{row[\"n\"]}</a>'")
+    (tmp_path / "mine.py").write_text(always)
+    only_rl["problem"] = {"file": str(tmp_path / "mine.py")}
+    only_rl["stages"][0]["rows"] = "train[0:16]"
+    arguments = ["audit", write(only_rl), "--registry", tmp_path / "r"]
+    shown, report = run_cli(*arguments).stdout, audit(*arguments[1:])
+    assert sum(one["name"].startswith("hostile_") for one in report["baselines"]) == 8
+    assert "8 hostile ones" in shown and "hostile_long " not in shown
+    unearned = [one for one in report["findings"] if one["rule"] == "unearned"]
+    assert len(unearned) == 9, "empty, prompt_copied, one_answer and the six hostile texts that do not hold gold alone"
+    (alone, several) = sorted((line for line in shown.splitlines() if "unearned:" in line), key=len)
+    assert "one_answer scores 100.0 of 100: one class" in alone
+    assert (
+        "each of empty, prompt_copied, hostile_long, " in several and " scores 100.0 of 100: the score can" in several
+    )
+
+
 def test_bars_are_drawn_on_a_terminal_and_numbers_when_piped(settings, write, tmp_path):
     arguments = ["audit", str(write(settings)), "--registry", str(tmp_path / "r")]
     piped = run_cli(*arguments).stdout
@@ -113,6 +133,54 @@ def test_bars_are_drawn_on_a_terminal_and_numbers_when_piped(settings, write, tm
     shown = on_a_terminal(arguments, {"TERM": "xterm-256color", "COLUMNS": "160"})
     (gold,) = (line for line in shown.splitlines() if line.startswith("gold"))
     assert gold.count("█" * 9) == 2
+
+
+HANGS = """
+import time
+REWARDS = {"right": 1.0}
+def rows(rng):
+    for n in range(400):
+        yield {"prompt": f"{n}?", "n": n}
+def rewards(row, completion):
+    return {"right": score(row, completion)}
+def score(row, completion):
+    time.sleep(1000)
+def baselines(row, rng):
+    return {"gold": str(row["n"])}
+"""
+
+
+def test_a_reward_that_hangs_on_the_first_gold_answers_ends_the_audit(only_rl, write, tmp_path):
+    """And not after the time limit of each of 200 answers."""
+    (tmp_path / "mine.py").write_text(HANGS)
+    (tmp_path / "tmp").mkdir()
+    only_rl["problem"] = {"file": str(tmp_path / "mine.py"), "time_limit": 0.3}
+    only_rl["stages"][0]["rows"] = "train[0:16]"
+    arguments = ["audit", write(only_rl), "--registry", tmp_path / "r"]
+    done = run_cli(*arguments, env={"TMPDIR": str(tmp_path / "tmp")})
+    assert done.returncode == 1 and not list((tmp_path / "tmp").iterdir())
+    assert done.stderr == (
+        "switchback: rl1: the problem's own code judged none of the first 3 gold answers: no answer within 0.3 s; mend it, or raise problem.time_limit\n"
+    )
+
+
+def test_a_reward_that_fails_on_everything_is_quoted_and_does_not_end_the_audit(only_rl, write, tmp_path):
+    (tmp_path / "mine.py").write_text(HANGS.replace("time.sleep(1000)", "return row['m']"))
+    only_rl["problem"] = {"file": str(tmp_path / "mine.py")}
+    only_rl["stages"][0]["rows"] = "train[0:16]"
+    done = run_cli("audit", write(only_rl), "--registry", tmp_path / "r")
+    assert done.returncode == 3 and "of 16 gold answers, 16 do not pass" in done.stderr
+    assert "such a rollout has no reward; the first said: mine.py:10: KeyError: 'm'" in done.stdout
+
+
+def test_an_audit_says_how_far_it_is(only_rl, write, tmp_path):
+    place, heard = Registry(tmp_path / "r"), list[dict[str, Any]]()
+    one = next(one for one in plan.plan(recipe.load(write(only_rl)), place) if one.step.name == "rl1")
+    with Launcher(preload=False) as launcher:
+        report = ask.audit(one, None, place, launcher, Execution(), heard.append)
+    answers = sum(line.rows for line in report.baselines)
+    assert [line["step"] for line in heard] == [*range(0, answers, 32), answers]
+    assert {line["total"] for line in heard} == {answers}
 
 
 def test_an_audit_does_not_import_torch(settings, write, tmp_path):

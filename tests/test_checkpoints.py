@@ -10,6 +10,7 @@ from stages import checkpoints
 from stages.job import Execution, Job
 from stages.sft import SftConfig
 
+PROBLEM = {"file": "/here/mine.py", "time_limit": 10.0}
 EXECUTION = {"processes": 1, "micro-batch": 8, "device": "cpu"}
 
 
@@ -17,7 +18,7 @@ EXECUTION = {"processes": 1, "micro-batch": 8, "device": "cpu"}
 def job(tmp_path):
     return Job(
         kind="sft", name="warmup", config={"name": "warmup", "kind": "sft", "policy": "base"}, inputs={"policy": "/models/tiny"}, work=str(tmp_path),
-        out=str(tmp_path / "out"), problem=None, rows=None, format=None, seed=0, dtype="float32", execution=Execution(),
+        out=str(tmp_path / "out"), problem=PROBLEM, rows=None, format=None, seed=0, dtype="float32", execution=Execution(),
     )  # fmt: skip
 
 
@@ -82,6 +83,10 @@ def test_a_checkpoint_of_another_execution_is_not_used(field, job):
         ({"config": {"name": "renamed", "kind": "sft", "policy": "base", "save_every": 7, "deadline": 60.0}}, True),
         ({"inputs": {"policy": "/elsewhere/models/tiny"}}, True),
         ({"execution": Execution(threads=2)}, True),
+        ({"sources": {"policy": "elsewhere"}}, True),
+        ({"sampler": "vllm"}, True),
+        ({"problem": {**PROBLEM, "max_failures": 0.5, "workers": 2, "file": "/elsewhere/mine.py"}}, True),
+        ({"problem": {**PROBLEM, "time_limit": 5.0}}, False),
         ({"config": {"name": "warmup", "kind": "sft", "policy": "base", "epochs": 9.0}}, False),
         ({"inputs": {"policy": "/models/other"}}, False),
         ({"seed": 1}, False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -17,6 +18,7 @@ from stages import tokens
 from tests.conftest import LEARNED, ROOT, SWITCHBACK, environment, run_cli, stage
 
 POLICIES = ("warmup", "rl1", "distill", "rl2")
+NUMBER = r"\d+\.\d"
 
 
 def json_of(*arguments):
@@ -145,6 +147,10 @@ def test_runs_lineage_verify_and_show_say_the_same_thing_to_people(climbed):
     assert all(listed[name] in tree for name in ("rl2", "distill", "harvest", "rl1", "warmup")) and "tiny-base" in tree
     assert listed["rl2"] in run_cli("show", "--registry", registry).stdout
     assert "reward" in run_cli("show", listed["rl1"], "--registry", registry).stdout
+    for command in (["show", "rl1"], ["export", "rl1", registry.parent / "out"]):
+        refused = run_cli(*command, "--registry", registry)
+        assert refused.returncode == 2
+        assert re.search(r"rl1 is a stage; give one of its artifacts, of which rl1-\w{8} is the newest", refused.stderr)
 
 
 def test_again_reuses_everything_and_starts_no_server(climbed):
@@ -177,11 +183,40 @@ def test_only_and_fresh_make_one_stage_again(climbed):
     assert texts[0] != texts[1]
 
 
+def says_what_came_of_it(printed: str, registry: Path) -> None:
+    """The score of each policy, beside the policy that its stage started from; what became of the rollouts."""
+    mean = {}
+    for one in json_of("ls", "--registry", registry):
+        if one["kind"] == "evaluate":
+            lines = map(json.loads, Path(one["path"], "held_out.jsonl").read_text().splitlines())
+            mean[one["stage"]] = {
+                line["row"]: sum(each["score"] for each in line["samples"]) / len(line["samples"]) for line in lines
+            }
+        if one["kind"] == "rejection":
+            harvest = json_of("show", one["id"], "--registry", registry)["metrics"]
+    assert re.search(
+        rf"^harvest +done in .*kept {harvest['kept']:.0f} of {harvest['rollouts']:.0f} rollouts", printed, re.M
+    )
+    for of, start in (("base", None), ("warmup", "base"), ("rl1", "warmup")):
+        ours, theirs = mean[f"{of}.evaluate"], mean.get(f"{start}.evaluate", {})
+        said = re.search(rf"^{of}.evaluate +mean ({NUMBER}) \({NUMBER} to {NUMBER}\)(.*)$", printed, re.M)
+        assert said and float(said[1]) == pytest.approx(100 * sum(ours.values()) / len(ours), abs=0.051)
+        if start is None:
+            assert said[2].strip() == ""
+            continue
+        gain = re.fullmatch(rf", ([+-]{NUMBER}) on {start} \(([+-]{NUMBER}) to ([+-]{NUMBER})\)", said[2].strip())
+        paired = [ours[row] - theirs[row] for row in ours]
+        assert gain and float(gain[1]) == pytest.approx(100 * sum(paired) / len(paired), abs=0.051)
+        assert float(gain[2]) <= float(gain[1]) <= float(gain[3])
+
+
 def test_the_same_recipe_in_another_registry_makes_the_same_weights(climbed, write, tmp_path):
     """Bit-identity for equal execution: the model's files have equal digests."""
     _, registry = climbed
-    settings = {**LEARNED, "stages": LEARNED["stages"][:2]}
-    assert run_cli("run", write(settings), "--registry", tmp_path / "r", "--no-prefect").returncode == 0
+    settings = {**LEARNED, "stages": LEARNED["stages"][:3]}
+    done = run_cli("run", write(settings), "--registry", tmp_path / "r", "--no-prefect")
+    assert done.returncode == 0
+    says_what_came_of_it(done.stdout, tmp_path / "r")
     for name in ("warmup", "rl1"):
         digests = []
         for place in (registry, tmp_path / "r"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+from statistics import mean, stdev
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from stages import chat, models, prefix
 from stages.job import BadInput, Lora
 from stages.lora import peft_config
 from stages.problems.base import Judgement, Row
-from stages.rewards import Rewards
+from stages.rewards import RepetitionPenalty, Rewards, weights_of
 from stages.trl.prefill import PrefillGRPOTrainer, prefilled
 from stages.trl.rewarding import Judging, RewardedGRPOTrainer
 from tests.conftest import TINY_BASE
@@ -329,6 +330,33 @@ def test_adapters_are_sampled_with_the_same_settings_as_whole_policies(policy, t
     assert texts[0] == texts[1]
 
 
+def test_running_components_see_every_generation_and_penalties_but_no_rollout_that_was_not_judged(policy, tmp_path):
+    """The second of two generations, from the log of both; an evaluation changes nothing of it."""
+    own = Rewards(normalise="running", repetition_penalty=RepetitionPenalty(weight=0.3, ngram=1))
+    trainer, lines = judged(policy, tmp_path, own, steps=2, scale_rewards="none", temperature=5.0)
+    weights = {"variety": 1.0, "first": 0.5, "repetition_penalty": 0.3}
+    past = {name: [one["rewards"][name] for one in lines if not one["failure"]] for name in weights}
+    assert len(past["first"]) == 10 and all(len(set(values)) > 1 for values in past.values())
+
+    def made(one):
+        scaled = (
+            (one[name] - mean(past[name])) / (stdev(past[name]) + 1e-4) * weight for name, weight in weights.items()
+        )
+        return sum(scaled)
+
+    assert all(one["rewards"] == dict.fromkeys(weights) for one in lines if one["failure"])
+    rewards = [None if one["failure"] else made(one["rewards"]) for one in lines if one["step"] == 2]
+    expected = []
+    for group in (rewards[:4], rewards[4:]):
+        baseline = mean(value for value in group if value is not None)
+        expected += [0.0 if value is None else value - baseline for value in group]
+    assert sorted(trainer._buffered_inputs[0]["advantages"].tolist()) == pytest.approx(sorted(expected), abs=1e-4)
+    held = trainer.held()["components"]
+    assert held[0] == [10.0] * 3 and held[1] == pytest.approx([mean(values) for values in past.values()])
+    trainer.evaluate(trainer.train_dataset.select(range(2)))
+    assert trainer.held()["components"] == held
+
+
 def _penalised(penalty, own_settings):
     class Penalised(PrefillGRPOTrainer):
         def train(self, *args, **kwargs):
@@ -341,9 +369,9 @@ def _penalised(penalty, own_settings):
 
 
 class Flaky:
-    """A problem that pays for how many different ids an answer has, and cannot judge every third one that it is asked about."""
+    """A problem that pays for how many different ids an answer has and for its first one, and cannot judge every third one that it is asked about."""
 
-    reward_weights = {"variety": 1.0, "length": 0.5}  # noqa: RUF012
+    reward_weights = {"variety": 1.0, "first": 0.5}  # noqa: RUF012
 
     def __init__(self):
         self.asked = 0
@@ -356,27 +384,28 @@ class Flaky:
         if failed:
             return Judgement(0.0, "failed", False, False, dict.fromkeys(self.reward_weights), "timeout")
         return Judgement(
-            0.0, "fine", False, True, {"variety": float(len(set(answer.ids))), "length": float(len(answer.ids))}
+            0.0, "fine", False, True, {"variety": float(len(set(answer.ids))), "first": float(answer.ids[0] % 5) - 1.5}
         )
 
 
-def judged(policy, tmp_path, own, **settings):
-    """(trainer, lines of the log) after a step of two groups of four, judged by Flaky."""
+def judged(policy, tmp_path, own, steps=1, **settings):
+    """(trainer, lines of the log) after steps of two groups of four, judged by Flaky."""
     problem, tokenizer = Flaky(), models.load_tokenizer(str(policy))
     rows = [Row(str(i), f"What is {i} + 1?") for i in range(16)]
     prompts = [prefilled([{"role": "user", "content": row.prompt}], PREFIX) for row in rows]
+    weights = weights_of("rl1", own, problem.reward_weights)
     arguments = GRPOConfig(
-        output_dir=str(tmp_path), per_device_train_batch_size=8, num_generations=4, max_completion_length=12, max_steps=1, beta=0.0, bf16=False, use_cpu=True,
-        report_to="none", save_strategy="no", gradient_checkpointing=False, disable_tqdm=True, seed=7, reward_weights=[1.0, 0.5], logging_steps=1, **settings,
+        output_dir=str(tmp_path), per_device_train_batch_size=8, num_generations=4, max_completion_length=12, max_steps=steps, beta=0.0, bf16=False, use_cpu=True,
+        report_to="none", save_strategy="no", gradient_checkpointing=False, disable_tqdm=True, seed=7, reward_weights=[*weights.values()], logging_steps=1, **settings,
     )  # fmt: skip
     log = tmp_path / "rollouts"
     log.mkdir(parents=True)
     trainer = RewardedGRPOTrainer(
-        judging=Judging(problem, rows, problem.reward_weights, own, frozenset({tokenizer.eos_token_id}), log), model=models.load_policy(str(policy), "float32"),
+        judging=Judging(problem, rows, weights, own, frozenset({tokenizer.eos_token_id}), log), model=models.load_policy(str(policy), "float32"),
         args=arguments, train_dataset=Dataset.from_list([{"prompt": p, "row": i} for i, p in enumerate(prompts)]), processing_class=tokenizer,
     )  # fmt: skip
     trainer.train()
-    assert problem.asked == 8, "judged once for all components"
+    assert problem.asked == 8 * steps, "judged once for all components"
     return trainer, [json.loads(line) for line in (log / "rollouts.jsonl").read_text().splitlines()]
 
 
@@ -391,7 +420,7 @@ def by_hand(values):
 def test_a_rollout_that_was_not_judged_moves_nothing_and_nobodys_baseline(policy, tmp_path):
     trainer, lines = judged(policy, tmp_path, Rewards())
     advantages = trainer._buffered_inputs[0]["advantages"].tolist()
-    rewards = [None if one["failure"] else one["rewards"]["variety"] + 0.5 * one["rewards"]["length"] for one in lines]
+    rewards = [None if one["failure"] else one["rewards"]["variety"] + 0.5 * one["rewards"]["first"] for one in lines]
     assert [one["failure"] for one in lines] == [None, "timeout", None, None, "timeout", None, None, "timeout"]
     # rollouts are shuffled between generation and training
     assert sorted(advantages) == pytest.approx(sorted([*by_hand(rewards[:4]), *by_hand(rewards[4:])]), abs=1e-4)
@@ -401,7 +430,7 @@ def test_a_rollout_that_was_not_judged_moves_nothing_and_nobodys_baseline(policy
 
 
 def test_penalties_and_normalised_components_make_the_advantages_that_the_formula_says(policy, tmp_path):
-    own = Rewards(weights={"length": 0.5}, normalise={"variety": "batch"}, clip=(-1.0, 1.0))
+    own = Rewards(weights={"first": 0.5}, normalise={"variety": "batch"}, clip=(-1.0, 1.0))
     trainer, lines = judged(policy, tmp_path, own, scale_rewards="none")
     judged_lines = [one["rewards"] for one in lines if not one["failure"]]
     variety = [one["variety"] for one in judged_lines]
@@ -410,7 +439,7 @@ def test_penalties_and_normalised_components_make_the_advantages_that_the_formul
 
     def made(one):
         scaled = max(-1.0, min(1.0, (one["variety"] - mean) / (deviation + 1e-4)))
-        return scaled + 0.5 * max(-1.0, min(1.0, one["length"]))
+        return scaled + 0.5 * max(-1.0, min(1.0, one["first"]))
 
     rewards = [None if one["failure"] else made(one["rewards"]) for one in lines]
     expected = []

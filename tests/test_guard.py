@@ -60,6 +60,14 @@ def write_into_the_pipe(data):
         except OSError:
             pass
     time.sleep(1000)
+def rename():
+    with open("/proc/self/comm", "wb") as comm:
+        comm.write(b"\\xff\\xfe")
+    return 0.5
+def half_a_pair():
+    raise ValueError("\\ud83d")
+def tell_a_secret():
+    raise ValueError("refused: " + os.environ["SOME_API_KEY"])
 def boom():
     raise ValueError("bad luck")
 ACTS = {
@@ -69,6 +77,7 @@ ACTS = {
     "sigterm": ignore_sigterm, "segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV), "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "print": lambda: (print("last words"), time.sleep(1000)), "gigabyte": print_a_gigabyte,
     "brackets": lambda: write_into_the_pipe(b"[" * 20000 + b"\\n"), "passes_badly": lambda: 0.25,
+    "exit_255": lambda: os._exit(255), "exit_160": lambda: os._exit(160), "rename": rename, "half_a_pair": half_a_pair, "secret": tell_a_secret,
 }
 def passed(score):
     if score == 0.25:
@@ -79,6 +88,7 @@ HOSTILE = {
     "sleep": "timeout", "fork": None, "fork_and_sleep": None, "fork_and_exit": "crash", "exit": "crash", "sys_exit": "exception", "none": "not_a_number",
     "nan": "not_a_number", "inf": "not_a_number", "str": "not_a_number", "two": "out_of_range", "raise": "exception", "kill_parent": "crash",
     "close": "crash", "brackets": "crash", "passes_badly": "exception", "sigterm": "timeout", "segfault": "crash", "stop": "timeout", "gigabyte": None,
+    "exit_255": "crash", "exit_160": "crash", "rename": None, "half_a_pair": "exception",
 }  # fmt: skip
 """What the score does -> what is recorded of it; None: it judged."""
 
@@ -110,8 +120,8 @@ def workers_alive(mark: str = MINE) -> set[int]:
         try:
             environ = (entry / "environ").read_bytes() if entry.name.isdigit() else b""
             if f"{MARK}=".encode() in environ and mark.encode() in environ.split(b"\0"):
-                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-                found |= {int(entry.name)} if state != "Z" else set()
+                state = (entry / "stat").read_bytes().rpartition(b")")[2].split()[0]
+                found |= {int(entry.name)} if state != b"Z" else set()
         except OSError:
             pass
     return found
@@ -191,7 +201,7 @@ def test_too_many_failures_stop_the_stage_with_counts_and_the_first_message(tmp_
     mine.judge([Answer(row, "raise")] * 10)
     with pytest.raises(
         TooManyFailures,
-        match=r"11 of 11 .*exception 10, not_a_number 1.*max_failures=0.1.*mine.py:\d+: ValueError: bad luck",
+        match=r"failed on 11 of the first 11 .*exception 10, not_a_number 1.*max_failures=0.1.*mine.py:\d+: ValueError: bad luck",
     ):
         mine.judge([Answer(row, "nan")])
     mine.guard.close()
@@ -214,6 +224,9 @@ def test_a_share_of_failures_that_is_allowed_stops_nothing(tmp_path):
         (OWN.replace("def score(row, completion)", "def score(completion)"), r"mine.py:\d+: score\(completion\) cannot be called with \(row, completion\)"),
         (OWN.replace("REWARDS = ", "REWARD = "), r"mine.py: REWARDS is None, expected component: weight"),
         (OWN + "import os; os._exit(4)\n", r"mine.py: its import failed \(crash\): its process ended with exit code 4"),
+        (OWN + "import os; os._exit(255)\n", r"mine.py: its import failed \(crash\): its process ended with exit code 255"),
+        (OWN.replace('"right": 1.0', '"right": 1e300'), r"mine.py: REWARDS has 'right': 1e\+300, expected a name and a weight of at most 1e\+06"),
+        (OWN.replace('"prompt": f"', '"prompt": "\\ud83d" + f"'), r"row 0 of rows\(rng\): .*surrogates not allowed"),
         (OWN.replace('"n": i', '"n": {1}'), r"row 0 of rows\(rng\): Object of type set"),
         (OWN.replace('"prompt"', '"prompts"'), r"expected a dict with a text under 'prompt'"),
     ],
@@ -287,3 +300,45 @@ def test_an_answer_that_could_not_be_judged_does_not_pass(tmp_path):
     assert (bad.failure, wrong.failure) == ("exception", None)
     assert (passes(mine, bad), passes(mine, wrong)) == (False, True)
     mine.guard.close()
+
+
+def test_what_user_code_says_can_be_written_anywhere_and_holds_no_secret(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", "sk-0123456789")
+    mine = own(tmp_path)
+    (row,) = mine.rows("train", 0, 1, 0)
+    mine.guard.map("judge", [{"row": row.columns(), "completion": "x"}])
+    replies = mine.guard.map("judge", [{"row": row.columns(), "completion": act} for act in ("secret", "half_a_pair")])
+    assert replies[0].message.endswith("ValueError: refused: [SOME_API_KEY]")
+    assert replies[1].message.endswith(r"ValueError: \ud83d")
+    mine.guard.close()
+
+
+def test_what_moves_on_while_it_is_killed_is_caught(tmp_path, mark):
+    """A chain of processes, each of which forks the next and ends, with none of our marks in its environment."""
+    chain = (
+        "import os, sys, time\n"
+        "for _ in range(40000):\n"
+        "    if os.fork(): os._exit(0)\n"
+        "    os.setsid(); time.sleep(0.0005)\n"
+    )
+    code = OWN.replace(
+        "def boom():",
+        f"def move_on():\n    import subprocess\n    subprocess.Popen([sys.executable, '-S', '-c', {chain!r}, {mark!r}], env={{}})\n    time.sleep(1000)\ndef boom():",
+    ).replace('"print":', '"move_on": move_on, "print":')
+    mine = own(tmp_path, code)
+    (row,) = mine.rows("train", 0, 1, 0)
+    assert [one.failure for one in mine.judge([Answer(row, "move_on")])] == ["timeout"]
+    mine.guard.close()
+    assert not any(named(mark) for _ in range(20))
+
+
+def named(mark: str) -> set[int]:
+    """Processes whose command line holds a mark."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and mark.encode() in (entry / "cmdline").read_bytes():
+                found.add(int(entry.name))
+        except OSError:
+            pass
+    return found

@@ -152,13 +152,13 @@ def test_looking_costs_nothing_and_a_checkpoint_may_disappear_while_it_is_copied
     store, reached = open_store(S3), threading.Event()
     save(work, 1)
     mirror = Mirror(store, KEY, work, pytest.fail)
-    with server.behind(slow(0.5, reached)):
+    with server.behind(slow(1.5, reached)):
         begin = time.monotonic()
         mirror.look()
-        reached.wait()
+        assert reached.wait(60)
         for _ in range(100):
             mirror.look()
-        assert time.monotonic() - begin < 0.5
+        assert time.monotonic() - begin < 1.5, "it waited for the upload"
         shutil.rmtree(work / "checkpoint-1")
         mirror.close(10)
     assert steps(store) == [1] and list(work.iterdir()) == []
@@ -192,7 +192,7 @@ def test_a_copy_under_way_ends_when_the_stage_is_done_and_leaves_nothing_here(se
     mirror = Mirror(store, KEY, work, pytest.fail)
     with server.behind(slow(0.3, reached)):
         mirror.look()
-        reached.wait()
+        assert reached.wait(60)
         begin = time.monotonic()
         mirror.close(0)
         assert time.monotonic() - begin < 3

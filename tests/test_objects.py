@@ -399,7 +399,7 @@ def test_processes_that_fetch_the_same_artifact_at_once_are_fine_and_what_a_kill
     killed = process(fetch_as, artifact.id, cache=cache)
     with server.behind(door):
         killed.start()
-        asked.wait()
+        assert asked.wait(60)
         assert killed.pid
         os.kill(killed.pid, signal.SIGKILL)
         killed.join()
@@ -427,7 +427,7 @@ def test_ctrl_c_ends_an_upload_at_once_and_leaves_no_parts_behind(server, tmp_pa
     publisher = process(publish_once, out, cache=tmp_path / "cache")
     with server.behind(door):
         publisher.start()
-        reached.wait()
+        assert reached.wait(60)
         assert publisher.pid
         os.kill(publisher.pid, signal.SIGINT)
         begin = time.monotonic()
@@ -463,7 +463,7 @@ def killed_at(server: ObjectServer, at: int, when: str, directory: Path) -> bool
     seen, ready = [0], threading.Event()
 
     def door(environ, through, start_response):
-        ready.wait()
+        assert ready.wait(60)
         seen[0] += 1
         if seen[0] != at:
             return through(start_response)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ import pytest
 from pipeline import starter
 from stages import baselines, problems
 from stages.audit import audit
+from stages.guard import TooManyFailures
 from stages.job import BadInput, Format
 from stages.problems.base import Answer
+from stages.problems.files import lines
 from tests.conftest import run_cli
 
 FORMAT = Format(prompt="p", prompt_digest="", system_prompt="", user_template="{{ prompt }}", response_prefix="")
@@ -33,10 +36,16 @@ async def brevity(prompts, completions, completion_ids, n, **kwargs):
     return [-len(completion[0]["content"]) / 100 for completion in completions]
 def short(completions, **kwargs):
     return [1.0] * (len(completions) + 1)
+def lonely(completions, **kwargs):
+    return [1.0]
 def bare(completions):
     return [1.0] * len(completions)
 def longer(completions, **kwargs):
     return [min(1.0, len(completion[0]["content"]) / 10) for completion in completions]
+
+
+def wanting(completions, n, level, *, trainer_state, hint=None, **kwargs):
+    return [1.0] * len(completions)
 def hinted(completions, hint=None, **kwargs):
     return [float(bool(one)) for one in hint or [None] * len(completions)]
 """
@@ -110,10 +119,68 @@ def test_a_reward_of_another_length_is_an_outcome(tmp_path):
     problem.guard.close()
 
 
+def test_a_batch_with_one_reward_for_all_is_no_batch_of_right_answers(tmp_path):
+    """`[1.0]` has the right length for each answer alone."""
+    problem = dataset(tmp_path, ["mine.py:lonely"])
+    rows = problem.rows("train", 0, 20, 0)
+    judged = problem.judge([Answer(row, "x") for row in rows])
+    assert [(one.failure, one.score) for one in judged] == [("wrong_length", 0.0)] * 20
+    assert problem.guard.first == "lonely returned 1 rewards for 16 completions"
+    problem.guard.close()
+
+
+def test_answers_of_a_batch_of_the_wrong_length_are_failures_that_count(tmp_path):
+    problem = dataset(tmp_path, ["mine.py:lonely"], max_failures=0.1)
+    rows = problem.rows("train", 0, 20, 0)
+    with pytest.raises(
+        TooManyFailures, match=r"failed on 11 of the first 20 answers .*\(wrong_length 11\).* of 100 allows"
+    ):
+        problem.judge([Answer(row, "x") for row in rows])
+    problem.guard.close()
+
+
+FILE = """
+import numpy
+REWARDS = {"right": 1.0}
+def rows(rng):
+    for n in range(400):
+        yield {"prompt": f"{n}?"}
+def rewards(row, completion):
+    return {"right": 1.0}
+def score(row, completion):
+    return {"yes": 1.0, "no": 0.5}.get(completion, 0.0)
+def passed(score):
+    return {1.0: numpy.bool_(True), 0.5: "no"}.get(score, False)
+def well_formed(row, completion):
+    return None if completion == "none" else numpy.float64(1.0) > 0.5
+"""
+
+
+def own_file(tmp_path: Path, code: str = FILE):
+    (tmp_path / "mine.py").write_text(code)
+    return problems.load({"file": str(tmp_path / "mine.py"), "max_failures": 1.0, "workers": 1})
+
+
+def test_what_is_neither_true_nor_false_is_not_taken_for_either(tmp_path):
+    problem = own_file(tmp_path)
+    (row,) = problem.rows("train", 0, 1, 0)
+    judged = problem.judge([Answer(row, text) for text in ("yes", "wrong", "no", "none")])
+    assert [one.outcome for one in judged] == ["passed", "wrong", "failed", "failed"]
+    assert [one.failure for one in judged] == [None, None, "not_a_bool", "not_a_bool"]
+    assert problem.guard.first == "passed returned 'no', expected True or False"
+    with pytest.raises(BadInput, match=r"passed failed .*expected True or False"):
+        problem.passed(0.5)
+    problem.guard.close()
+
+
 @pytest.mark.parametrize(
     ("rewards", "says"),
     [
         (["mine.py:exakt"], r"mine.py has no function exakt; did you mean exact \(mine.py:\d+\)"),
+        (
+            ["mine.py:wanting"],
+            r"wanting takes level, which is no column of .*rows.jsonl; there is gold, hint, n, question, solution: take one of",
+        ),
         (["mine.py:bare"], r"takes no \*\*kwargs"),
         ([{"name": "repetition_penalty", "arguments": {"x": 1}}], r"get_repetition_penalty_reward\(ngram_size"),
     ],
@@ -148,10 +215,44 @@ def test_a_gold_column_that_is_none_is_refused(column, said, tmp_path):
         dataset(tmp_path, ["mine.py:exact"], gold=column).rows("train", 0, 1, 0)
 
 
+def test_a_reward_that_wants_the_solution_asks_for_the_answer_column(tmp_path):
+    with pytest.raises(
+        BadInput, match=r"exact takes solution, .*name the column with the reference answer as problem.answer"
+    ):
+        dataset(tmp_path, ["mine.py:exact"], answer=None).rows("train", 0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("def rows", "async def rows", r"mine.py:4: rows is async, expected a plain function; write def rows\(rng\)"),
+        ("        yield", "        _ =", r"rows returned None, expected dicts, one a row; yield them"),
+        (
+            "def score",
+            "def baselines(row, rng):\n    return ['x']\ndef score",
+            r"baselines returned \['x'\], expected \{name: completion\}",
+        ),
+    ],
+)
+def test_a_function_that_returns_something_else_is_one_clear_line(tmp_path, old, new, says):
+    problem = own_file(tmp_path, FILE.replace(old, new))
+    with pytest.raises(BadInput, match=says):
+        problem.baselines(problem.rows("train", 0, 1, 0)[0], random.Random(0))
+    problem.guard.close()
+
+
 def test_more_rows_than_a_dataset_has_are_refused_with_what_there_is(tmp_path):
     problem = dataset(tmp_path, ["think_format"], rows=40)
     with pytest.raises(BadInput, match=r"has train \d+, validation \d+, held_out \d+"):
         problem.rows("train", 0, 40, 0)
+
+
+def test_half_a_surrogate_pair_in_a_file_is_named_by_its_line(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "\\ud83d\\ude00", "answer": "\\\\ud83d"}\n{"prompt": "a \\uD83D"}\n')
+    with pytest.raises(BadInput, match=r"rows.jsonl, line 2: it holds half of a surrogate pair"):
+        list(lines(file))
+    assert next(lines(file)).columns == {"prompt": "\U0001f600", "answer": "\\ud83d"}
 
 
 def test_demonstrations_of_a_dataset_are_refused_by_check(settings, write, tmp_path):
@@ -200,7 +301,11 @@ def test_the_starter_runs_to_its_end_even_when_its_reward_hangs_on_some_rows(tmp
     file.write_text(file.read_text().replace("    words, right", hang))
     text = (tmp_path / "recipe.yaml").read_text()
     (tmp_path / "recipe.yaml").write_text(text.replace("my_problem.py}", "my_problem.py, time_limit: 0.3s}"))
-    done = run_cli("run", "recipe.yaml", "--no-prefect", cwd=tmp_path)
+    few = ["steps=4", "prompts_per_step=8", "group_size=4"]
+    small = [part for stage in ("rl1", "rl2") for one in few for part in ("--set", f"stages.{stage}.{one}")]
+    small += ["--set", "stages.warmup.epochs=1", "--set", "evaluate.rows=50", "--set", "validation.rows=50"]
+    small += ["--set", "stages.rl1.rows=train[2000:2040]", "--set", "stages.harvest.keep.min_score=0.1"]
+    done = run_cli("run", "recipe.yaml", "--no-prefect", *small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     said = done.stdout + done.stderr
     assert "the problem's own code failed on" in said and "(timeout" in said and "no answer within 0.3 s" in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from pipeline.launch import Launcher, StageFailed
 from pipeline.registry import Registry, runs
 from stages.job import Execution, Job
-from stages.process import descendants, kill_marked, marked
+from stages.process import descendants, kill_marked, marked, started_at
 from tests.conftest import ROOT, SWITCHBACK, environment, stage
 
 TOKEN = "SWITCHBACK_TEST_TOKEN"
@@ -227,3 +228,16 @@ def test_a_launcher_touches_nothing_where_another_job_works(tmp_path):
         with Launcher(preload=False) as launcher, pytest.raises(StageFailed, match="another job still works"):
             launcher.launch(job)
     assert [path.read_text() for path in kept] == ["somebody's"] * 3
+
+
+def test_a_neighbour_whose_name_is_no_text_disturbs_nobody(tmp_path):
+    """The kernel cuts names at 15 bytes, within a letter too."""
+    program = os.fsencode(tmp_path) + b"/\xff\xfe slp"
+    shutil.copy(shutil.which("sleep") or "sleep", program)
+    neighbour = subprocess.Popen([program, "60"])
+    try:
+        assert neighbour.pid in descendants(os.getpid()) and started_at(neighbour.pid)
+        assert neighbour.pid not in marked("NO_SUCH=mark")
+    finally:
+        neighbour.kill()
+        neighbour.wait()

@@ -287,4 +287,6 @@ def test_a_run_that_another_process_is_just_starting_is_none_to_go_on_with(regis
     starting = "tiny-99990101-000000-0000"
     registry.store.put_new(f"runs/{starting}/plan.json", {"recipe": "tiny", "steps": [], "selection": {}})
     assert runs.unfinished(registry, "tiny", "recipe", {}) == before
+    registry.store.put_new(f"runs/{before[:-4]}ffff/plan.json", {"recipe": "tiny"})
+    assert runs.unfinished(registry, "tiny", "recipe", {}) == before, "nor is one of the same second"
     assert starting not in [run.run for run in runs.runs(registry)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.registry import Registry
 from stages import tokens
@@ -39,6 +41,14 @@ def table(*rows: list[float]) -> torch.Tensor:
     return torch.tensor(rows)
 
 
+def test_two_components_of_one_name_are_refused():
+    own = Rewards(repetition_penalty=RepetitionPenalty())
+    with pytest.raises(
+        BadInput, match=r"stages\.rl1\.rewards\.repetition_penalty: the problem has a component of this"
+    ):
+        weights_of("rl1", own, {"repetition_penalty": 0.5})
+
+
 def test_a_stage_replaces_weights_and_adds_its_penalties():
     own = Rewards(weights={"format": 0.0}, length_penalty=LengthPenalty(weight=0.5, start=1, end=2))
     assert weights_of("rl1", Rewards(), PROBLEM) == PROBLEM
@@ -60,6 +70,7 @@ def test_a_component_that_there_is_not_is_one_line(own):
         ({"length_penalty": {"start": 9, "end": 9}}, "expected less than end"),
         ({"normalise": "rows"}, "none"),
         ({"weigths": {}}, "did you mean weights?"),
+        ({"weights": {"score": 1e300}}, "less than or equal to 1000000"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(own, said):
@@ -86,7 +97,7 @@ def test_repetition_is_the_share_of_pieces_that_were_said_before(ids, ngram, exp
 
 def test_components_are_centred_and_scaled_within_the_group_or_the_batch():
     values = table([1.0, 2.0], [3.0, 2.0], [10.0, 4.0], [14.0, 8.0])
-    none = nothing_seen(2, values)
+    none = nothing_seen(2)
     by_group = composed(values, ["a", "b"], Rewards(normalise="group"), 2, none)
     half = 1 / math.sqrt(2)
     assert close(by_group, [[-half, 0.0], [half, 0.0], [-half, -half], [half, half]])
@@ -102,12 +113,10 @@ def test_components_are_centred_and_scaled_within_the_group_or_the_batch():
 def test_what_could_not_be_judged_takes_no_part_in_any_mean():
     values = table([1.0], [NAN], [3.0], [NAN])
     assert close(
-        composed(values, ["a"], Rewards(normalise="group"), 4, nothing_seen(1, values)),
+        composed(values, ["a"], Rewards(normalise="group"), 4, nothing_seen(1)),
         [[-0.7071], [NAN], [0.7071], [NAN]],
     )
-    assert close(
-        composed(values, ["a"], Rewards(normalise="group"), 2, nothing_seen(1, values)), [[0.0], [NAN], [0.0], [NAN]]
-    )
+    assert close(composed(values, ["a"], Rewards(normalise="group"), 2, nothing_seen(1)), [[0.0], [NAN], [0.0], [NAN]])
 
 
 def test_a_sum_leaves_out_what_does_not_apply_and_is_nothing_where_nothing_does():
@@ -120,7 +129,7 @@ def test_a_sum_leaves_out_what_does_not_apply_and_is_nothing_where_nothing_does(
     st.lists(st.lists(st.one_of(st.floats(-100, 100), st.just(NAN)), min_size=1, max_size=9), min_size=1, max_size=6)
 )
 def test_running_statistics_are_those_of_everything_seen(batches):
-    running = nothing_seen(1, torch.zeros(1))
+    running = nothing_seen(1)
     for batch in batches:
         running = running.with_batch(torch.tensor(batch, dtype=torch.float64)[:, None])
     seen = torch.tensor([value for batch in batches for value in batch if not math.isnan(value)], dtype=torch.float64)
@@ -128,6 +137,25 @@ def test_running_statistics_are_those_of_everything_seen(batches):
         assert torch.allclose(running.mean, seen.mean(), atol=1e-9) and running.seen == len(seen)
     if len(seen) > 1:
         assert torch.allclose(running.deviation, seen.std(), atol=1e-8)
+
+
+def test_running_components_are_scaled_by_their_own_past_and_clipped():
+    """Two batches and two components of different spread; one value is missing."""
+    first, second = table([1.0, 100.0], [2.0, 300.0]), table([6.0, 100.0], [NAN, 500.0])
+    running = nothing_seen(2).with_batch(first).with_batch(second)
+    made = composed(second, ["a", "b"], Rewards(normalise="running", clip=(-3, 0.5)), 2, running)
+    a, b = statistics.stdev([1, 2, 6]), statistics.stdev([100, 300, 100, 500])
+    assert close(made, [[min(0.5, 3 / a), -150 / b], [NAN, min(0.5, 250 / b)]]) and 3 / a > 0.5 < 250 / b
+
+
+def test_statistics_stay_on_the_cpu_and_meet_rewards_on_an_accelerator():
+    """Nothing is computed here, but every device is checked as torch checks it."""
+    with FakeTensorMode():
+        values = torch.empty(8, 2, device="cuda")
+        running = nothing_seen(2).with_batch(values)
+        assert {part.device.type for part in running} == {"cpu"}
+        made = composed(values, ["a", "b"], Rewards(normalise={"a": "running"}, clip=(-1, 1)), 4, running)
+        assert made.device.type == "cuda"
 
 
 @pytest.fixture(scope="module")

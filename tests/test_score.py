@@ -93,7 +93,13 @@ GOOD = {"row": 0, "completion": "x"}
         ("completions", json.dumps({"row": 0}), "line 2: completion: found None, expected text"),
         ("completions", json.dumps(GOOD | {"completion": ["x"]}), "line 2: completion: found ['x']"),
         ("rows", "{}", "rows.jsonl, line 2: events: field required"),
-        ("rows", '{"events": [["\\ud800", "1", "2"]], "priority_events": []}', "line 2: events: found the time '1'"),
+        (
+            "rows",
+            '{"events": [["\\ud800", "1", "2"]], "priority_events": []}',
+            "line 2: it holds half of a surrogate pair",
+        ),
+        ("rows", '{"events": [["x", "1", "2"]], "priority_events": []}', "line 2: events: found the time '1'"),
+        ("completions", json.dumps(GOOD | {"completion": "\ud800"}), "line 2: it holds half of a surrogate pair"),
     ],
 )
 def test_a_bad_line_is_named_by_file_and_number(file, line, said, files):
@@ -140,7 +146,7 @@ def _with(rows, content):
 
 def test_completions_that_no_terminal_can_show_are_scored(files):
     rows, completions = files
-    hostile = ["\ud800", "\u202e\u200b", "\x00\x1b[2J", "<schedule>" * 1000, "9" * 5000]
+    hostile = ["\u202e\u200b", "\x00\x1b[2J", "<schedule>" * 1000, "9" * 5000]
     completions.write_text("".join(json.dumps({"row": 0, "completion": text}) + "\n" for text in hostile))
     found = printed_json("score", "scheduling", "--rows", rows, "--completions", completions, "--json")
     assert found["outcomes"]["format"] == len(hostile) and found["rows"] == 1
@@ -161,25 +167,48 @@ def test_neither_the_command_nor_its_worker_imports_torch(files):
     assert done.stdout == "[]\n", done.stderr
 
 
-def test_a_problem_of_ones_own_is_scored_and_says_what_it_could_not_judge(tmp_path):
-    (tmp_path / "mine.py").write_text(
-        "REWARDS = {'right': 2.0}\ndef rows(rng): yield {'prompt': 'p', 'n': 1}\n"
-        "def rewards(row, completion): return {'right': score(row, completion)}\n"
-        "def score(row, completion): return float(int(completion) == row['n'])\n"
-    )
+MINE = (
+    "REWARDS = {'right': 2.0}\ndef rows(rng): yield {'prompt': 'p', 'n': 1}\n"
+    "def rewards(row, completion): return {'right': score(row, completion)}\n"
+    "def score(row, completion): return float(int(completion) == row['n'])\n"
+)
+
+
+def scored(tmp_path, completions, *more):
+    """The command's arguments; each completion is of the row in turn, whose answers are 1 and 2."""
+    (tmp_path / "mine.py").write_text(MINE)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1?", "n": 1}\n{"prompt": "2?", "n": 2}\n')
-    said = [{"row": 0, "completion": "1"}, {"row": 1, "completion": "1"}, {"row": 1, "completion": "one"}]
+    said = [{"row": i % 2, "completion": text} for i, text in enumerate(completions)]
     (tmp_path / "said.jsonl").write_text("".join(json.dumps(line) + "\n" for line in said))
-    command = [
-        "score",
-        tmp_path / "mine.py",
-        "--rows",
-        tmp_path / "rows.jsonl",
-        "--completions",
-        tmp_path / "said.jsonl",
-    ]
+    files = ["--rows", tmp_path / "rows.jsonl", "--completions", tmp_path / "said.jsonl"]
+    return ["score", tmp_path / "mine.py", *files, *more]
+
+
+def test_a_problem_of_ones_own_is_scored_and_says_what_it_could_not_judge(tmp_path):
+    command = scored(tmp_path, ["1", "1", "one"])
     found = printed_json(*command, "--json")
     assert found["outcomes"] == {"failed": 1, "malformed": 0, "wrong": 1, "partial": 0, "passed": 1}
     assert found["average"] == pytest.approx(1 / 3) and found["rewards"] == {"right": 0.5}
     assert found["failures"] == {"exception": 1} and "mine.py:4: ValueError: invalid literal" in found["first_failure"]
-    assert "not judged: exception 1; the first said: mine.py:4: ValueError" in run_cli(*command).stdout
+    shown = run_cli(*command).stdout
+    assert "not judged: exception 1; the first said: mine.py:4: ValueError" in shown
+    assert "over 2 rows; 1 of 3 completions could not be judged and count as 0)" in shown
+    assert "reward 66.7 (weighted sum x 100): right 50.0" in shown, "which is no share of anything"
+
+
+def test_where_nothing_could_be_judged_the_numbers_are_no_result(tmp_path):
+    done = run_cli(*scored(tmp_path, ["one", "two"], "--json"))
+    assert done.returncode == 1 and json.loads(done.stdout)["failures"] == {"exception": 2}
+    assert done.stderr.startswith(
+        "switchback: score: none of the 2 completions could be judged; the first said: mine.py:4:"
+    )
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_too_many_failures_are_one_line_without_a_class_or_a_log_and_leave_no_directory(tmp_path):
+    (tmp_path / "tmp").mkdir()
+    done = run_cli(*scored(tmp_path, ["one"] * 40), env={"TMPDIR": str(tmp_path / "tmp")})
+    assert done.returncode == 1 and done.stderr.startswith("switchback: score: mine.py failed on 11 of the first ")
+    assert "TooManyFailures" not in done.stderr and "mine.py:4: ValueError" in done.stderr and "log" not in done.stderr
+    assert done.stderr.endswith("mend it and run again, or raise problem.max_failures\n")
+    assert not list((tmp_path / "tmp").iterdir())

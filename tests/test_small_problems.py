@@ -239,3 +239,8 @@ def test_every_setting_of_every_built_in_problem_reaches_it():
         for field in built_in.settings.model_fields:
             if field != "name":
                 assert getattr(load({"name": name, field: other[field]}), field) == other[field]
+
+
+def test_countdown_settings_that_make_next_to_no_row_are_refused():
+    with pytest.raises(BadInput, match=r"5 numbers up to 9999 made no target up to 10; raise largest_target"):
+        Countdown(numbers=5, largest=9999, largest_target=10).rows("train", 0, 200, 0)

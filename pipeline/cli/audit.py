@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,9 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import ask, checks
+from pipeline import ask, checks, findings
 from pipeline import plan as planning
 from pipeline.cli.common import JsonOption, RecipeArgument, RegistryOption, SetOption, open_registry, print_json
+from pipeline.cli.progress import Progress
 from pipeline.cli.tables import SEVERITY_STYLE, console, show, table
 from pipeline.launch import Launcher
 from pipeline.plan import Planned
@@ -21,6 +23,7 @@ from pipeline.recipe import load, nearest
 from pipeline.refused import refuse
 from stages.audit import Report
 from stages.audit_rules import Line
+from stages.baselines import HOSTILE
 from stages.job import BadInput, Finding
 
 RowsFile = Annotated[
@@ -68,8 +71,8 @@ def audit(
         raise BadInput(f"--rows: {rows} is not there")
     place = open_registry(registry, loaded)
     one = _named(planning.plan(loaded, place), stage)
-    with Launcher(preload=False) as launcher:
-        report = ask.audit(one, rows, place, launcher, loaded.launch)
+    with Progress() as progress, Launcher(preload=False) as launcher:
+        report = ask.audit(one, rows, place, launcher, loaded.launch, progress.asked("audit"))
     if json:
         print_json(report.model_dump(mode="json"))
     else:
@@ -95,7 +98,7 @@ def _print(report: Report, source: str) -> None:
         f"{report.stage}: {report.rows} rows of {source}; share and score are x 100. The share runs from {report.range.least:.4g} to"
         f" {report.range.greatest:.4g}: {RANGES[report.range.source]}"
     )
-    for finding in report.findings:
+    for finding in findings.merged(report.findings):
         terminal.print(_said(finding), soft_wrap=True)
     if not report.findings:
         print("nothing to say against these rewards")
@@ -113,13 +116,25 @@ def _table(report: Report, terminal: Console) -> Table:
     made = table("baseline", "reward", "share", "score", *components, "outcomes", right=("reward", *components))
     for column in made.columns[:4]:
         column.no_wrap = True
-    for line in report.baselines:
+    for line in _merged(report.baselines):
         parts = [_number(line.rewards[name]) for name in shown]
         made.add_row(
             escape(line.name), _number(line.reward), _bar(line.share, "yellow", terminal),
             _bar(line.score, "green", terminal), *parts, escape(_outcomes(line)),
         )  # fmt: skip
     return made
+
+
+def _merged(lines: Sequence[Line]) -> list[Line]:
+    """Hostile texts that earn the same in everything are one line, where the first of them stood."""
+    groups = dict[str, list[Line]]()
+    for line in lines:
+        hostile = line.name.startswith(HOSTILE) and not line.own
+        groups.setdefault(line.model_dump_json(exclude={"name"} if hostile else None), []).append(line)
+    return [
+        group[0] if len(group) == 1 else group[0].model_copy(update={"name": f"{len(group)} hostile ones"})
+        for group in groups.values()
+    ]
 
 
 def _number(value: float | None) -> str:

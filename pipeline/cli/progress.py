@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from rich.live import Live
@@ -14,9 +15,10 @@ from rich.markup import escape
 from rich.text import Text
 
 from pipeline.cli.tables import SEVERITY_STYLE, console
+from pipeline.evaluations import Difference
 from pipeline.registry import Artifact
 from pipeline.steps import Step
-from stages.job import Finding
+from stages.job import Evaluation, Finding
 
 EVERY = 10.0
 """Seconds between two plain lines of one step."""
@@ -65,7 +67,7 @@ class Progress:
 
     def waiting(self, step: Step, pid: str) -> None:
         """Another run is making it."""
-        self._line(step, f"waits for process {pid}, which is making it", "dim")
+        self._line(step, f"waits for {f'process {pid}' if pid else 'another process'}, which is making it", "dim")
 
     def started(self, step: Step, why: str) -> None:
         """A job begins; what the user has changed is named."""
@@ -91,8 +93,13 @@ class Progress:
     def finished(self, step: Step, artifact: Artifact) -> None:
         """A job has been published."""
         seconds = artifact.provenance.get("seconds", 0.0)
-        values = " | ".join(metrics(self._last))
+        values = " | ".join(metrics(self._last) or kept(artifact))
         self._line(step, f"done in {seconds:.1f} s, {artifact.id}{f' | {values}' if values else ''}", "bold")
+
+    def evaluated(self, step: Step, found: Evaluation, before: str, gain: Difference | None) -> None:
+        """A policy has a score."""
+        gained = f", {100 * gain.difference:+.1f} on {before} ({_between(gain.interval, '+.1f')})" if gain else ""
+        self._line(step, f"mean {100 * found.mean:.1f} ({_between(found.interval, '.1f')}){gained}")
 
     def asked(self, name: str) -> Callable[[dict[str, Any]], None]:
         """What hears the metrics of a question."""
@@ -108,6 +115,20 @@ class Progress:
         self._console.print(f"{step.name:<{self._width}} {said_so}", soft_wrap=True)
         if self._live:
             self._live.update(Text(""), refresh=True)
+
+
+def kept(artifact: Artifact) -> list[str]:
+    """What of the rollouts of a rejection stage became data, and what each rule that dropped some of them left; nothing for another stage."""
+    left = [(name.partition("/")[2], count) for name, count in artifact.metrics.items() if name.startswith("funnel/")]
+    if not left:
+        return []
+    rules = [f"{rule} left {count:.0f}" for (_, before), (rule, count) in pairwise(left) if count < before]
+    return [f"kept {left[-1][1]:.0f} of {left[0][1]:.0f} rollouts" + (f" ({', '.join(rules)})" if rules else "")]
+
+
+def _between(interval: tuple[float, float], form: str) -> str:
+    """95 % interval of a share, x 100."""
+    return " to ".join(f"{100 * end:{form}}" for end in interval)
 
 
 def said(line: dict[str, Any]) -> str:

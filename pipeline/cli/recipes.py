@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline import ask, checks
+from pipeline import ask, checks, findings
 from pipeline import plan as planning
 from pipeline.cli.common import JsonOption, RecipeArgument, RegistryOption, SetOption, open_registry, print_json
 from pipeline.cli.progress import Progress
@@ -65,7 +65,7 @@ def _looked_at(recipe: Recipe, planned: list[Planned], place: Registry) -> str:
     with Progress() as progress, Launcher(recipe.launch.threads, preload=False) as launcher:
         questions = ask.beforehand if there else ask.without_a_model
         for found in questions(planned, place, launcher, recipe.launch):
-            for finding in found:
+            for finding in findings.merged(found):
                 progress.found(finding)
             refuse(found)
     if not there:

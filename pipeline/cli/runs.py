@@ -9,7 +9,7 @@ import typer
 from pipeline.cli import tables
 from pipeline.cli.common import JsonOption, RegistryOption, open_registry, print_json
 from pipeline.registry import Artifact, Registry
-from pipeline.registry.aliases import look_up
+from pipeline.registry.aliases import look_up, refuse_stage
 from pipeline.registry.runs import runs as all_runs
 from pipeline.summary import as_json, summarise
 from stages.job import BadInput
@@ -39,8 +39,11 @@ def show(id: Id = None, registry: RegistryOption = None, json: JsonOption = Fals
     place = open_registry(registry)
     if id is not None and (artifact := look_up(place, id)):
         _show_artifact(place, artifact, json)
+    elif id is None:
+        _show_run(place, _newest(place), json)
     else:
-        _show_run(place, _newest(place) if id is None else id, json)
+        refuse_stage(place, id)
+        _show_run(place, id, json)
 
 
 def _show_run(registry: Registry, run: str, json: bool) -> None:

@@ -115,7 +115,17 @@ def look_up(registry: Registry, name: str) -> Artifact | None:
 
 def resolve(registry: Registry, name: str) -> Artifact:
     """An artifact by id or alias. Raises BadInput when there is none."""
-    return look_up(registry, name) or registry.open(name)
+    if found := look_up(registry, name):
+        return found
+    refuse_stage(registry, name)
+    return registry.open(name)
+
+
+def refuse_stage(registry: Registry, name: str) -> None:
+    """Raise BadInput, with the id that was probably meant, for a name that only a stage has: which of its artifacts is meant, nobody can tell."""
+    if of_stage := [one for one in registry.artifacts() if one.stage == name]:
+        newest = max(of_stage, key=lambda one: one.created)
+        raise BadInput(f"{name} is a stage; give one of its artifacts, of which {newest.id} is the newest")
 
 
 def actor() -> str:

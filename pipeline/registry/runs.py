@@ -122,9 +122,8 @@ def recipe_of(registry: Registry, run: str) -> str:
 def unfinished(registry: Registry, recipe_name: str, recipe_yaml: str, selection: dict[str, Any]) -> str | None:
     """The newest run of a recipe's name, where that was the same recipe and selection, did not come to its end and is not running. One without a first
     event does not count: another process is starting it now, or was killed there."""
-    of_recipe = re.compile(rf"{re.escape(recipe_name)}-(\d{{8}}-\d{{6}})-[0-9a-f]{{4}}")
-    found = {match[1]: match[0] for name in registry.store.names("runs") if (match := of_recipe.fullmatch(name))}
-    newest_first = (found[stamp] for stamp in sorted(found, reverse=True))
+    of_recipe = re.compile(rf"{re.escape(recipe_name)}-\d{{8}}-\d{{6}}-[0-9a-f]{{4}}")
+    newest_first = sorted(filter(of_recipe.fullmatch, registry.store.names("runs")), reverse=True)
     newest = next((run for run in newest_first if registry.store.last(f"runs/{run}/events")), None)
     if newest is None or state(registry, newest) in ("done", "running"):
         return None

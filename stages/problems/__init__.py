@@ -75,19 +75,28 @@ PROBLEMS: dict[str, BuiltIn] = {
 }
 
 
-def load(settings: dict[str, Any]) -> Problem:
+def settings_of(problem: dict[str, Any]) -> Config:
+    """A recipe's `problem` as its settings."""
+    if "file" in problem:
+        return FileProblem.model_validate(problem)
+    if "dataset" in problem:
+        return DatasetProblem.model_validate(problem)
+    return PROBLEMS[problem["name"]].settings.model_validate(problem)
+
+
+def load(problem: dict[str, Any]) -> Problem:
     """The problem that a recipe's `problem` names. Nothing of a user's own runs yet."""
-    if "file" in settings:
+    asked = settings_of(problem)
+    if isinstance(asked, FileProblem):
         from stages.problems.own_file import OwnFile
 
-        return OwnFile(FileProblem.model_validate(settings))
-    if "dataset" in settings:
+        return OwnFile(asked)
+    if isinstance(asked, DatasetProblem):
         from stages.problems.dataset import Dataset
 
-        return Dataset(DatasetProblem.model_validate(settings))
-    built_in = PROBLEMS[settings["name"]]
-    asked = built_in.settings.model_validate(settings)
-    return built_in.make(**{name: getattr(asked, name) for name in type(asked).model_fields if name != "name"})
+        return Dataset(asked)
+    made_from = {name: getattr(asked, name) for name in type(asked).model_fields if name != "name"}
+    return PROBLEMS[problem["name"]].make(**made_from)
 
 
 def rows(problem: Problem, range: RowRange) -> list[Row]:
@@ -106,4 +115,5 @@ __all__ = [
     "SchedulingSettings",
     "load",
     "rows",
+    "settings_of",
 ]

@@ -25,6 +25,8 @@ from stages.problems.base import Answer, Judgement, Row, first_error, row_id, st
 from stages.problems.expressions import Expression, parse
 from stages.problems.solver import results, solve
 
+MISSES = 10_000
+"""Draws in a row without a target that is small enough, after which the settings are refused."""
 OPEN, CLOSE = "<answer>", "</answer>"
 SOLVED = 0.25
 """Share of the demonstrations that reach the target; the others combine the numbers at random. They show the form and leave the task to be learned."""
@@ -115,11 +117,17 @@ class Countdown:
         return solution
 
     def _generate(self, rng: random.Random) -> Iterator[CountdownRow]:
-        while True:
+        missed = 0
+        while missed < MISSES:
             numbers = [rng.randint(1, self.largest) for _ in range(self.numbers)]
             target, _ = _random_expression(numbers, rng)
+            missed += 1
             if target <= self.largest_target and target not in numbers:
+                missed = 0
                 yield self._row(numbers, target)
+        raise BadInput(
+            f"countdown: {MISSES} times in a row, {self.numbers} numbers up to {self.largest} made no target up to {self.largest_target}; raise largest_target"
+        )
 
     def _row(self, numbers: Sequence[int], target: int) -> CountdownRow:
         rule = "\nUse every number." if self.use_all else ""

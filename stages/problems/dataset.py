@@ -1,13 +1,14 @@
 """Rows of a dataset and TRL-style rewards by name, seen from the stage. The rewards are called in guarded worker processes (`stages.problems.reward_code`).
 
-A batch of answers is one call; where it fails, its answers are asked for one at a time, so that only the culprit is lost.
+A batch of answers is one call; where it fails, its answers are asked for one at a time, so that only the culprit is lost. Not where the number of rewards
+is wrong: which reward belongs to which answer is then unknown, and a constant `[1.0]` would have the right length for one.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -67,12 +68,23 @@ class Dataset:
     def rows(self, split: Split, start: int, stop: int, seed: int) -> list[Row]:
         """The rows of a split; training rows in the order that the seed names. Raises TooFew where there are fewer."""
         order = list(self._all)
+        self._refuse_missing(self._columns)
         random.Random(seed if split == "train" else split).shuffle(order)
         found = list(islice(allotted(iter(order), split), start, stop))
         if len(found) < stop - start:
             counts = {each: sum(1 for _ in allotted(iter(order), each)) for each in SPLITS}
             raise TooFew(too_few(self.settings.dataset, split, stop, counts))
         return list(found)
+
+    def _refuse_missing(self, columns: Collection[str]) -> None:
+        """Raise BadInput for a reward that cannot be called with these columns."""
+        there = [*columns, *(["solution"] if self.settings.answer else [])]
+        for component, needed in self.guard.about()["needs"].items():
+            if missing := [name for name in needed if name not in there]:
+                raise BadInput(
+                    f"problem.rewards: {component} takes {', '.join(missing)}, which is no column of {self.settings.dataset}; there is"
+                    f" {', '.join(there) or 'nothing'}: {_mend(missing, self.settings)}"
+                )
 
     def row(self, columns: Mapping[str, Any]) -> OwnRow:
         """Raises BadInput for a line that lacks a column that the recipe names."""
@@ -102,21 +114,25 @@ class Dataset:
         batches = [answers[i : i + BATCH] for i in range(0, len(answers), BATCH)]
         try:
             first = self.guard.map("judge", [self._asked(batch) for batch in batches])
-            again = [answer for batch, reply in zip(batches, first, strict=True) if reply.failure for answer in batch]
+            again = [answer for batch, reply in zip(batches, first, strict=True) if _narrows(reply) for answer in batch]
             self.guard.note(len(answers) - len(again))
+            for batch, reply in zip(batches, first, strict=True):
+                if reply.failure and not _narrows(reply):
+                    self.guard.blame(reply, len(batch), len(again))
             single = iter(self.guard.map("judge", [self._asked([answer]) for answer in again], counted=True))
         finally:
             self.guard.sweep()
         return [
             self._judgement(reply)
             for batch, whole in zip(batches, first, strict=True)
-            for reply in (islice(single, len(batch)) if whole.failure else _apart(whole, len(batch)))
+            for reply in (islice(single, len(batch)) if _narrows(whole) else _apart(whole, len(batch)))
         ]
 
     def _asked(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """What the rewards of a batch are called with."""
         rows = [answer.row.columns() for answer in answers]
         names = dict.fromkeys([*self._columns, *(name for row in rows for name in row if name not in OURS)])
+        self._refuse_missing(names)
         columns = {name: [row.get(name) for row in rows] for name in names}
         if self.settings.answer:
             columns["solution"] = [row[self.settings.answer] for row in rows]
@@ -142,8 +158,21 @@ class Dataset:
         return score >= 1
 
 
+def _mend(missing: Sequence[str], settings: DatasetProblem) -> str:
+    if "solution" in missing and not settings.answer:
+        return "name the column with the reference answer as problem.answer"
+    return "take one of these, or give it a default"
+
+
+def _narrows(reply: Reply) -> bool:
+    """Whether the answers of a batch that failed are asked for one at a time."""
+    return reply.failure not in (None, "wrong_length")
+
+
 def _apart(reply: Reply, count: int) -> list[Reply]:
     """The reply of a batch, an answer at a time."""
+    if reply.failure:
+        return [reply] * count
     whole = isinstance(reply.value, list) and len(reply.value) == count
     return [Reply([value]) for value in reply.value] if whole else [Reply(None)] * count
 

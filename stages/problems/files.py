@@ -66,9 +66,20 @@ def _object(line: str, where: str) -> dict[str, Any]:
         found = json.loads(line)
     except (ValueError, RecursionError) as error:  # ValueError: also a number of more than 4300 digits
         raise BadInput(f"{where}: found no JSON ({error}), expected an object") from None
+    if "\\ud" in line.lower() and not _is_unicode(found):
+        raise BadInput(f"{where}: it holds half of a surrogate pair (\\ud800 to \\udfff), which is no text; remove it")
     if not isinstance(found, dict):
         raise BadInput(f"{where}: found {_short(found)}, expected an object")
     return found
+
+
+def _is_unicode(found: Any) -> bool:
+    """Whether all of its texts can be encoded; a JSON escape can say what cannot."""
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _short(value: Any) -> str:

@@ -12,7 +12,7 @@ import json
 import math
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +22,7 @@ from stages.guard_worker import Calls, Failure, Refused, settled, told
 from stages.job import SPLITS, Split
 from stages.problems.base import split_of, stream
 from stages.problems.own_row import OwnRow, own_row
+from stages.rewards import LARGEST_WEIGHT
 
 NEEDED = {"rows": ("rng",), "rewards": ("row", "completion"), "score": ("row", "completion")}
 OPTIONAL = {"passed": ("score",), "demonstration": ("row", "rng"), "baselines": ("row", "rng"), "well_formed": ("row", "completion")}  # fmt: skip
@@ -40,18 +41,16 @@ def load(spec: dict[str, Any]) -> tuple[dict[str, Any], Calls]:
         _look_at(module, spec["name"], name, takes, needed=True)
     for name, takes in OPTIONAL.items():
         _look_at(module, spec["name"], name, takes, needed=False)
+    _is_no_async(module, spec["name"])
     about = {"weights": weights, "has": [name for name in OPTIONAL if hasattr(module, name)]}
     return about, {
         "rows": lambda asked: _rows(module, spec["name"], asked),
         "judge": lambda asked: _judge(module, list(weights), asked),
-        "passed": lambda score: bool(settled(module.passed(score))),
+        "passed": lambda score: truth(settled(module.passed(score)), "passed"),
         "demonstration": lambda asked: _text(
             settled(module.demonstration(asked["row"], random.Random(asked["seed"]))), "demonstration"
         ),
-        "baselines": lambda asked: {
-            str(name): _text(text, f"baselines: {name}")
-            for name, text in settled(module.baselines(asked["row"], random.Random(asked["seed"]))).items()
-        },
+        "baselines": lambda asked: _baselines(settled(module.baselines(asked["row"], random.Random(asked["seed"])))),
     }
 
 
@@ -102,6 +101,13 @@ def _look_at(module: ModuleType, name: str, wanted: str, takes: tuple[str, ...],
         ) from None
 
 
+def _is_no_async(module: ModuleType, name: str) -> None:
+    if inspect.isasyncgenfunction(module.rows) or inspect.iscoroutinefunction(module.rows):
+        raise Refused(
+            f"{name}:{_line(module.rows)}: rows is async, expected a plain function; write def rows(rng) with yield"
+        )
+
+
 def _line(found: Any) -> int | str:
     code = getattr(found, "__code__", None)
     return code.co_firstlineno if code else "?"
@@ -114,6 +120,11 @@ def _weights(module: ModuleType, name: str) -> dict[str, float]:
         raise Refused(
             f"{name}: REWARDS is {weights!r:.80}, expected component: weight, such as REWARDS = {{'accuracy': 1.0}}"
         )
+    for key, value in cast("dict[str, float]", weights).items():
+        if not key.isprintable() or abs(value) > LARGEST_WEIGHT:
+            raise Refused(
+                f"{name}: REWARDS has {key!r:.80}: {value!r:.80}, expected a name and a weight of at most {LARGEST_WEIGHT:g}"
+            )
     return {key: float(value) for key, value in cast("dict[str, float]", weights).items()}
 
 
@@ -134,7 +145,10 @@ def _made(module: ModuleType, name: str, rng: random.Random) -> Iterator[OwnRow]
     """What `rows` yields, until nothing new comes. Raises Failure for what is no row."""
     seen: set[str] = set()
     again = 0
-    for i, columns in enumerate(module.rows(rng)):
+    rows = module.rows(rng)
+    if not isinstance(rows, Iterable):
+        raise Failure("no_row", f"rows returned {rows!r:.80}, expected dicts, one a row; yield them")
+    for i, columns in enumerate(rows):
         row = checked_row(columns, f"{name}: row {i} of rows(rng)")
         again = again + 1 if row.id in seen else 0
         seen.add(row.id)
@@ -148,7 +162,8 @@ def checked_row(columns: Any, where: str) -> OwnRow:
     if not isinstance(columns, dict) or not isinstance(columns.get("prompt"), str):
         raise Failure("no_row", f"{where}: found {columns!r:.80}, expected a dict with a text under 'prompt'")
     try:
-        return own_row(json.loads(json.dumps(columns, allow_nan=False)))
+        # encoded, so that half of a surrogate pair, which no tokenizer takes, is found here
+        return own_row(json.loads(json.dumps(columns, allow_nan=False, ensure_ascii=False).encode()))
     except (TypeError, ValueError) as error:
         raise Failure("no_row", f"{where}: {error}; a row holds text, numbers, lists and dicts only") from None
 
@@ -166,13 +181,13 @@ def _judge(module: ModuleType, components: list[str], asked: dict[str, Any]) -> 
     score = number(settled(module.score(dict(row), completion)), "score")
     if not 0 <= score <= 1:
         raise Failure("out_of_range", f"score returned {score}, expected 0..1")
-    well_formed = bool(settled(module.well_formed(dict(row), completion))) if hasattr(module, "well_formed") else True
-    passed = bool(settled(module.passed(score))) if hasattr(module, "passed") else score >= 1
+    well_formed = settled(module.well_formed(dict(row), completion)) if hasattr(module, "well_formed") else True
+    passed = settled(module.passed(score)) if hasattr(module, "passed") else score >= 1
     return {
-        "passed": passed,
+        "passed": truth(passed, "passed"),
         "rewards": {name: reward(rewards[name], f"rewards: {name}") for name in components},
         "score": score,
-        "well_formed": well_formed,
+        "well_formed": truth(well_formed, "well_formed"),
     }
 
 
@@ -190,8 +205,22 @@ def number(value: Any, what: str) -> float:
     return float(value)
 
 
+def truth(value: Any, what: str) -> bool:
+    """Yes or no, numpy's too. Raises Failure for anything else: "no" would mean yes."""
+    plain = value.item() if type(value).__module__ == "numpy" and getattr(value, "size", 0) == 1 else value
+    if not isinstance(plain, bool):
+        raise Failure("not_a_bool", f"{what} returned {value!r:.80}, expected True or False")
+    return plain
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and math.isfinite(value)
+
+
+def _baselines(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise Failure("no_text", f"baselines returned {value!r:.80}, expected {{name: completion}}, gold the best")
+    return {str(name): _text(text, f"baselines: {name}") for name, text in value.items()}
 
 
 def _text(value: Any, what: str) -> str:

@@ -17,13 +17,35 @@ from stages.problems.own_code import function, import_file, reward
 from stages.problems.settings import ALIASES
 
 Reward = Callable[..., Any]
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def _drop(*_: Any, **__: Any) -> None:
+    """Nothing logs here; switchback logs every component itself."""
+
+
+ASKED = ("prompts", "completions", "completion_ids")
+TOLD = {"trainer_state": None, "log_extra": _drop, "log_metric": _drop}
+GIVEN = (*ASKED, *TOLD)
+"""What every reward is called with, beside the columns."""
 CHECKED_BY_MATH_VERIFY = ("accuracy_reward", "reasoning_accuracy_reward", "get_cosine_scaled_reward")
 
 
 def load(spec: dict[str, Any]) -> tuple[dict[str, Any], Calls]:
     """Import what the spec's `rewards` name. Raises Refused."""
     functions = {one["component"]: _load(one) for one in spec["rewards"]}
-    return {}, {"judge": lambda asked: _judge(functions, asked)}
+    return {"needs": {name: _needs(found) for name, found in functions.items()}}, {
+        "judge": lambda asked: _judge(functions, asked)
+    }
+
+
+def _needs(found: Reward) -> list[str]:
+    """The columns without which it cannot be called."""
+    return [
+        name
+        for name, taken in inspect.signature(found).parameters.items()
+        if taken.default is taken.empty and taken.kind in NAMED and name not in GIVEN
+    ]
 
 
 def _load(one: dict[str, Any]) -> Reward:
@@ -65,9 +87,8 @@ def _judge(functions: dict[str, Reward], asked: dict[str, Any]) -> list[dict[str
 
 
 def _called(name: str, found: Reward, asked: dict[str, Any]) -> list[float | None]:
-    told = {"trainer_state": None, "log_extra": _drop, "log_metric": _drop}
-    given = {key: asked[key] for key in ("prompts", "completions", "completion_ids")}
-    values = settled(found(**asked["columns"], **given, **told))
+    given = {key: asked[key] for key in ASKED}
+    values = settled(found(**asked["columns"], **given, **TOLD))
     values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, (list, tuple)):
         raise Failure(
@@ -78,7 +99,3 @@ def _called(name: str, found: Reward, asked: dict[str, Any]) -> list[float | Non
             "wrong_length", f"{name} returned {len(values)} rewards for {len(given['completions'])} completions"
         )
     return [reward(value, name) for value in values]
-
-
-def _drop(*_: Any, **__: Any) -> None:
-    """Nothing logs here; switchback logs every component itself."""

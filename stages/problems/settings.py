@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from stages.config import MAPPING, WORD, Config, FromList, Seconds, WordOrMapping, execution, identity, resolved
 from stages.guard import Limits
+from stages.rewards import LARGEST_WEIGHT
 
 ALIASES = {
     "accuracy": "accuracy_reward",
@@ -47,7 +48,7 @@ class RewardSettings(Config):
 
     name: str = identity(min_length=1)
     """A reward of TRL, such as accuracy, or file.py:function."""
-    weight: float = identity(1.0)
+    weight: float = identity(1.0, ge=-LARGEST_WEIGHT, le=LARGEST_WEIGHT)
     """In the reward that training sees."""
     arguments: dict[str, Any] = identity({})
     """Of one of TRL's factories, such as repetition_penalty: {ngram_size: 3, max_penalty: -1.0}."""

@@ -45,7 +45,7 @@ class RewardedGRPOTrainer(PrefillGRPOTrainer):
     def __init__(self, *, judging: Judging, **arguments: Any) -> None:
         super().__init__(reward_funcs=[_named(name) for name in judging.weights], **arguments)
         self.judging = judging
-        self._running = rewards.nothing_seen(len(judging.weights), self.reward_weights)
+        self._running = rewards.nothing_seen(len(judging.weights))
 
     def held(self) -> dict[str, Any]:
         """What components were like so far, beside what every trainer holds."""
