@@ -40,8 +40,26 @@ def preflight(
 
 
 def checkable(planned: Sequence[Planned]) -> list[str]:
-    """Steps that a preflight looks at before anything runs."""
-    return [one.step.name for one in planned if one.action == "run" and one.step.kind in CHECKED]
+    """Steps that a preflight looks at before anything runs: all that train or sample, and one evaluation for all, which have the same rows."""
+    to_run = [one.step for one in planned if one.action == "run"]
+    evaluations = [step.name for step in to_run if step.kind == "evaluate"]
+    return [*evaluations[:1], *(step.name for step in to_run if step.kind in CHECKED)]
+
+
+def beforehand(
+    planned: Sequence[Planned], registry: Registry, launcher: Launcher, execution: Execution
+) -> Iterator[list[Finding]]:
+    """All that a run asks before its first step, an answer at a time. Raises BadInput for what cannot work."""
+    if names := checkable(planned):
+        yield preflight(planned, names, registry, launcher, execution)
+    yield from without_a_model(planned, registry, launcher, execution)
+
+
+def without_a_model(
+    planned: Sequence[Planned], registry: Registry, launcher: Launcher, execution: Execution
+) -> Iterator[list[Finding]]:
+    """As much of it as needs no tokenizer."""
+    yield audits(planned, registry, launcher, execution)
 
 
 def waits_for_data(one: Planned, planned: Sequence[Planned]) -> bool:

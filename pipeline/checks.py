@@ -6,6 +6,7 @@ that nothing a recipe says is silently ignored. Both raise BadInput: what was fo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from stages.sft import DEMONSTRATIONS, SftConfig
 BASE = "base"
 ROWS = ".jsonl"
 """How the name of a file of conversations ends."""
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+"""What a dataset on the hub is called; what has such a name and is a path here is none."""
 DEFAULT_DEMONSTRATIONS = "train[0:1000]"
 
 
@@ -205,6 +208,10 @@ def _dataset(recipe: Recipe, problem: DatasetProblem) -> None:
     """Its files are there, and nothing asks it for what it does not have."""
     if problem.is_file:
         _is_file("problem.dataset", problem.dataset)
+    elif not HUB_ID.fullmatch(problem.dataset) or Path(problem.dataset).exists():
+        raise BadInput(
+            f"problem.dataset: found {problem.dataset!r}, expected a file whose name ends in {ROWS}, or a dataset on the hub by owner and name, such as openai/gsm8k"
+        )
     for reward in problem.components:
         if reward.file:
             _is_file(f"problem.rewards: {reward.name}", reward.file)

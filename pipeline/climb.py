@@ -63,10 +63,6 @@ def _conduct(
     with ExitStack() as stack:
         launcher = stack.enter_context(Launcher(recipe.launch.threads))
 
-        def look_at(names: list[str], planned: list[Planned]) -> None:
-            """Warn of what can be known before steps run; refuse what cannot work."""
-            report(ask.preflight(planned, names, registry, launcher, recipe.launch) if names else [])
-
         def report(found: list[Finding]) -> None:
             """Show what was found and remember it. Raises Refused for what nothing is to be trained on."""
             for finding in findings.merged(found):
@@ -82,7 +78,7 @@ def _conduct(
                 return None
             if one.action == "run" and ask.waits_for_data(one, planned):
                 now = [other.model_copy(update={"artifact": made.get(other.step.name)}) for other in planned]
-                look_at([one.step.name], now)
+                report(ask.preflight(now, [one.step.name], registry, launcher, recipe.launch))
             artifact, reused = run_step(one, made, registry, launcher, recipe.launch, observer, id, mirror)
             made[one.step.name] = artifact
             seconds = 0.0 if reused else artifact.provenance.get("seconds", 0.0)
@@ -96,8 +92,8 @@ def _conduct(
             launcher.warm_up()  # its imports and the server's start go side by side
         if with_prefect:
             stack.enter_context(own_server(work_root(registry) / "prefect"))
-        look_at(ask.checkable(planned), planned)
-        report(ask.audits(planned, registry, launcher, recipe.launch))
+        for found in ask.beforehand(planned, registry, launcher, recipe.launch):
+            report(found)
         if with_prefect:
             from pipeline.flow import conduct
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from stages.disk import digest_file
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*.jinja")
 """What of a model's directory `from_pretrained` may read; a README or a script beside it is not the model."""
+
+DIGEST = re.compile(r"\b[0-9a-f]{64}\b")
 
 Payload = dict[str, Any]
 
@@ -32,6 +35,11 @@ def key_of(payload: Payload) -> str:
     return hashlib.sha256(canonical(payload).encode()).hexdigest()
 
 
+def abbreviated(text: str) -> str:
+    """With the first 8 digits of every digest in it, for people."""
+    return DIGEST.sub(lambda found: found[0][:8], text)
+
+
 def digest_model(directory: Path, digest: Callable[[Path], str] = digest_file) -> str:
     """SHA-256 of the names and bytes of a model's files. `digest` gives the SHA-256 of a file's bytes."""
     files = sorted({path for pattern in MODEL_FILES for path in directory.glob(pattern) if path.is_file()})
@@ -39,7 +47,8 @@ def digest_model(directory: Path, digest: Callable[[Path], str] = digest_file) -
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted field -> (before, after), for every field that differs; None where a side has none."""
+    """Dotted field -> (before, after), for every field that differs; None where a side has none. Of a list of groups, such as rewards, only the fields that
+    differ, by position."""
     old, new = (dict(_flat(_without_equal(one, other))) for one, other in ((before, after), (after, before)))
     names = [*old, *(name for name in new if name not in old)]
     return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
@@ -54,6 +63,9 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict) and value:
         for name, inner in value.items():
             yield from _flat(inner, f"{path}.{name}" if path else str(name))
+    elif isinstance(value, (list, tuple)) and value and all(isinstance(inner, dict) for inner in value):
+        for i, inner in enumerate(value):
+            yield from _flat(inner, f"{path}.{i}")
     else:
         yield path, list(value) if isinstance(value, tuple) else value
 

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any, Literal, NamedTuple
 
 from pipeline import checks
-from pipeline.identity import changes
+from pipeline.identity import abbreviated, changes
 from pipeline.recipe import Recipe, nearest
 from pipeline.registry import Artifact, Registry
 from pipeline.steps import Step, base_of, steps
@@ -131,4 +131,4 @@ def _said(diff: dict[str, tuple[Any, Any]], step: Step) -> Iterator[str]:
                 f"input changed: {role} ({step.inputs[role].source})" if role in step.inputs else f"input gone: {role}"
             )
         else:
-            yield f"{field.removeprefix('config.')}: {before!r} -> {after!r}"
+            yield abbreviated(f"{field.removeprefix('config.')}: {before!r} -> {after!r}")

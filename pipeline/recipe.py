@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationError, model_validator
@@ -22,6 +22,9 @@ from stages.job import BadInput, Dtype, Execution, Lora, Sampler
 from stages.problems import PROBLEMS, BuiltInSettings, DatasetProblem, FileProblem
 from stages.rejection import RejectionConfig
 from stages.sft import SftConfig
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 
 class Model(Config):
@@ -162,11 +165,14 @@ def problem(name: str, overrides: Sequence[str] = ()) -> ProblemSettings:
     """The settings of a problem by its name, or by the path of its .py file, with `field=value` overrides. Raises BadInput, one line."""
     data = {"problem": {"file": name} if name.endswith(".py") else {"name": name}}
     for override in overrides:
+        if "=" not in override:
+            raise BadInput(f"--set {override}: expected a setting of the problem, = and a value, such as form=compact")
         _override(data, f"problem.{override}")
     try:
         return _OneProblem.model_validate(data).problem
     except ValidationError as error:
-        raise BadInput(_first(error, data)) from None
+        own = "" if name in PROBLEMS or name.endswith(".py") else " (or give the path of a .py file)"
+        raise BadInput(f"{_first(error, data)}{own}") from None
 
 
 def dump(recipe: Recipe) -> str:
@@ -251,19 +257,64 @@ def _first(error: ValidationError, data: Any) -> str:
     first = errors[0]
     where = _where(first["loc"], data)
     found = first.get("input")
-    message = first["msg"].removeprefix("Value error, ")
+    message = _expected(first)
     if first["type"] == "union_tag_invalid" and first["loc"][:1] == ("problem",):
         name = str(found["name"]) if isinstance(found, dict) else str(found)
         where, message = "problem.name", f"found {name!r}{nearest(name, list(PROBLEMS))}"
     elif first["type"] in ("union_tag_invalid", "union_tag_not_found"):
         kind = found.get("kind") if isinstance(found, dict) else found
         where, message = f"{where}.kind", f"found {kind!r}{nearest(str(kind), ['sft', 'grpo', 'rejection'])}"
-    elif first["type"] == "missing":
-        message = "is missing"
-    elif first["type"] not in ("value_error", "problem"):
-        message = f"found {_short(found)}, but {message[0].lower()}{message[1:]}"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return " ".join(f"{f'{where}: ' if where else ''}{message}{more}".split())
+
+
+WANTED = {
+    "tuple_type": "a list",
+    "dict_type": "a mapping of names to values",
+    "float_type": "a number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "model_attributes_type": "a mapping",
+    "too_short": "at least {min_length}",
+    "too_long": "at most {max_length}",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+}
+"""Pydantic's name of a complaint -> what was expected, in our words, with the numbers that it names."""
+
+
+def _expected(error: ErrorDetails) -> str:
+    """What was found and what was expected, without pydantic's words for it."""
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "missing":
+        return "is missing"
+    if kind in ("value_error", "problem"):
+        return error["msg"].removeprefix("Value error, ")
+    found, message = _short(error["input"]), error["msg"]
+    if kind == "model_type":
+        return f"found {found}, expected settings, such as {_example(context['class_name'])}"
+    if kind in WANTED:
+        return f"found {found}, expected {WANTED[kind].format(**context)}"
+    if message.startswith("Input should be "):
+        return f"found {found}, expected {message.removeprefix('Input should be ')}"
+    return f"found {found}, but {message[0].lower()}{message[1:]}"
+
+
+def _example(name: str) -> str:
+    """The fields that a group of settings needs, or its first where it needs none."""
+    fields = next(group for group in _groups(Config) if group.__name__ == name).model_fields
+    needed = [field for field, info in fields.items() if info.is_required()]
+    return "{" + ", ".join(f"{field}: ..." for field in needed or list(fields)[:1]) + "}"
+
+
+def _groups(group: type[Config]) -> Iterator[type[Config]]:
+    for below in group.__subclasses__():
+        yield below
+        yield from _groups(below)
 
 
 def _where(loc: tuple[int | str, ...], data: Any) -> str:

@@ -365,7 +365,8 @@ def no_baselines(audited: Audited) -> Iterator[Finding]:
             severity="note",
             stage=audited.stage,
             evidence={"own": float(len(own))},
-            advice=f"{_no_gold(own)}, and nothing says that the best answer earns most; give it baselines with one that is named {GOLD}",
+            advice=f"{_no_gold(own)}, and nothing says that the best answer earns most; give it baselines with one that is named {GOLD}"
+            " (a problem file's baselines(row, rng); the column that problem.gold of a dataset names)",
         )
 
 

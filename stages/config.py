@@ -11,10 +11,23 @@ import difflib
 import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Strict, Tag, model_validator
 
 FromList = Strict(False)
 """Lets a tuple be written as the list it is in YAML and JSON."""
+WORD, LIST, MAPPING = Tag("[word]"), Tag("[list]"), Tag("[mapping]")
+"""Marks of what a setting may be, where that is one of two: it is judged as what was given, so that one thing is said about it and not one for each.
+The brackets keep a mark out of the field's path in errors."""
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, (dict, BaseModel)):
+        return MAPPING.tag
+    return LIST.tag if isinstance(value, (list, tuple)) else WORD.tag
+
+
+WordOrMapping = Discriminator(lambda value: MAPPING.tag if _shape(value) == MAPPING.tag else WORD.tag)
+WordOrList = Discriminator(lambda value: LIST.tag if _shape(value) == LIST.tag else WORD.tag)
 PART = "part"
 """Key of the mark in a field's JSON schema, so that `switchback schema` shows it."""
 
@@ -85,13 +98,20 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def seconds(value: Any) -> Any:
-    """Turn 90s, 10m or 1.5h into seconds; anything else is left for pydantic to judge."""
+    """Turn 90s, 10m or 1.5h into seconds; anything else is left as it is."""
     if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", value.strip())):
         return float(match[1]) * UNITS[match[2]]
     return value
 
 
-Seconds = Annotated[float, BeforeValidator(seconds)]
+def _duration(value: Any) -> Any:
+    found = seconds(value)
+    if isinstance(found, bool) or not isinstance(found, (int, float)):
+        raise ValueError(f"found {value!r:.60}, expected seconds, or a duration such as 90s, 10m or 2h")
+    return found
+
+
+Seconds = Annotated[float, BeforeValidator(_duration)]
 """A duration: a number of seconds, or a number with s, m, h or d."""
 
 

@@ -3,7 +3,8 @@ the stage has a mix, general conversations.
 
 Whatever the source, a row is ids with a role each (`stages.tokens`), and every answer in it starts with the response prefix. A file has a JSON object a
 line, as TRL takes them: `{"messages": [...]}`, trained as they are, every assistant turn an answer; or `{"prompt": ..., "completion": ...}`, of
-messages, of which the completion's are answers, or of plain text, which the Format dresses. A message has a role and content, both text.
+messages, of which the completion's are answers, or of plain text, which the Format dresses. A message has a role and content, both text. A line of which no
+answer says anything beyond the prefix is refused.
 """
 
 from __future__ import annotations
@@ -174,17 +175,25 @@ def _conversation(columns: Mapping[str, Any], format: Format, tokenizer: PreTrai
     _nothing_is_left_out(columns)
     start = prefix.of_row(format, columns)
     if _turns(columns.get("messages")):
-        return prefix.conversation(tokenizer, start, columns["messages"])
+        return _trained(tokenizer, start, columns["messages"])
     prompt, completion = columns.get("prompt"), columns.get("completion")
     if _turns(prompt) and _turns(completion):
         chat.render(tokenizer, columns["prompt"])  # refuses a prompt that ends in an assistant turn
-        return prefix.conversation(
-            tokenizer, start, [*columns["prompt"], *columns["completion"]], len(columns["prompt"])
-        )
+        return _trained(tokenizer, start, [*columns["prompt"], *columns["completion"]], len(columns["prompt"]))
     if isinstance(prompt, str) and isinstance(completion, str):
         turns = [*prefix.messages(format, columns), {"role": "assistant", "content": completion}]
-        return prefix.conversation(tokenizer, start, turns)
+        return _trained(tokenizer, start, turns)
     raise BadInput(f"found {', '.join(columns) or 'nothing'}, expected {SHAPES}")
+
+
+def _trained(
+    tokenizer: PreTrainedTokenizerBase, start: str, turns: Sequence[chat.Message], given: int = 0
+) -> prefix.Dressed:
+    """The conversation. Raises BadInput where none of its answers says anything: it would teach to end the turn at once."""
+    answers = [turn["content"] for turn in turns[given:] if turn["role"] == "assistant"]
+    if answers and not any(text.removeprefix(start).strip() for text in answers):
+        raise BadInput("its answer is empty, so nothing but the end of the turn would be trained; remove the line")
+    return prefix.conversation(tokenizer, start, turns, given)
 
 
 def _nothing_is_left_out(columns: Mapping[str, Any]) -> None:

@@ -46,6 +46,15 @@ class EvaluateConfig(Evaluate):
 
     validation: Validation = identity(Validation())
 
+    @property
+    def ranges(self) -> dict[str, RowRange]:
+        """The recipe's field -> the rows it asks for; validation first."""
+        asked: dict[str, tuple[Split, int]] = {
+            "validation.rows": ("validation", self.validation.rows),
+            "evaluate.rows": ("held_out", self.rows),
+        }
+        return {field: RowRange(split=split, start=0, stop=count, seed=0) for field, (split, count) in asked.items()}
+
 
 def run(job: Job) -> Result:
     """Write `<split>.json` (an Evaluation) and `<split>.jsonl` (a line a row) for both splits."""
@@ -54,12 +63,12 @@ def run(job: Job) -> Result:
 
     config, out, log = EvaluateConfig.model_validate(job.config), Path(job.out), MetricsLog(Path(job.out))
     player = rollouts.player(job)
-    counts: dict[Split, int] = {"validation": config.validation.rows, "held_out": config.rows}
-    done, metrics, failed = 0, dict[str, float](), list[str | None]()
-    for split, count in counts.items():
-        rows = player.rows(RowRange(split=split, start=0, stop=count, seed=0))
-        greedy, sampled = _play(player, config, rows, log, done, 2 * sum(counts.values()))
-        done += 2 * count
+    ranges, metrics, failed = [*config.ranges.values()], dict[str, float](), list[str | None]()
+    done, total = 0, 2 * sum(range.stop for range in ranges)
+    for range in ranges:
+        split, rows = range.split, player.rows(range)
+        greedy, sampled = _play(player, config, rows, log, done, total)
+        done += 2 * len(rows)
         if not ranks.first():
             continue
         evaluation = summarise(job, config, split, player, greedy, sampled)
@@ -67,7 +76,7 @@ def run(job: Job) -> Result:
         _write_rows(out / evaluation.per_row, rows, greedy, sampled)
         failed += [one.judgement.failure for group in (greedy, *sampled) for one in group]
         metrics |= {f"{split}/mean": evaluation.mean, f"{split}/greedy": evaluation.greedy}
-    outputs = {split: f"{split}.json" for split in counts}
+    outputs = {range.split: f"{range.split}.json" for range in ranges}
     found = failures.found(job.name, player.problem, failed)
     return Result(outputs=outputs, metrics=metrics, findings=found, format=player.seen_format())
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import ConfigDict, Field
 
-from stages.config import Config, FromList, Frozen, Seconds, execution, identity
+from stages.config import LIST, WORD, Config, FromList, Frozen, Seconds, WordOrList, execution, identity
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Sampler = Literal["transformers", "continuous", "vllm"]
@@ -56,7 +56,9 @@ class Lora(Config):
     """Scale: the update is multiplied by alpha / r."""
     dropout: float = identity(0.0, ge=0, lt=1)
     """0 = off; in RL it makes the ratio noisy."""
-    targets: Literal["all-linear"] | Annotated[tuple[str, ...], FromList] = identity("all-linear")
+    targets: Annotated[
+        Annotated[Literal["all-linear"], WORD] | Annotated[tuple[str, ...], FromList, LIST], WordOrList
+    ] = identity("all-linear")
     """Modules that get an adapter: `all-linear` (all but the LM head), or names such as [q_proj, v_proj]."""
     quantize: Literal["nf4"] | None = identity(None)
     """Hold the frozen weights in 4 bits while training (QLoRA, arXiv 2305.14314); needs a GPU and bitsandbytes. What is published is the full-precision

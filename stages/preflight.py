@@ -1,6 +1,6 @@
 """What can be known about stages before an accelerator starts, with their tokenizer, template, problem and data, but without their weights.
 
-the jobs of stages that are about to run -> findings. What cannot work is refused in one line (BadInput); what is probably not meant is a warning, with
+the jobs of steps that are about to run -> findings. What cannot work is refused in one line (BadInput); what is probably not meant is a warning, with
 what was measured. A policy that is not made yet has the tokenizer and template of the policy it comes from, which stands in for it.
 """
 
@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from stages.config import Config, FromList, identity
+from stages.evaluate import EvaluateConfig
 from stages.grpo import GrpoConfig
-from stages.job import BadInput, Finding, Job, Result
+from stages.job import BadInput, Finding, Job, Result, RowRange
 from stages.rewards import weights_of
 from stages.sft import SftConfig, optimiser_steps, ratio, sequences
 from stages.tokens import TokenRow
@@ -22,9 +23,11 @@ from stages.weighting import row_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from stages.problems.base import Problem
+
 
 class PreflightConfig(Config):
-    """The stages to look at."""
+    """The steps to look at."""
 
     jobs: Annotated[tuple[Job, ...], FromList] = identity()
     """Their jobs; an sft job without problem and data has data that are not made yet."""
@@ -40,10 +43,14 @@ def run(job: Job) -> Result:
 
 
 def look_at(job: Job, policy_is_there: bool = True) -> list[Finding]:
-    """Everything about one stage."""
-    from stages import contract, lora, models, prefix
+    """Everything about one step; of an evaluation its rows."""
+    from stages import contract, lora, models, prefix, problems
     from stages.sampling import vllm_engine
 
+    if job.problem is not None:
+        _problem(job, problems.load(job.problem))
+    if job.kind == "evaluate":
+        return []
     assert job.format is not None, "the plan gives every stage a Format"
     path = models.local_path(job.inputs["policy"], weights=False)
     tokenizer = models.load_tokenizer(path, job.format)
@@ -56,8 +63,6 @@ def look_at(job: Job, policy_is_there: bool = True) -> list[Finding]:
         lora.refuse_targets(path, job.lora)
         lora.quantization(job.lora)
     prefix.prefix_ids(tokenizer, job.format.response_prefix)
-    if job.kind == "grpo":
-        _components(job)
     if policy_is_there:
         contract.refuse_other_formats(job, path, tokenizer)
     own, general = _sft_rows(job, path, tokenizer) if job.kind == "sft" else ([], _mixed(job, tokenizer))
@@ -77,12 +82,26 @@ def look_at(job: Job, policy_is_there: bool = True) -> list[Finding]:
     ]
 
 
-def _components(job: Job) -> None:
-    """Raise BadInput for a reward component that the problem does not have."""
+def _problem(job: Job, problem: Problem) -> None:
+    """Raise BadInput for a reward component that the problem does not have, and for fewer rows than are asked for."""
     from stages import problems
+    from stages.problems.base import TooFew
 
-    assert job.problem is not None, "the plan gives grpo a problem"
-    weights_of(job.name, GrpoConfig.model_validate(job.config).rewards, problems.load(job.problem).reward_weights)
+    if job.kind == "grpo":
+        weights_of(job.name, GrpoConfig.model_validate(job.config).rewards, problem.reward_weights)
+    for field, range in _asked(job).items():
+        last = range.model_copy(update={"start": range.stop - 1})
+        try:
+            problems.rows(problem, last)
+        except TooFew as error:
+            raise BadInput(f"{field}: {error}") from None
+
+
+def _asked(job: Job) -> dict[str, RowRange]:
+    """The recipe's field -> the rows it asks for."""
+    if job.kind == "evaluate":
+        return EvaluateConfig.model_validate(job.config).ranges
+    return {f"stages.{job.name}.rows": job.rows} if job.rows else {}
 
 
 def _sft_rows(job: Job, path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[TokenRow], list[TokenRow]]:

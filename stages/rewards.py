@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from stages.config import Config, FromList, identity
+from stages.config import MAPPING, WORD, Config, FromList, WordOrMapping, identity
 from stages.job import BadInput
 
 if TYPE_CHECKING:
@@ -56,7 +56,9 @@ class Rewards(Config):
 
     weights: dict[str, Annotated[float, Field(ge=-LARGEST_WEIGHT, le=LARGEST_WEIGHT)]] = identity({})
     """Component -> its weight, in place of the problem's. Those that are not named keep theirs; 0 = only logged."""
-    normalise: Normalise | dict[str, Normalise] = identity("none")
+    normalise: Annotated[Annotated[Normalise, WORD] | Annotated[dict[str, Normalise], MAPPING], WordOrMapping] = (
+        identity("none")
+    )
     """Centre and scale components before they are summed, all or by name: by mean and standard deviation of the row's `group`, of the step's `batch`, or of
     all rollouts of the stage so far (`running`). none = off."""
     clip: Annotated[tuple[float, float], FromList] | None = identity(None)

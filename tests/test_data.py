@@ -99,6 +99,27 @@ def test_a_line_that_cannot_be_used_is_named(line, said, tokenizer, tmp_path):
     assert said in str(refused.value) and "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"prompt": "a", "completion": ""},
+        {"prompt": "a", "completion": "<think>\n \n"},
+        {"prompt": CONVERSATION[:2], "completion": [{"role": "assistant", "content": ""}]},
+        {"messages": [CONVERSATION[1], {"role": "assistant", "content": "<think>\n"}]},
+    ],
+)
+def test_a_line_that_would_only_teach_to_end_the_turn_is_named(line, tokenizer, tmp_path):
+    """Also one beside others that are good, and one of a mix, which is read in the same way."""
+    with pytest.raises(BadInput, match="line 2: its answer is empty"):
+        read([{"messages": CONVERSATION}, line], tmp_path, tokenizer)
+
+
+def test_one_answer_of_several_may_be_empty(tokenizer, tmp_path):
+    silent = [CONVERSATION[1], {"role": "assistant", "content": "<think>\n"}, *CONVERSATION[3:]]
+    (row,) = read([{"messages": silent}], tmp_path, tokenizer)
+    assert tokenizer.decode(row.ids).endswith("7<|im_end|>")
+
+
 def test_earlier_assistant_turns_of_a_prompt_are_not_trained(tokenizer, tmp_path):
     """As in TRL: a completion is what comes after the prompt. They need not start with the prefix, either."""
     prompt = [CONVERSATION[1], {"role": "assistant", "content": "WRONG"}, CONVERSATION[3]]

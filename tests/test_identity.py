@@ -151,7 +151,7 @@ def test_a_field_of_another_kind_of_problem_moves_the_keys_of_what_uses_it(probl
 
 def test_how_user_code_is_run_and_a_short_name_of_a_reward_move_no_key(settings, tmp_path):
     seen = []
-    for change in ({}, {"workers": 3}, {"max_failures": 0.5}, {"rewards": ["accuracy_reward"]}):
+    for change in ({}, {"workers": 3}, {"max_failures": 0.5}, {"gold": "best"}, {"rewards": ["accuracy_reward"]}):
         problem = {"dataset": "org/data", "rewards": ["accuracy"], **change}
         seen.append(keys(settings | {"problem": problem}, tmp_path))
     assert all(found == seen[0] for found in seen)
@@ -277,4 +277,8 @@ def test_a_key_does_not_depend_on_the_order_of_a_dict():
 
 
 def test_changes_names_fields_by_their_path():
+    assert changes({"a": [{"b": 1, "c": 2}, {"b": 3}]}, {"a": [{"b": 1, "c": 4}]}) == {
+        "a.0.c": (2, 4),
+        "a.1.b": (3, None),
+    }
     assert changes({"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": 1, "c": 3}, "d": (1,), "e": None}) == {"a.c": (2, 3)}

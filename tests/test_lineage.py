@@ -81,6 +81,14 @@ def test_rows_from_a_file_are_named_by_the_digest_of_its_bytes(registry, make, t
     assert (data.kind, data.key, data.name) == ("data", digest, str(file))
 
 
+def test_a_problem_of_ones_own_is_shown_by_the_start_of_its_digest_and_told_by_all_of_it(registry, make, capsys):
+    made = make("rl1", identity={"problem": {"file": "ab" * 32, "time_limit": 10.0}}, policy=BASE)
+    assert exit_code(["lineage", made.id, "--registry", registry.url]) == 0
+    shown = capsys.readouterr().out + mermaid(lineage(registry, made))
+    assert shown.count("file abababab (problem") == 2 and "ab" * 32 not in shown
+    assert lineage(registry, made).inputs[-1].name == f"file {'ab' * 32}"
+
+
 def test_what_was_cleaned_is_shown_with_what_it_was_made_from(registry, make):
     first = make("warmup", policy=BASE)
     second = make("rl1", policy=first)

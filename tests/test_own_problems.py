@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 from pipeline import starter
-from stages import problems
+from stages import baselines, problems
+from stages.audit import audit
 from stages.guard import TooManyFailures
-from stages.job import BadInput
+from stages.job import BadInput, Format
 from stages.problems.base import Answer
 from stages.problems.files import rows as rows_of
 from tests.conftest import run_cli
 
+FORMAT = Format(prompt="p", prompt_digest="", system_prompt="", user_template="{{ prompt }}", response_prefix="")
 REWARDS = """
 import asyncio, time
 def exact(completions, solution, **kwargs):
@@ -38,6 +40,10 @@ def lonely(completions, **kwargs):
     return [1.0]
 def bare(completions):
     return [1.0] * len(completions)
+def longer(completions, **kwargs):
+    return [min(1.0, len(completion[0]["content"]) / 10) for completion in completions]
+
+
 def wanting(completions, n, level, *, trainer_state, hint=None, **kwargs):
     return [1.0] * len(completions)
 def hinted(completions, hint=None, **kwargs):
@@ -184,6 +190,31 @@ def test_rewards_that_cannot_be_used_are_refused_in_one_line(tmp_path, rewards, 
         dataset(tmp_path, rewards).rows("train", 0, 1, 0)
 
 
+def test_a_column_of_gold_answers_is_what_the_audit_plays_as_the_best(tmp_path):
+    """`exact` pays them most, `longer` does not."""
+    rules = {}
+    for reward in ("exact", "longer"):
+        problem = dataset(tmp_path, [f"mine.py:{reward}"], gold="gold")
+        asked, astray = baselines.of_rows(problem, problem.rows("train", 0, 10, 0), FORMAT, 0)
+        report = audit("rl1", problem, asked, astray)
+        assert next(line for line in report.baselines if line.name == "gold").own
+        rules[reward] = {finding.rule: finding.severity for finding in report.findings}
+        problem.guard.close()
+    assert rules["exact"] == {} and rules["longer"]["gold"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [
+        ("gould", "problem.gold: a row of .* has no 'gould'; it has"),
+        ("n", "problem.gold: 'n' of .* is int, expected text"),
+    ],
+)
+def test_a_gold_column_that_is_none_is_refused(column, said, tmp_path):
+    with pytest.raises(BadInput, match=said):
+        dataset(tmp_path, ["mine.py:exact"], gold=column).rows("train", 0, 1, 0)
+
+
 def test_a_reward_that_wants_the_solution_asks_for_the_answer_column(tmp_path):
     with pytest.raises(
         BadInput, match=r"exact takes solution, .*name the column with the reference answer as problem.answer"
@@ -247,6 +278,13 @@ def test_the_starter_is_written_once_and_never_over_anything(tmp_path):
     again = run_cli("init", "mine", cwd=tmp_path)
     assert again.returncode == 2 and "is not overwritten" in again.stderr
     assert (tmp_path / "mine" / "recipe.yaml").read_text() == "mine"
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "file/far/below"])
+def test_a_starter_has_no_place_in_or_below_a_file(place, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(BadInput, match="file is a file; give a directory"):
+        starter.write(tmp_path / place, "file")
 
 
 @pytest.mark.parametrize("problem", starter.CHOICES)

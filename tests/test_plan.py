@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from pipeline import plan, recipe
@@ -62,6 +64,20 @@ def test_a_changed_field_is_named_with_both_values_and_what_follows_says_input_c
     assert [name for name, one in found.items() if one.action == "run"] == ["rl2", "rl2.evaluate"]
     assert found["rl2"].why.startswith("kl.beta: 0.001 -> 0.1 (against rl2-")
     assert found["rl2.evaluate"].why.startswith("input changed: policy (rl2)")
+
+
+def test_a_changed_weight_of_a_reward_of_ones_own_is_named_without_the_file_it_is_in(settings, registry, tmp_path):
+    (tmp_path / "mine.py").write_text("def right(completions, **kwargs): ...")
+    (tmp_path / "rows.jsonl").write_text("{}")
+    mine = {"name": f"{tmp_path / 'mine.py'}:right", "weight": 1.0}
+    settings["problem"] = {"dataset": str(tmp_path / "rows.jsonl"), "rewards": [mine, "think_format"]}
+    settings["stages"] = [stage(settings, "rl1") | {"policy": "base"}]
+    made(settings, registry)
+    settings["problem"]["rewards"] = [{**mine, "weight": 2.0}, "think_format"]
+    assert planned(settings, registry)["rl1"].why.startswith("problem.rewards.0.weight: 1.0 -> 2.0 (against rl1-")
+    (tmp_path / "rows.jsonl").write_text("{}\n{}")
+    why = planned(settings, registry)["rl1"].why
+    assert re.search(r"problem.dataset: '[0-9a-f]{8}' -> '[0-9a-f]{8}'; problem.rewards.0.weight", why)
 
 
 def test_the_nearest_earlier_artifact_is_the_one_compared_with(settings, registry):

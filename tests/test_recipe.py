@@ -51,6 +51,20 @@ BAD = {
     "packing": ({"stages.warmup.trl": {"packing": True}}, "trl.packing"),
     "a setting that is no JSON": ({"stages.rl1.trl": {"x": float("nan")}}, "trl.x: found nan"),
     "a seed that numpy refuses": ({"seed": 2**32}, "seed: found 4294967296"),
+    "an unknown key of one of two shapes": ({"problem": {"dataset": "a.jsonl", "rewards": [{"name": "accuracy", "wieght": 3}]}}, "problem.rewards.0: unknown key 'wieght'; did you mean weight?"),
+    "neither shape": ({"problem": {"dataset": "a.jsonl", "rewards": [3]}}, "problem.rewards.0: found 3, expected text"),
+    "a dataset that is no file and not on the hub": ({"problem": {"dataset": "nope", "rewards": ["accuracy"]}}, "problem.dataset: found 'nope', expected a file whose name ends in .jsonl, or a dataset on the hub"),
+    "a dataset that is another file": ({"problem": {"dataset": "configs/demo.yaml", "rewards": ["accuracy"]}}, "found 'configs/demo.yaml', expected a file whose name ends in .jsonl"),
+    "no reward": ({"problem": {"dataset": "a.jsonl", "rewards": []}}, "problem.rewards: found [], expected at least 1"),
+    "a word of a mapping": ({"stages.rl1.rewards": {"normalise": {"score": "runing"}}}, "rewards.normalise.score: found 'runing', expected 'none', 'group'"),
+    "a word": ({"stages.rl1.rewards": {"normalise": "runing"}}, "rewards.normalise: found 'runing', expected 'none', 'group'"),
+    "a name that is no text": ({"model.lora": {"targets": [5]}}, "model.lora.targets.0: found 5, expected text"),
+    "no settings": ({"stages.rl1.mix": "general.jsonl"}, "stages.rl1.mix: found 'general.jsonl', expected settings, such as {data: ..., share: ...}"),
+    "no settings that are needed": ({"stages.rl1.kl": 0.1}, "stages.rl1.kl: found 0.1, expected settings, such as {beta: ...}"),
+    "no mapping": ({"stages.rl1.trl": 5}, "stages.rl1.trl: found 5, expected a mapping"),
+    "no list": ({"stages.rl1.rewards": {"clip": 5}}, "rewards.clip: found 5, expected a list"),
+    "no duration": ({"deadline": "banana"}, "deadline: found 'banana', expected seconds, or a duration such as 90s"),
+    "no stage": ({"stages": ["warmup"]}, "stages.0: found 'warmup', expected a mapping"),
     "a pass-rate band": ({"stages.harvest.keep": {"pass_rate": [0.9, 0.1]}}, "expected two shares"),
 }  # fmt: skip
 
@@ -62,7 +76,7 @@ def test_bad_input_is_refused_in_one_line_that_says_what_was_found(changes, said
     with pytest.raises(BadInput) as refused:
         checks.check(recipe.load(write(settings)))
     assert said in str(refused.value)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(refused.value) and "more)" not in str(refused.value), "one mistake is one complaint"
 
 
 def one_line(done):
@@ -158,10 +172,18 @@ def test_a_bad_override_is_one_line(override, said, settings, write):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["nosuch"], ["plan"], ["run", "--nosuch"], ["plan", "configs/demo.yaml", "--only", "nosuch"]]
+    ("arguments", "said"),
+    [
+        (["nosuch"], "nosuch"),
+        (["plan"], "Missing argument 'recipe'"),
+        (["run", "--nosuch"], "--nosuch"),
+        (["plan", "configs/demo.yaml", "--only", "nosuch"], "no stage is named nosuch"),
+        (["score", "arithmetic", "--rows", "x"], "Missing option '--completions'"),
+        (["inspect", "configs/demo.yaml", "--stage", "warmup", "--row", "x"], "Invalid value for '--row'"),
+    ],
 )
-def test_bad_arguments_are_one_line(arguments, tmp_path):
-    one_line(run_cli(*arguments, env={"SWITCHBACK_REGISTRY": str(tmp_path)}))
+def test_bad_arguments_are_one_line(arguments, said, tmp_path):
+    assert said in one_line(run_cli(*arguments, env={"SWITCHBACK_REGISTRY": str(tmp_path)}))
 
 
 LATER = {

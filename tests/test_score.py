@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from pipeline import recipe
 from stages.job import BadInput
 from stages.problems import load
 from stages.problems.base import Answer
@@ -112,7 +113,10 @@ def test_a_bad_line_is_named_by_file_and_number(file, line, said, files):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda rows, completions: ["nosuch", rows, completions], "problem.name: found 'nosuch'"),
+        (
+            lambda rows, completions: ["nosuch", rows, completions],
+            "problem.name: found 'nosuch'; there is scheduling, arithmetic, countdown (or give the path of a .py file)",
+        ),
         (lambda rows, completions: ["mine.py", rows, completions], "mine.py is not there, or no regular file"),
         (lambda rows, completions: ["scheduling", rows.parent, completions], "is not there, or no regular file"),
         (lambda rows, completions: ["scheduling", rows, _with(rows, b"{}\n")], "line 1: row: found None"),
@@ -124,6 +128,13 @@ def test_a_wrong_name_or_file_is_one_line(change, said, files):
     name, rows, completions = change(*files)
     done = run_cli("score", name, "--rows", rows, "--completions", completions)
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_setting_without_a_value_is_told_with_one_of_this_command():
+    with pytest.raises(
+        BadInput, match="--set overlap: expected a setting of the problem, = and a value, such as form="
+    ):
+        recipe.problem("scheduling", ["overlap"])
 
 
 def _with(rows, content):

@@ -61,8 +61,10 @@ def exit_code(arguments: list[str]) -> int:  # noqa: PLR0911 - one for each way 
     """Run a command line; whatever goes wrong becomes one line and a code."""
     try:
         code = app(arguments or ["--help"], prog_name="switchback", standalone_mode=False)
-    except (BadInput, typer.TyperException) as error:
+    except BadInput as error:
         return complain(str(error), 2)
+    except typer.TyperException as error:
+        return complain(error.format_message(), 2)  # its str lacks the dashes of an option
     except StageFailed as error:
         return complain(str(error), 1)
     except Refused as error:

@@ -11,6 +11,7 @@ import typer
 
 from pipeline.cli.common import JsonOption, RegistryOption, open_registry, print_json
 from pipeline.compare import Comparison, Pair, compare
+from pipeline.identity import abbreviated
 from pipeline.registry.aliases import resolve
 from pipeline.registry.artifact import printable
 
@@ -58,7 +59,7 @@ def _fields(title: str, fields: Mapping[str, Pair]) -> Iterator[str]:
 
 
 def _value(value: Any) -> str:
-    text = "-" if value is None else encoder.dumps(value, ensure_ascii=False)
+    text = "-" if value is None else abbreviated(encoder.dumps(value, ensure_ascii=False))
     return printable(text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)")
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.common import JsonOption, RegistryOption, open_registry, print_json
+from pipeline.identity import abbreviated
 from pipeline.registry.aliases import resolve
 from pipeline.registry.artifact import printable
 from pipeline.registry.lineage import Ancestor, mermaid
@@ -37,7 +38,9 @@ def lineage(id: Id, registry: RegistryOption = None, json: JsonOption = False, a
 def _tree(ancestor: Ancestor, first: str = "", rest: str = "") -> Iterator[str]:
     """A line a node; `first` is drawn before its own, `rest` before those below it."""
     role = f"{ancestor.role}: " if ancestor.role else ""
-    what = printable(f"{role}{ancestor.id or ancestor.name} ({ancestor.kind}, {_said(ancestor)} {ancestor.key[:12]})")
+    what = printable(
+        f"{role}{ancestor.id or abbreviated(ancestor.name)} ({ancestor.kind}, {_said(ancestor)} {ancestor.key[:12]})"
+    )
     yield f"{first}{what}{f'; {printable(ancestor.note)}' if ancestor.note else ''}"
     for i, inner in enumerate(ancestor.inputs):
         last = i == len(ancestor.inputs) - 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pipeline.identity import key_of
+from pipeline.identity import abbreviated, key_of
 from pipeline.registry.artifact import Artifact, Source
 from pipeline.registry.gc import tombstone
 from pipeline.registry.registry import Registry
@@ -55,7 +55,7 @@ def mermaid(top: Ancestor) -> str:
 
 
 def _draw(node: Ancestor, names: dict[str, str], lines: list[str]) -> str:
-    label = _escaped(f"{node.id or node.name} ({node.kind}, {node.key[:12]})")
+    label = _escaped(f"{node.id or abbreviated(node.name)} ({node.kind}, {node.key[:12]})")
     name = names.setdefault(label, f"n{len(names)}")
     for inner in node.inputs:
         arrow = "-->" if inner.whole else "-.->"

@@ -28,8 +28,8 @@ def write(directory: Path, problem: str) -> list[Path]:
     names = ["recipe.yaml", "my_prompt.md", *(["my_problem.py"] if problem == OWN else [])]
     if there := [name for name in (*names, MODEL) if (directory / name).exists()]:
         raise BadInput(f"{directory / there[0]} is there already and is not overwritten; give another directory")
-    if directory.exists() and not directory.is_dir():
-        raise BadInput(f"{directory} is a file; give a directory, or one that is not there")
+    if file := next((one for one in (directory, *directory.parents) if one.exists() and not one.is_dir()), None):
+        raise BadInput(f"{file} is a file; give a directory, or one that is not there")
     directory.mkdir(parents=True, exist_ok=True)
     shutil.copytree(_tiny_base(), directory / MODEL, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     settings = {"file": "my_problem.py"} if problem == OWN else {"name": problem, **SETTINGS.get(problem, {})}

@@ -137,12 +137,16 @@ def allotted(rows: Iterator[R], split: Split) -> Iterator[R]:
             return
 
 
+class TooFew(BadInput):
+    """Fewer rows than a range asks for; whoever knows the field that asks names it."""
+
+
 def taken(rows: Iterator[R], start: int, stop: int) -> list[R]:
-    """Rows start..stop. Raises BadInput when there are fewer."""
+    """Rows start..stop. Raises TooFew when there are fewer."""
     found = list(islice(rows, stop))
     if len(found) < stop:
-        raise BadInput(
-            f"rows: found {start}:{stop}, but the problem has only {len(found)} in this split; ask for fewer, or for harder rows"
+        raise TooFew(
+            f"the problem has only {len(found)} in this split, but row {stop - 1} was asked for; ask for fewer, or for harder rows"
         )
     return found[start:]
 

@@ -17,7 +17,7 @@ from typing import Any, cast
 from stages.guard import Guard, Reply
 from stages.job import SPLITS, BadInput, Split
 from stages.problems import files
-from stages.problems.base import Answer, Judgement, Row, allotted
+from stages.problems.base import Answer, Judgement, Row, TooFew, allotted
 from stages.problems.own_file import are_rewards, failed, outcome_of, too_few
 from stages.problems.own_row import OwnRow, own_row
 from stages.problems.settings import DatasetProblem
@@ -26,6 +26,8 @@ OUTCOMES = ("failed", "unscored", "wrong", "partial", "passed")
 """failed: it could not be judged; unscored: the first reward does not apply to the row; wrong: score 0; partial: some score below 1."""
 BATCH = 16
 """Answers of one call."""
+TEXTS = ("prompt", "gold")
+"""Settings whose column holds text in every row; an answer may be anything."""
 OURS = ("prompt", "prompts", "completions", "completion_ids", "id", "trainer_state", "log_extra", "log_metric")
 """What a reward is given under these names is not a column."""
 
@@ -64,14 +66,14 @@ class Dataset:
         return sorted({name for row in self._all for name in row.values} - {*OURS})
 
     def rows(self, split: Split, start: int, stop: int, seed: int) -> list[Row]:
-        """The rows of a split; training rows in the order that the seed names. Raises BadInput where there are fewer."""
+        """The rows of a split; training rows in the order that the seed names. Raises TooFew where there are fewer."""
         order = list(self._all)
         self._refuse_missing(self._columns)
         random.Random(seed if split == "train" else split).shuffle(order)
         found = list(islice(allotted(iter(order), split), start, stop))
         if len(found) < stop - start:
             counts = {each: sum(1 for _ in allotted(iter(order), each)) for each in SPLITS}
-            raise BadInput(too_few(self.settings.dataset, split, stop, counts))
+            raise TooFew(too_few(self.settings.dataset, split, stop, counts))
         return list(found)
 
     def _refuse_missing(self, columns: Collection[str]) -> None:
@@ -86,15 +88,16 @@ class Dataset:
 
     def row(self, columns: Mapping[str, Any]) -> OwnRow:
         """Raises BadInput for a line that lacks a column that the recipe names."""
-        for role, column in (("prompt", self.settings.prompt), ("answer", self.settings.answer)):
+        for role in ("prompt", "answer", "gold"):
+            column = getattr(self.settings, role)
             if column is not None and columns.get(column) is None:
                 raise BadInput(
                     f"problem.{role}: a row of {self.settings.dataset} has no {column!r}; it has {', '.join(columns) or 'nothing'}"
                 )
-        if not isinstance(columns[self.settings.prompt], str):
-            raise BadInput(
-                f"problem.prompt: {self.settings.prompt!r} of {self.settings.dataset} is {type(columns[self.settings.prompt]).__name__}, expected text"
-            )
+            if column is not None and role in TEXTS and not isinstance(columns[column], str):
+                raise BadInput(
+                    f"problem.{role}: {column!r} of {self.settings.dataset} is {type(columns[column]).__name__}, expected text"
+                )
         return own_row(columns, self.settings.prompt)
 
     def demonstration(self, row: Row, rng: random.Random) -> str:
@@ -102,8 +105,8 @@ class Dataset:
         raise BadInput(f"{self.settings.dataset}: a dataset problem has no demonstrations; give the sft stage a .jsonl")
 
     def baselines(self, row: Row, rng: random.Random) -> Mapping[str, str]:
-        """None are known."""
-        return {}
+        """What the column `gold` says; nothing where the recipe names none."""
+        return {"gold": str(row.columns()[self.settings.gold])} if self.settings.gold else {}
 
     def judge(self, answers: Sequence[Answer]) -> list[Judgement]:
         """Raises TooManyFailures."""

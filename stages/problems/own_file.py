@@ -11,7 +11,7 @@ from typing import Any
 
 from stages.guard import Guard, Reply
 from stages.job import BadInput, Split
-from stages.problems.base import Answer, Judgement, Row
+from stages.problems.base import Answer, Judgement, Row, TooFew
 from stages.problems.own_row import own_row
 from stages.problems.settings import FileProblem
 
@@ -42,11 +42,11 @@ class OwnFile:
         return self._about["weights"]
 
     def rows(self, split: Split, start: int, stop: int, seed: int) -> list[Row]:
-        """Raises BadInput when the file has fewer."""
+        """Raises TooFew when the file has fewer."""
         asked = {"split": split, "start": start, "stop": stop, "seed": seed}
         said = self.guard.one("rows", asked, ROWS_LIMIT)
         if "counts" in said:
-            raise BadInput(too_few(self.name, split, stop, said["counts"]))
+            raise TooFew(too_few(self.name, split, stop, said["counts"]))
         return [own_row(columns) for columns in said["rows"]]
 
     def row(self, columns: Mapping[str, Any]) -> Row:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import model_validator
 
-from stages.config import Config, FromList, Seconds, execution, identity, resolved
+from stages.config import MAPPING, WORD, Config, FromList, Seconds, WordOrMapping, execution, identity, resolved
 from stages.guard import Limits
 from stages.rewards import LARGEST_WEIGHT
 
@@ -64,6 +64,9 @@ class RewardSettings(Config):
         return self.name.rpartition(":")[0] or None
 
 
+Reward = Annotated[Annotated[str, WORD] | Annotated[RewardSettings, MAPPING], WordOrMapping]
+
+
 def _reward(value: str | RewardSettings) -> RewardSettings:
     return RewardSettings(name=value) if isinstance(value, str) else value
 
@@ -73,12 +76,15 @@ class DatasetProblem(OwnCode):
 
     dataset: str = resolved()
     """Hub id as written, or path of a .jsonl file, identified by its bytes."""
-    rewards: Annotated[tuple[str | RewardSettings, ...], FromList] = identity(min_length=1)
+    rewards: Annotated[tuple[Reward, ...], FromList] = identity(min_length=1)
     """Names of rewards, or file.py:function, or {name, weight, arguments}. The first is the score too, clipped to 0..1."""
     prompt: str = identity("prompt")
     """Column with the question."""
     answer: str | None = identity(None)
     """Column with the reference answer, which rewards get as `solution` too. Off: none."""
+    gold: str | None = execution(None)
+    """Column with the best completion there is, as text, which the audit plays; it decides no result. Off: none, and the audit cannot say whether the best
+    answer is the best paid."""
     config: str | None = identity(None)
     """Configuration of a hub dataset. Off: its default."""
     split: str = identity("train")
