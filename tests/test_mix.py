@@ -72,6 +72,19 @@ def test_a_larger_share_draws_the_same_lines_and_more():
     assert small != set(mix.drawn("s", list(range(100)), 100, 0.1, 4))
 
 
+def test_every_pass_of_a_grpo_stage_has_an_order_of_its_own():
+    """The first is that in which the rows were drawn; steps of 3 rows of 9 are passes of 3 steps."""
+    passes = [[row for step in range(3) for row in mix.of_step(range(9), 3, 3 * n + step, 0)] for n in range(6)]
+    assert passes[0] == [*range(9)] and all(sorted(rows) == [*range(9)] for rows in passes)
+    assert len({tuple(rows) for rows in passes}) == 6
+
+
+def test_a_step_may_take_all_there_is_and_no_more():
+    assert sorted(mix.drawn_by_steps("rl1", range(4), 4, 9, 0)) == [0, 1, 2, 3]
+    with pytest.raises(BadInput, match="every step takes 5 rows, but its data have 4"):
+        mix.drawn_by_steps("rl1", range(4), 5, 9, 0)
+
+
 def test_the_rows_are_those_of_the_file_after_the_own_ones(tmp_path):
     path = general(tmp_path / "general.jsonl")
     alone = {row.row: row for row in data.conversations(path, FORMAT, make_tokenizer())}

@@ -10,8 +10,13 @@ import pytest
 from datasets import load_dataset
 
 from pipeline.registry import Registry
-from stages import tokens
-from tests.conftest import LEARNED, run_cli, stage
+from stages import dataset, models, problems, rejection, rollouts, tokens
+from stages.job import BadInput, Job
+from stages.selection import Choice, Keep, Pool, candidate
+from tests.conftest import LEARNED, TINY_BASE, run_cli, stage
+from tests.models import make_tokenizer
+from tests.test_data import FORMAT
+from tests.test_preflight import job
 
 
 def newest(registry: Registry, name: str):
@@ -212,3 +217,117 @@ def test_rows_that_training_never_met_are_refused(reused, write):
         done.returncode == 2
         and "has no rollout of these rows and steps; look at rows and training_steps" in done.stderr
     )
+
+
+ROLLOUT = {"row": "", "sample": 0, "step": 1, "ids": [5, 6, 7, 8], "prefix": 2, "text": "x", "finished": True, "score": 0.5, "outcome": "valid",
+           "rewards": {"format": 1.0}, "failure": None}  # fmt: skip
+HOW = {"seed": 3, "temperature": 1.0, "max_completion_length": 8}
+
+
+def from_a_log(directory: Path, lines, change=None, **config) -> Job:
+    """A job that harvests the log of a grpo stage on the tiny base, with these rollouts of each of 50 rows; `change` is what another tokenizer or Format
+    did to its card."""
+    one = job(TINY_BASE, {"kind": "rejection"}, directory)
+    given = {
+        "config": {"name": "rejection", "kind": "rejection", "policy": "rl1", "source": "training", **config},
+        "inputs": {**one.inputs, "training": str(directory / "log")},
+        "sources": {"policy": "rl1-00000000", "training": "rl1-00000000"},
+    }
+    one = one.model_copy(update=given)
+    tokenizer = models.load_tokenizer(str(TINY_BASE))
+    each = [{**ROLLOUT, "row": row.id, **line} for row in problem_rows(one) for line in lines]
+    rollouts.write(directory / "log", each, {**rollouts.card(tokenizer, one, 1.0, 8), **(change or {})})
+    return one
+
+
+def problem_rows(one: Job):
+    assert one.problem is not None and one.rows is not None
+    return problems.rows(problems.load(one.problem), one.rows)
+
+
+def drawn(one: Job) -> list[int]:
+    """Which of each row's rollouts are the control."""
+    assert rejection.run(one).outputs["control"] == "control"
+    return [row.provenance["sample"] for row in tokens.read(Path(one.out, "control"))]
+
+
+def test_a_control_is_drawn_anew_for_every_row_and_every_seed(tmp_path):
+    """50 rows of 8 rollouts: were one number to decide for all, every row would have the same."""
+    lines = [{"sample": i, "ids": [5, 6, 7, 8 + i]} for i in range(8)]
+    one = from_a_log(tmp_path, lines, control="random", keep={"min_score": 0.5, "per_prompt": 1})
+    found = drawn(one)
+    assert len(found) == 50 and set(found) == set(range(8))
+    assert drawn(one) == found != drawn(one.model_copy(update={"seed": 1}))
+
+
+def test_the_metrics_tell_how_many_pass_and_what_all_are_worth_and_failures_are_told(tmp_path):
+    """Of four rollouts of a row, two passed, with half a point and a quarter, and one could not be judged."""
+    answers = [
+        {"score": 0.5},
+        {"score": 0.25},
+        {"score": 0.0},
+        {"score": 0.0, "failure": "timeout", "rewards": {"format": None}},
+    ]
+    one = from_a_log(tmp_path, [{**line, "sample": i} for i, line in enumerate(answers)], keep={"min_score": 0.5})
+    result = rejection.run(one)
+    assert (result.metrics["rollouts"], result.metrics["kept"]) == (200, 50)
+    assert (result.metrics["pass_rate"], result.metrics["score"]) == (0.5, 0.1875)
+    (finding,) = result.findings
+    assert finding.rule == "answers_not_judged" and finding.evidence == {"timeout": 50.0, "answers": 200.0}
+    assert rejection.run(from_a_log(tmp_path, [{"sample": i} for i in range(2)])).findings == ()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"tokenizer": "other"}, {"format": FORMAT.model_dump(mode="json")}],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_log_that_another_tokenizer_or_format_made_is_refused_in_one_line(change, tmp_path):
+    with pytest.raises(
+        BadInput, match=r"^rejection: the rollouts of rl1-00000000 were dressed in another Format [^\n]+$"
+    ):
+        rejection.run(from_a_log(tmp_path, [{}], change))
+
+
+def pool(*lines) -> Pool:
+    """Of one row, with the first line as the best and the others not kept."""
+    one = job(TINY_BASE, {"kind": "rejection"}, Path())
+    row = problem_rows(one)[0]
+    told = [{**ROLLOUT, "row": row.id, **line} for line in lines]
+    choices = [Choice(None, 1), *[Choice("per_prompt", None)] * (len(told) - 1)]
+    return Pool(row, told, [candidate(line, {"format": 1.0}, bool) for line in told], choices)
+
+
+def test_each_row_is_told_by_whom_and_how_it_was_sampled():
+    """A rollout with a step by the policies of the training, one without by the policy that stood still."""
+    sampled = dataset.Sampled({**HOW, "policy": "now"}, {**HOW, "policy": "then", "temperature": 0.7})
+    mixed = pool({"step": 4}, {"step": None})
+    rows = dataset.rows(make_tokenizer(), FORMAT, [mixed], [[0, 1]], sampled, "random")
+    told = [(row.provenance["step"], row.provenance["policy"], row.provenance["temperature"]) for row in rows]
+    assert told == [(4, "then", 0.7), (None, "now", 1.0)]
+
+
+def test_a_reward_that_there_is_none_of_is_null_and_json(tmp_path):
+    nothing = pool({"rewards": {"format": None}}, {"rewards": {"format": 0.25}})
+    told = [*dataset.told([nothing])]
+    assert [line["reward"] for line in told] == [None, 0.25]
+    assert json.loads(json.dumps(told, allow_nan=False)) == told
+    sampled = dataset.Sampled(None, {**HOW, "policy": "then"})
+    rows = dataset.rows(make_tokenizer(), FORMAT, [nothing], [[0, 1]], sampled)
+    tokens.write(tmp_path, rows, {})
+    assert [row.provenance["reward"] for row in tokens.read(tmp_path)] == [None, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("control", "title"), [(None, "Completions that were kept as the best"), ("random", "Completions that were drawn at random, a control")]
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("source", "told"), [("fresh", "a policy"), ("training", "a policy's training"), ("both", "a policy and its training")]
+)  # fmt: skip
+def test_the_card_says_of_how_many_which_whence_and_why(control, title, source, told, tmp_path):
+    rows = [tokens.TokenRow("r", [1, 2], "uc")]
+    about = {"keep": Keep().model_dump(mode="json"), "source": source, "funnel": {"sampled": 7, "judged": 5, "kept": 1}}
+    dataset.write(tmp_path, rows, {**about, **({"control": control} if control else {})})
+    text = (tmp_path / "README.md").read_text()
+    assert f"# {title}\n\n1 of 7 rollouts, from {told}. " in text
+    assert "| sampled | 7 |\n| judged | 5 |\n| kept | 1 |\n" in text

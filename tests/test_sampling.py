@@ -252,6 +252,36 @@ def test_what_was_sampled_before_a_death_is_found_in_other_batches_too(tmp_path)
         assert sum(map(len, fresh.asked)) == 25, f"{other} is another question"
 
 
+@pytest.mark.parametrize(
+    ("change", "samples"),
+    [
+        ({}, 0),
+        ({"seed": 1}, 2),
+        ({"keys": ["a", "x"]}, 1),
+        ({"prompts": [PROMPTS[0], PROMPTS[2]]}, 1),
+        ({"policy": "other"}, 2),
+        ({"decoding": Decoding(0.9, 4)}, 2),
+        ({"decoding": Decoding(1.0, 5)}, 2),
+        ({"decoding": Decoding(1.0, 4, samples=2)}, 2),
+        ({"engine": {"name": "another"}}, 2),
+        ({"engine": {"ends": frozenset({1})}}, 2),
+        ({"engine": {"batch_tokens": 1}}, 0),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_committed_answers_only_the_very_same_question(change, samples, tmp_path):
+    """How many of two sequences are sampled anew when one thing is another; two samples of each need the second ones."""
+
+    def sampled(policy="policy", engine=None, **question):
+        asking = {"prompts": PROMPTS[:2], "keys": KEYS[:2], "decoding": Decoding(1.0, 4), "seed": 0, **question}
+        asked = Recording(MODEL, **{"ends": ENGINE.ends, "pad": ENGINE.pad, "batch_tokens": 2**17, **(engine or {})})
+        sample(asked, **asking, chunks=Chunks(tmp_path, policy))
+        return sum(map(len, asked.asked))
+
+    assert sampled() == 2
+    assert sampled(**change) == samples
+
+
 ENGINE_ENDING = engine_of(ending())
 
 

@@ -30,6 +30,20 @@ def one(score: float = 1.0, *, sample: int = 0, ids: tuple[int, ...] | None = No
     return Candidate(**{"ids": ids, "score": score, "sample": sample, **fields, **more})
 
 
+LINE = {
+    "ids": [7, 7, 5, 6],
+    "prefix": 2,
+    "text": "yes",
+    "finished": True,
+    "failure": None,
+    "score": 0.5,
+    "rewards": {"a": 0.25},
+    "sample": 4,
+    "step": 9,
+}
+"""A rollout as `rollouts.line` has it."""
+
+
 def group(*scores: float, ids: list[int] | None = None) -> list[Candidate]:
     """One rollout a score, with ids of its own unless they are given."""
     numbers = ids or range(len(scores))
@@ -93,10 +107,89 @@ def test_a_reward_is_the_weighted_sum_of_the_components_that_apply():
 
 
 @pytest.mark.parametrize(
+    ("change", "field", "expected"),
+    [
+        ({}, "judged", True),
+        ({"failure": "timeout"}, "judged", False),
+        ({}, "passed", True),
+        ({"failure": "timeout"}, "passed", False),
+        ({"score": 0.4}, "passed", False),
+        ({}, "finished", True),
+        ({"finished": False}, "finished", False),
+        ({}, "sample", 4),
+        ({}, "length", 2),
+        ({}, "ids", (7, 7, 5, 6)),
+        ({}, "text", "yes"),
+        ({}, "step", 9),
+        ({"step": None}, "step", None),
+        ({}, "score", 0.5),
+        ({}, "reward", 0.5),
+        ({"rewards": {"a": None}}, "reward", float("-inf")),
+    ],
+)
+def test_rules_see_of_a_rollout_what_its_line_says(change, field, expected):
+    """With a pass from half a point on, which a failure never is, though its score of 0 may be enough for the problem."""
+    found = candidate({**LINE, **change}, {"a": 2.0}, lambda score: score >= 0.5)
+    assert getattr(found, field) == expected
+    if "failure" in change:
+        assert not candidate({**LINE, **change}, {"a": 2.0}, lambda score: True).passed
+
+
+def test_left_alone_it_keeps_two_of_a_row_that_are_all_but_perfect():
+    assert kept(group(0.98, 1.0, 0.99, 1.0), Keep()) == [1, 3]
+    assert kept(group(0.98, 0.99), Keep()) == [1]
+    assert kept(group(1.0, 1.0, ids=[5, 5]), Keep()) == [0]
+
+
+@pytest.mark.parametrize("band", [(-0.1, 0.5), (0.5, 1.1), (0.9, 0.1)])
+def test_a_band_is_two_shares_in_order(band):
+    with pytest.raises(ValueError, match=r"pass_rate: found \["):
+        Keep(pass_rate=band)
+
+
+BAD = {"judged": False, "passed": False}
+BREAKS = [
+    ("judged", {}, BAD),
+    ("pass_rate", {"pass_rate": (0.5, 1)}, {"passed": False}),
+    ("finished", {}, {"finished": False}),
+    ("min_score", {"min_score": 0.5}, {"score": 0.4}),
+    ("min_reward", {"min_reward": 0.5}, {"reward": 0.4}),
+    ("max_length", {"max_length": 9}, {"length": 10}),
+    ("dedup", {"dedup": "exact"}, {"ids": (1, 2, 3, 4)}),
+    ("max_similarity", {"max_similarity": 0.1}, {"ids": (1, 2, 3, 4)}),
+    ("per_prompt", {"per_prompt": 1}, {}),
+]  # fmt: skip
+"""Rule -> settings with which it drops something, and what it drops beside `BETTER`."""
+BETTER = one(0.9, sample=0, ids=(1, 2, 3, 4), passed=True)
+
+
+@pytest.mark.parametrize(("first", "second"), [*combinations(BREAKS, 2)], ids=lambda rule: rule[0])
+def test_a_rollout_that_two_rules_would_drop_is_counted_by_the_first(first, second):
+    """In the order of docs/rejection.md, which is that of BREAKS."""
+    flawed = replace(one(0.8, sample=1, ids=(5, 6, 7, 8)), **{**first[2], **second[2]})
+    others = [BETTER] if {first[0], second[0]} & {"dedup", "max_similarity", "per_prompt"} else []
+    if "pass_rate" in (first[0], second[0]):
+        others = [replace(each, passed=False) for each in others]
+    keep = Keep(**{**ANY.model_dump(), **first[1], **second[1]})
+    assert select([flawed, *others], keep)[0].dropped_by == first[0]
+
+
+def test_a_completion_that_was_cut_counts_in_the_pass_rate():
+    """It was judged, and did not pass: a row whose answers are mostly too long is a hard one."""
+    assert kept([one(sample=0), one(0.0, sample=1, finished=False)], Keep(pass_rate=(0.6, 1))) == []
+    assert kept([one(sample=0), one(0.0, sample=1, finished=False)], Keep(pass_rate=(0.5, 1))) == [0]
+
+
+def test_a_reward_that_is_exactly_the_least_is_enough():
+    assert kept([one(sample=0, reward=0.5), one(sample=1, reward=0.49)], Keep(min_reward=0.5)) == [0]
+
+
+@pytest.mark.parametrize(
     ("a", "b", "same"),
     [
         ("Yes,  it\nis ", "yes, it is", True),
         ("ﬁne", "FINE", True),
+        ("x²", "x2", True),
         ("straße", "STRASSE", True),
         ("1 2", "12", False),
         ("yes.", "yes", False),
