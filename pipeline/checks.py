@@ -13,7 +13,8 @@ from pathlib import Path
 import yaml
 
 import prompts
-from pipeline.recipe import Box, DatasetProblem, FileProblem, Recipe, nearest
+from pipeline.complaints import nearest
+from pipeline.recipe import Box, DatasetProblem, FileProblem, Recipe
 from stages.config import RESERVED_NAMES, FormatSettings
 from stages.grpo import GrpoConfig
 from stages.job import BadInput, parse_rows

@@ -7,8 +7,9 @@ from functools import cache
 from typing import Any, Literal, NamedTuple
 
 from pipeline import checks
+from pipeline.complaints import nearest
 from pipeline.identity import abbreviated, changes
-from pipeline.recipe import Recipe, nearest
+from pipeline.recipe import Recipe
 from pipeline.registry import Artifact, Registry
 from pipeline.steps import Step, base_of, steps
 from stages.config import Frozen

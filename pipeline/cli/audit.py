@@ -17,9 +17,10 @@ from pipeline import plan as planning
 from pipeline.cli.common import JsonOption, RecipeArgument, RegistryOption, SetOption, open_registry, print_json
 from pipeline.cli.progress import Progress
 from pipeline.cli.tables import SEVERITY_STYLE, console, show, table
+from pipeline.complaints import nearest
 from pipeline.launch import Launcher
 from pipeline.plan import Planned
-from pipeline.recipe import load, nearest
+from pipeline.recipe import load
 from pipeline.refused import refuse
 from stages.audit import Report
 from stages.audit_rules import Line
