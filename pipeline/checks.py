@@ -17,7 +17,7 @@ from pipeline.complaints import nearest
 from pipeline.recipe import Box, DatasetProblem, FileProblem, Recipe
 from stages.config import RESERVED_NAMES, FormatSettings
 from stages.grpo import GrpoConfig
-from stages.job import BadInput, parse_rows
+from stages.job import BadInput, RowRange, parse_rows
 from stages.rejection import CONTROL, RejectionConfig
 from stages.sft import DEMONSTRATIONS, SftConfig
 
@@ -125,9 +125,10 @@ def _has_a_log(recipe: Recipe, stage: RejectionConfig) -> None:
             f"stages.{stage.name}.source: found {stage.source!r}, but its policy {stage.policy} is no grpo stage, which would have logged what it sampled; set source: fresh"
         )
     trained = next(other for other in recipe.stages if isinstance(other, GrpoConfig) and other.name == stage.policy)
-    if stage.training_steps and stage.training_steps[0] > trained.steps:
+    if stage.training_steps and stage.training_steps[1] > trained.steps:
         raise BadInput(
-            f"stages.{stage.name}.training_steps: found {list(stage.training_steps)}, but {stage.policy} has {trained.steps} steps"
+            f"stages.{stage.name}.training_steps: found {list(stage.training_steps)}, but {stage.policy} has {trained.steps} steps;"
+            f" expected two of 1 to {trained.steps}"
         )
     if stage.format is not None:
         raise BadInput(
@@ -160,6 +161,19 @@ def _rows_fit(name: str, stage: Box, recipe: Recipe) -> None:
         raise BadInput(
             f"stages.{name}.rows: {rows} has {count} rows, fewer than one generation batch of prompts_per_step={stage.prompts_per_step};"
             " TRL would train 0 steps. Give it more rows, or lower prompts_per_step"
+        )
+    if isinstance(stage, RejectionConfig) and stage.source == "training":
+        _were_trained_on(stage, rows, recipe)
+
+
+def _were_trained_on(stage: RejectionConfig, rows: RowRange, recipe: Recipe) -> None:
+    """A log has no other rows than those of the stage that wrote it."""
+    trained = next(other for other in recipe.stages if isinstance(other, GrpoConfig) and other.name == stage.policy)
+    theirs = parse_rows(trained.rows, recipe.seed)
+    if not theirs.start <= rows.start < rows.stop <= theirs.stop:
+        raise BadInput(
+            f"stages.{stage.name}.rows: found {rows}, but {stage.policy} is trained on {theirs}, and source: training has no others;"
+            " ask for some of these, or set source: both"
         )
 
 

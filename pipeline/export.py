@@ -1,6 +1,6 @@
 """One way out of the registry: an artifact becomes a plain directory that needs no switchback.
 
-    policy: what `from_pretrained` loads, the adapter in adapter/, README.md     data: its data directory, README.md
+    policy: what `from_pretrained` loads, the adapter in adapter/, README.md     data, control: its directory, README.md
 
 What is of the registry stays there: the manifest (it names hosts and runs; the card says what a reader needs of it), logs of metrics, loss maps,
 rollouts. A policy still shows what it was trained with: its serving template ends in the prefix, beside the training template, and a stage that
@@ -22,14 +22,18 @@ from typing import NamedTuple
 from pipeline import model_card
 from pipeline.launch import StageFailed
 from pipeline.registry import Artifact, File, Registry
+from pipeline.registry.aliases import resolve
 from stages.disk import sync, sync_tree
 from stages.job import MANIFEST, BadInput
 from stages.loss_map import FILE as LOSS_MAP
 from stages.metrics import FILE as METRICS
+from stages.rejection import CONTROL
 
 CARD = "README.md"
 OURS = (MANIFEST, METRICS, LOSS_MAP, CARD)
 """Files beside a policy that are not the model."""
+EXPORTED = ("policy", "data", CONTROL)
+"""Outputs that can leave. One of the first two is what an artifact is for; the control of its data is asked for by name."""
 BESIDE = ("adapter",)
 """Outputs that go with a policy; each of its other outputs is an artifact's own."""
 BLOCK = 2**20
@@ -45,13 +49,20 @@ class Exported(NamedTuple):
     """Bytes of all files."""
 
 
-def export(registry: Registry, artifact: Artifact, directory: Path) -> Exported:
-    """Write an artifact's policy or data to a directory that is not there, or empty. Nothing is left behind when it fails; killed outright, it leaves
-    a hidden `.<name>.<hex>.partial` beside it.
+def named(registry: Registry, name: str) -> tuple[Artifact, str]:
+    """The artifact and the output that `ID` or `ID:output` names; an alias does as well. Raises BadInput where there is none."""
+    id, colon, output = name.partition(":")
+    artifact = resolve(registry, id)
+    return artifact, output_of(artifact, output if colon else None)
 
-    Raises BadInput when the directory cannot be had, or the artifact holds neither or is void; StageFailed when a file is not what was published.
+
+def export(registry: Registry, artifact: Artifact, directory: Path, output: str | None = None) -> Exported:
+    """Write an output of an artifact, or its policy or data, to a directory that is not there, or empty. Nothing is left behind when it fails; killed
+    outright, it leaves a hidden `.<name>.<hex>.partial` beside it.
+
+    Raises BadInput when the directory cannot be had, the artifact does not hold it, or is void; StageFailed when a file is not what was published.
     """
-    output = output_of(artifact)
+    output = output_of(artifact, output)
     if not registry.usable(artifact):
         raise BadInput(f"{artifact.id} is void: the registry no longer vouches for it; run its recipe to make it again")
     with _writing(registry, directory) as partial:
@@ -62,13 +73,23 @@ def export(registry: Registry, artifact: Artifact, directory: Path) -> Exported:
     return _listed(directory.resolve())
 
 
-def output_of(artifact: Artifact) -> str:
-    """Which output is exported: policy, or data. Raises BadInput for an artifact without either."""
-    if found := next((output for output in ("policy", "data") if output in artifact.outputs), None):
-        return found
-    raise BadInput(
-        f"{artifact.id} is of kind {artifact.kind} and holds neither a policy nor data; switchback ls shows what there is"
-    )
+def output_of(artifact: Artifact, asked: str | None = None) -> str:
+    """Which output is exported: the one that is asked for, else policy, or data. Raises BadInput for an artifact that does not have it."""
+    there = [output for output in EXPORTED if output in artifact.outputs]
+    if not there:
+        raise BadInput(
+            f"{artifact.id} is of kind {artifact.kind} and holds neither a policy nor data; switchback ls shows what there is"
+        )
+    if asked is not None and asked not in there:
+        raise BadInput(
+            f"{artifact.id}:{asked} cannot be exported; expected {artifact.id}:{f' or {artifact.id}:'.join(there)}"
+        )
+    return there[0] if asked is None else asked
+
+
+def called(artifact: Artifact, output: str) -> str:
+    """The artifact's id; with the output where that is not the one that it is for."""
+    return artifact.id if output == output_of(artifact) else f"{artifact.id}:{output}"
 
 
 def files_of(artifact: Artifact, output: str) -> dict[str, File]:

@@ -1,6 +1,6 @@
 """The card of an exported artifact: its README.md, with the front matter that the hub reads.
 
-    artifact + what the registry knows around it (lineage, evaluations, the run's recipe) -> facts -> cards/<output>.md.jinja -> text
+    artifact + what the registry knows around it (lineage, evaluations, the run's recipe) -> facts -> cards/*.md.jinja -> text
 
 Nothing on a card is of this machine: no host, no user, and of a path only its last part. Scores stand with their interval, n, seeds and decoding,
 from the base to the artifact; the evaluations they are read from are verified first.
@@ -23,6 +23,7 @@ from pipeline.registry import Artifact, Registry
 from pipeline.registry.lineage import Ancestor, lineage
 from pipeline.registry.verify import verify
 from stages.job import Evaluation, read_evaluation
+from stages.rejection import CONTROL
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -44,11 +45,12 @@ class Scored(NamedTuple):
 
 
 def card(registry: Registry, artifact: Artifact, output: str) -> str:
-    """README.md of an artifact of which `output` (policy or data) is exported. Raises StageFailed where a score is no longer what was published."""
+    """README.md of an artifact of which `output` (policy, data or control) is exported. Raises StageFailed where a score is no longer what was published."""
     top = lineage(registry, artifact)
     nodes = list(_nodes(top))
     facts = {
         "artifact": artifact,
+        "control": output == CONTROL,
         "front_matter": yaml.safe_dump(_front_matter(artifact, output, nodes), sort_keys=False, allow_unicode=True),
         "base": shown_name(_base(nodes).name),
         "lineage": list(_lineage_lines(registry, top, set())),
@@ -59,7 +61,7 @@ def card(registry: Registry, artifact: Artifact, output: str) -> str:
         "funnel": _funnel(artifact),
         "version": version("switchback"),
     }
-    return _templates().get_template(f"{output}.md.jinja").render(facts)
+    return _templates().get_template("policy.md.jinja" if output == "policy" else "data.md.jinja").render(facts)
 
 
 def shown_name(place: str) -> str:
@@ -119,7 +121,7 @@ def _base(nodes: list[Ancestor]) -> Ancestor:
 def _front_matter(artifact: Artifact, output: str, nodes: list[Ancestor]) -> dict[str, Any]:
     """What the hub reads. `base_model` and `datasets` are left out for what is not on the hub: it refuses any other name."""
     tags = ["switchback", "trl", artifact.kind, *(["lora"] if "adapter" in artifact.outputs else [])]
-    if output == "data":
+    if output != "policy":
         return {"tags": tags, "configs": [{"config_name": "default", "data_files": "rows.parquet"}]}
     base, dataset = _base(nodes).name, (artifact.identity.get("problem") or {}).get("dataset")
     found: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}

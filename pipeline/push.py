@@ -16,17 +16,18 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.export import export, output_of
+from pipeline.export import called, export, output_of
 from pipeline.launch import StageFailed
 from pipeline.registry import Artifact, Registry
 from stages.job import BadInput
+from stages.rejection import CONTROL
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
 TARGET = re.compile(r"hf://(?P<repo>\w[\w.-]*/\w[\w.-]*)")
-REPOSITORY = {"policy": "model", "data": "dataset"}
+REPOSITORY = {"policy": "model", "data": "dataset", CONTROL: "dataset"}
 """Output -> kind of repository that it becomes."""
 REFUSED = {
     401: "the hub does not know the token; run hf auth login, or set HF_TOKEN to one that may write",
@@ -70,15 +71,20 @@ def repository(target: str) -> str:
 
 
 def push(
-    registry: Registry, artifact: Artifact, target: str, public: bool = False, revision: str | None = None
+    registry: Registry,
+    artifact: Artifact,
+    target: str,
+    public: bool = False,
+    revision: str | None = None,
+    output: str | None = None,
 ) -> Pushed:
-    """Export an artifact and commit it to the hub. `revision` is a branch, made when it is not there. The repository is made first, so one that is new
+    """Export an artifact, or one output of it, and commit it to the hub. `revision` is a branch, made when it is not there. The repository is made first, so one that is new
     stays behind, empty, when the artifact turns out to be damaged.
 
     Raises BadInput for a bad target, without a token, for a name or token that the hub refuses, and for a repository that is public while `public` was
     not said; StageFailed for a damaged artifact, and when the hub fails.
     """
-    repo, output = repository(target), output_of(artifact)
+    repo, output = repository(target), output_of(artifact, output)
     token = _token()
     with _one_line(target, token), tempfile.TemporaryDirectory(prefix="switchback-push-") as temporary:
         from huggingface_hub import HfApi
@@ -90,8 +96,8 @@ def push(
             raise BadInput(f"push: {target} is there and public; say --public to push to it, or choose another name")
         if revision:
             api.create_branch(repo, repo_type=kind, branch=revision, exist_ok=True)
-        done = export(registry, artifact, Path(temporary, "export"))
-        commit = _commit(api, repo, kind, revision, done.directory, artifact.id)
+        done = export(registry, artifact, Path(temporary, "export"), output)
+        commit = _commit(api, repo, kind, revision, done.directory, called(artifact, output))
     return Pushed(f"{url}/tree/{revision}" if revision else str(url), commit, private)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import model_validator
 
 from stages.config import FromList, StageConfig, identity, resolved
-from stages.job import BadInput, Format, Job, Result
+from stages.job import BadInput, Finding, Format, Job, Result
 from stages.selection import Keep, Pool, candidate, control, funnel, select
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class RejectionConfig(StageConfig):
 
 
 def run(job: Job) -> Result:
-    """Write data/, rollouts/ and, where it is asked for, control/. Raises BadInput for a log of rollouts that another tokenizer or Format made."""
+    """Write data/, rollouts/ and, where it is asked for, control/. Raises BadInput for a log that another tokenizer or Format made, or that has none of the rows."""
     from stages import dataset, failures, models, problems, ranks, rollouts
 
     config, out = RejectionConfig.model_validate(job.config), Path(job.out)
@@ -82,6 +82,7 @@ def run(job: Job) -> Result:
     tokenizer = models.load_tokenizer(models.local_path(job.inputs["policy"], weights=False), job.format)
     card = rollouts.card(tokenizer, job, config.temperature, config.max_completion_length)
     logged, training = _logged(job, config, rows, card) if config.source != "fresh" else ({}, None)
+    missing = _missing(job, config, rows, logged) if config.source != "fresh" else ()
     pools = [_pool(row, [*fresh.get(row.id, []), *logged.get(row.id, [])], config.keep, problem) for row in rows]
     sampled = dataset.Sampled(card["sampling"] if config.source != "training" else None, training)
     card = {**card, "sampling": sampled._asdict()}
@@ -97,7 +98,10 @@ def run(job: Job) -> Result:
         outputs[CONTROL] = CONTROL
     found = failures.found(job.name, problem, (line["failure"] for pool in pools for line in pool.lines))
     return Result(
-        outputs=outputs, metrics=_metrics(pools), findings=found, format=Format.model_validate(card["format"])
+        outputs=outputs,
+        metrics=_metrics(pools),
+        findings=(*missing, *found),
+        format=Format.model_validate(card["format"]),
     )
 
 
@@ -138,6 +142,26 @@ def _logged(
             f"{job.name}: the log of {job.sources['training']} has no rollout of these rows and steps; look at rows and training_steps"
         )
     return found, {**theirs["sampling"], "policy": job.sources["training"]}
+
+
+def _missing(
+    job: Job, config: RejectionConfig, rows: Sequence[Row], logged: Mapping[str, list[Line]]
+) -> tuple[Finding, ...]:
+    """How many of the rows the log has, where that is not all: a training may end before it has met every row."""
+    there = sum(row.id in logged for row in rows)
+    if there == len(rows):
+        return ()
+    steps = " in steps {} to {}".format(*config.training_steps) if config.training_steps else ""
+    others = "nothing can be kept" if config.source == "training" else "all is fresh"
+    return (
+        Finding(
+            rule="rows_not_in_log",
+            severity="note",
+            stage=job.name,
+            evidence={"in_log": float(there), "rows": float(len(rows))},
+            advice=f"the log of {job.sources['training']} has rollouts of {there} of the {len(rows)} rows{steps}; of the others {others}",
+        ),
+    )
 
 
 def _pool(row: Row, lines: list[Line], keep: Keep, problem: Problem) -> Pool:

@@ -17,6 +17,7 @@ import yaml
 from pipeline import export, model_card
 from pipeline.launch import StageFailed
 from pipeline.registry import Registry, Source
+from pipeline.registry.aliases import set_to
 from stages import tokens
 from stages.job import BadInput
 from tests.conftest import ROOT, SWITCHBACK, environment, run_cli, tensors
@@ -124,6 +125,49 @@ def test_data_are_exported_as_a_data_set(climbed, tmp_path, monkeypatch):
     assert (directory / tokens.FILE).read_bytes() == (published / tokens.FILE).read_bytes()
     rows = load_dataset(str(directory), split="train", cache_dir=str(tmp_path / "cache"))
     assert rows["ids"] == [row.ids for row in tokens.read(published)]
+
+
+def harvest(tmp_path):
+    """(registry, artifact) of a rejection stage that kept one completion and drew another as its control."""
+    registry, out = Registry(tmp_path / "registry"), tmp_path / "out"
+    for output, answer in {"data": 7, "control": 8}.items():
+        tokens.write(out / output, [tokens.TokenRow("r", [1, answer], "uc")], {"of": output})
+    (out / "rollouts").mkdir()
+    (out / "rollouts" / "rollouts.jsonl").write_text("{}\n")
+    outputs = {"data": "data", "rollouts": "rollouts", "control": "control"}
+    made = draft(stage="harvest").model_copy(update={"kind": "rejection", "outputs": outputs})
+    return registry, registry.publish(out, made, OWNER).artifact
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    return harvest(tmp_path)
+
+
+@pytest.mark.parametrize(("output", "answer"), [("", 7), (":data", 7), (":control", 8)])
+def test_an_output_is_exported_by_its_name(output, answer, drawn, tmp_path):
+    artifact, found = export.named(drawn[0], drawn[1].id + output)
+    export.export(drawn[0], artifact, tmp_path / "x", found)
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["README.md", "card.json", tokens.FILE]
+    assert [row.ids for row in tokens.read(tmp_path / "x")] == [[1, answer]]
+    text = (tmp_path / "x" / "README.md").read_text()
+    assert ("# harvest:control\n" in text) == ("drew at random" in text) == (answer == 8)
+    assert ("# harvest\n" in text) == ("sampled and kept" in text) == (answer == 7)
+
+
+def test_a_control_is_exported_by_an_alias_too(drawn, tmp_path):
+    registry, artifact = drawn
+    set_to(registry, "best", artifact)
+    done = run_cli("export", "best:control", tmp_path / "x", "--registry", registry.url)
+    assert done.returncode == 0 and done.stdout.startswith(f"{artifact.id}:control is in ")
+
+
+@pytest.mark.parametrize("output", ["rollouts", "policy", "nothing", ""])
+def test_an_output_that_cannot_be_exported_is_refused_with_those_that_can(output, drawn):
+    id = drawn[1].id
+    with pytest.raises(BadInput) as refused:
+        export.named(drawn[0], f"{id}:{output}")
+    assert str(refused.value) == f"{id}:{output} cannot be exported; expected {id}:data or {id}:control"
 
 
 def test_an_adapter_goes_with_its_policy_and_other_outputs_do_not(tmp_path):

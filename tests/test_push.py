@@ -10,7 +10,7 @@ import pytest
 from pipeline.registry import Registry
 from tests.conftest import run_cli
 from tests.hub_server import TOKEN, Commit, Hub, Repository, hub
-from tests.test_export import exported, newest
+from tests.test_export import exported, harvest, newest
 from tests.test_registry import OWNER, draft, finished
 
 
@@ -61,6 +61,15 @@ def test_data_go_to_a_dataset_repository(climbed, server, push, tmp_path):
     assert push(climbed[1], id, "hf://acme/harvest").returncode == 0
     found = server.files("acme/harvest", kind="dataset")
     assert found == of_directory(exported(climbed[1], "harvest", tmp_path / "x"))
+
+
+def test_a_control_goes_to_a_dataset_repository_by_its_name(server, push, tmp_path):
+    registry, artifact = harvest(tmp_path)
+    name = f"{artifact.id}:control"
+    done = push(registry.store.root, name, "hf://acme/control")
+    assert done.returncode == 0, done.stderr
+    assert server.messages("acme/control", kind="dataset") == ["initial commit", name]
+    assert b'"of": "control"' in server.files("acme/control", kind="dataset")["card.json"]
 
 
 def test_public_and_a_revision_are_asked_for(small, server, push):

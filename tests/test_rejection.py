@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from datasets import load_dataset
 
+from pipeline import checks
+from pipeline.recipe import Recipe
 from pipeline.registry import Registry
 from stages import dataset, models, problems, rejection, rollouts, tokens
 from stages.job import BadInput, Job
@@ -17,6 +20,9 @@ from tests.conftest import LEARNED, TINY_BASE, run_cli, stage
 from tests.models import make_tokenizer
 from tests.test_data import FORMAT
 from tests.test_preflight import job
+
+TRAINING = {"source": "training", "samples": 8, "max_completion_length": 512}
+"""What is the same as leaving out what source: training refuses."""
 
 
 def newest(registry: Registry, name: str):
@@ -122,7 +128,7 @@ def test_a_stage_trains_on_the_control_by_its_name(harvested):
         ({"harvest": {"source": "both", "policy": "warmup", "rows": "train[0:9]"}}, "its policy warmup is no grpo stage"),
         ({"harvest": {"source": "both", "format": {"response_prefix": ""}}}, "dressed in its own Format; remove format"),
         ({"harvest": {"source": "training"}}, "samples has no effect with source: training"),
-        ({"harvest": {"source": "both", "training_steps": [3, 4]}}, "stages.harvest.training_steps: found [3, 4], but rl1 has 2 steps"),
+        ({"harvest": {"source": "both", "training_steps": [3, 4]}}, "stages.harvest.training_steps: found [3, 4], but rl1 has 2 steps; expected two of 1 to 2"),
         ({"harvest": {"training_steps": [1, 2]}}, "training_steps belongs to source: training or both"),
         ({"harvest": {"source": "both", "training_steps": [3, 2]}}, "training_steps: found [3, 2]"),
         ({"harvest": {"keep": {"pass_rate": [0.9, 0.1]}}}, "pass_rate: found [0.9, 0.1]"),
@@ -134,6 +140,23 @@ def test_what_cannot_be_harvested_is_one_line(change, said, settings, write):
         stage(settings, name).update(fields)
     done = run_cli("check", write(settings))
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"source": "both", "training_steps": [1, 99]}, "stages.harvest.training_steps: found [1, 99], but rl1 has 2 steps; expected two of 1 to 2"),
+        ({**TRAINING, "rows": "train[500:520]"}, "stages.harvest.rows: found train[500:520], but rl1 is trained on train[512:528], and source: training has no others"),
+        ({**TRAINING, "rows": "train[520:529]"}, "stages.harvest.rows: found train[520:529], but rl1 is trained on"),
+        ({**TRAINING, "rows": "train[512:528]", "training_steps": [1, 2]}, None),
+        ({"source": "both", "rows": "train[500:520]"}, None),
+    ],
+)  # fmt: skip
+def test_what_no_log_can_have_is_refused_before_anything_runs(change, said, settings):
+    stage(settings, "harvest").update(change)
+    with pytest.raises(BadInput) if said else nullcontext() as refused:
+        checks.check(Recipe.model_validate(settings))
+    assert not said or str(refused.value).startswith(said)
 
 
 @pytest.fixture(scope="module")
@@ -206,17 +229,13 @@ def test_harvesting_a_log_samples_nothing(reused):
     assert sampled == {"logged": False, "pooled": True}
 
 
-def test_rows_that_training_never_met_are_refused(reused, write):
-    import copy
-
-    settings = copy.deepcopy(LEARNED)
-    asked = {"name": "nowhere", "kind": "rejection", "policy": "rl1", "source": "training", "rows": "train[900:902]"}
-    settings["stages"] = [*settings["stages"][:2], asked]
-    done = run_cli("run", write(settings), "--registry", reused[0].store.root, "--no-prefect")
-    assert (
-        done.returncode == 2
-        and "has no rollout of these rows and steps; look at rows and training_steps" in done.stderr
-    )
+def test_a_harvest_says_how_many_of_its_rows_the_training_met(reused):
+    """Two steps of two prompts of 16 rows; what the stage says is on its artifact's record, and what it kept is of these rows."""
+    registry, made = reused
+    met = {line["row"] for line in lines_of(registry, made["logged"])}
+    assert len(met) == 4 and {row.row for row in tokens.read(registry.path(made["logged"], "data"))} <= met
+    (finding,) = made["logged"].provenance["findings"]
+    assert finding["rule"] == "rows_not_in_log" and finding["evidence"] == {"in_log": 4.0, "rows": 16.0}
 
 
 ROLLOUT = {"row": "", "sample": 0, "step": 1, "ids": [5, 6, 7, 8], "prefix": 2, "text": "x", "finished": True, "score": 0.5, "outcome": "valid",
@@ -287,6 +306,32 @@ def test_a_log_that_another_tokenizer_or_format_made_is_refused_in_one_line(chan
         BadInput, match=r"^rejection: the rollouts of rl1-00000000 were dressed in another Format [^\n]+$"
     ):
         rejection.run(from_a_log(tmp_path, [{}], change))
+
+
+@pytest.mark.parametrize(
+    ("config", "in_log", "said"),
+    [
+        ({}, 20, "has rollouts of 20 of the 50 rows; of the others nothing can be kept"),
+        ({"training_steps": [2, 3]}, 10, "has rollouts of 10 of the 50 rows in steps 2 to 3; of the others nothing can be kept"),
+    ],
+)  # fmt: skip
+def test_rows_that_a_training_did_not_meet_are_counted_in_a_note(config, in_log, said, tmp_path):
+    """Of 50 rows, the log has the first 20, half of them in the second step."""
+    one = from_a_log(tmp_path, [{}], keep={"min_score": 0.5}, **config)
+    log = [{**line, "step": 1 + i % 2} for i, line in enumerate(rollouts.read(tmp_path / "log")) if i < 20]
+    rollouts.write(tmp_path / "log", log, rollouts.read_card(tmp_path / "log"))
+    result = rejection.run(one)
+    (finding,) = result.findings
+    assert (finding.rule, finding.severity) == ("rows_not_in_log", "note") and said in finding.advice
+    assert finding.evidence == {"in_log": in_log, "rows": 50.0} and result.metrics["kept"] == in_log
+
+
+def test_a_log_with_none_of_the_rows_is_refused_in_one_line(tmp_path):
+    one = from_a_log(tmp_path, [{}], training_steps=[2, 2])
+    with pytest.raises(
+        BadInput, match=r"^rejection: the log of rl1-00000000 has no rollout of these rows and steps[^\n]+$"
+    ):
+        rejection.run(one)
 
 
 def pool(*lines) -> Pool:

@@ -11,9 +11,15 @@ from rich.filesize import decimal
 from pipeline import export as exports
 from pipeline import push as pushes
 from pipeline.cli.common import JsonOption, RegistryOption, open_registry, print_json
-from pipeline.registry.aliases import resolve
 
-Id = Annotated[str, typer.Argument(help="An artifact that holds a policy or data.", show_default=False)]
+Id = Annotated[
+    str,
+    typer.Argument(
+        metavar="ID[:OUTPUT]",
+        help="An artifact that holds a policy or data; harvest-1a2b3c4d:control is its control.",
+        show_default=False,
+    ),
+]
 Directory = Annotated[
     Path, typer.Argument(metavar="DIR", help="Where to; must not exist, or be empty.", show_default=False)
 ]
@@ -34,14 +40,16 @@ def add_to(app: typer.Typer) -> None:
 def export(id: Id, directory: Directory, registry: RegistryOption = None, json: JsonOption = False) -> None:
     """Write a policy as a plain model directory with a model card, or data as a data set."""
     place = open_registry(registry)
-    artifact = resolve(place, id)
-    done = exports.export(place, artifact, directory)
+    artifact, output = exports.named(place, id)
+    done = exports.export(place, artifact, directory, output)
     if json:
         files = [str(file) for file in done.files]
-        print_json({"id": artifact.id, "path": str(done.directory), "files": files, "size": done.size})
+        print_json(
+            {"id": artifact.id, "output": output, "path": str(done.directory), "files": files, "size": done.size}
+        )
     else:
         print(
-            f"{artifact.id} is in {done.directory}: {len(done.files)} files, {decimal(done.size)}; README.md is its card"
+            f"{exports.called(artifact, output)} is in {done.directory}: {len(done.files)} files, {decimal(done.size)}; README.md is its card"
         )
 
 
@@ -55,9 +63,9 @@ def push(
 ) -> None:
     """Export to the Hugging Face hub as one commit. The token is HF_TOKEN's, or that of hf auth login."""
     place = open_registry(registry)
-    artifact = resolve(place, id)
-    done = pushes.push(place, artifact, target, public, revision)
+    artifact, output = exports.named(place, id)
+    done = pushes.push(place, artifact, target, public, revision, output)
     if json:
-        print_json({"id": artifact.id, **done._asdict()})
+        print_json({"id": artifact.id, "output": output, **done._asdict()})
     else:
-        print(f"{artifact.id} is in {done.url} ({'private' if done.private else 'public'})")
+        print(f"{exports.called(artifact, output)} is in {done.url} ({'private' if done.private else 'public'})")
