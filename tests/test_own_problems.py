@@ -305,8 +305,17 @@ def test_the_starter_runs_to_its_end_even_when_its_reward_hangs_on_some_rows(tmp
     (tmp_path / "recipe.yaml").write_text(text.replace("my_problem.py}", "my_problem.py, time_limit: 0.3s}"))
     few = ["steps=4", "prompts_per_step=8", "group_size=4"]
     small = [part for stage in ("rl1", "rl2") for one in few for part in ("--set", f"stages.{stage}.{one}")]
-    small += ["--set", "stages.warmup.epochs=1", "--set", "evaluate.rows=50", "--set", "validation.rows=50"]
-    small += ["--set", "stages.rl1.rows=train[2000:2040]", "--set", "stages.harvest.keep.min_score=0.1"]
+    small += [
+        "--set",
+        "stages.warmup.rows=train[0:500]",
+        "--set",
+        "stages.warmup.epochs=1",
+        "--set",
+        "evaluate.rows=20",
+        "--set",
+        "validation.rows=20",
+    ]
+    small += ["--set", "stages.rl1.rows=train[2000:2040]", "--set", "stages.harvest.keep.min_score=0"]
     done = run_cli("run", "recipe.yaml", "--no-prefect", *small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     said = done.stdout + done.stderr
