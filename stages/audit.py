@@ -16,7 +16,8 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin
 
 from stages import baselines, problems
-from stages.audit_rules import Audited, Line, exploits, findings
+from stages.audit_facts import Audited, Line
+from stages.audit_rules import exploits, findings
 from stages.audit_table import Heard, Range, Table, play
 from stages.baselines import GOLD, Baseline
 from stages.config import Config, Frozen, identity

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Literal, NamedTuple
 
-from stages.audit_rules import Line, Played
+from stages.audit_facts import Line, Played
 from stages.baselines import GOLD, Baseline
 from stages.config import Frozen
 from stages.problems.base import Judgement, Problem, passes

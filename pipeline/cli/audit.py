@@ -23,7 +23,7 @@ from pipeline.plan import Planned
 from pipeline.recipe import load
 from pipeline.refused import refuse
 from stages.audit import Report
-from stages.audit_rules import Line
+from stages.audit_facts import Line
 from stages.baselines import HOSTILE
 from stages.job import BadInput, Finding
 
