@@ -266,10 +266,8 @@ class _Worker:
 
     def end(self) -> None:
         """Kill it and all that it started, in whatever session."""
-        with suppress(
-            ProcessLookupError
-        ):  # stopped, it still adopts what loses its parent, and does not end with the worker
-            os.kill(self.process.pid, signal.SIGSTOP)
+        # stopped, it still adopts what loses its parent, and does not end with the worker; not by its pid, which may be another's once it has ended
+        self.process.send_signal(signal.SIGSTOP)
         kill_tree(self.process.pid)
         self.process.kill()
         self.process.wait()

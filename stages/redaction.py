@@ -14,6 +14,8 @@ SHORTEST = 8
 
 def redacted(text: str, environment: Mapping[str, str] = os.environ) -> str:
     """`text` with [NAME] in the place of every value that an environment variable with a name like a secret's has."""
+    if not text:  # as of nearly every reply
+        return text
     secrets = {value: name for name, value in environment.items() if SECRET.search(name) and len(value) >= SHORTEST}
     for value in sorted(secrets, key=len, reverse=True):
         text = text.replace(value, f"[{secrets[value]}]")
