@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.launch import Launcher, OnMetrics, StageFailed
+from pipeline.errors import StageFailed
+from pipeline.launch import Launcher, OnMetrics
 from pipeline.plan import Planned
 from pipeline.registry import Artifact, Registry
 from pipeline.run import job_of, place_of
@@ -21,7 +22,8 @@ from stages import audit as audit_job
 from stages import loss_map as loss_map_file
 from stages import probe as probe_job
 from stages import score as score_job
-from stages.job import BadInput, Execution, Finding, Job
+from stages.errors import BadInput
+from stages.job import Execution, Finding, Job
 
 CHECKED = ("sft", "grpo", "rejection")
 """Kinds of step that a preflight looks at."""

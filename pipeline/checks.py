@@ -16,8 +16,9 @@ import prompts
 from pipeline.complaints import nearest
 from pipeline.recipe import Box, DatasetProblem, FileProblem, Recipe
 from stages.config import RESERVED_NAMES, FormatSettings
+from stages.errors import BadInput
 from stages.grpo import GrpoConfig
-from stages.job import BadInput, RowRange, parse_rows
+from stages.job import RowRange, parse_rows
 from stages.rejection import CONTROL, RejectionConfig
 from stages.sft import DEMONSTRATIONS, SftConfig
 

@@ -11,17 +11,19 @@ from pathlib import Path
 from pipeline import ask, findings
 from pipeline import recipe as recipes
 from pipeline.checks import BASE
-from pipeline.evaluations import NotComparable, difference
+from pipeline.errors import NotComparable
+from pipeline.evaluations import difference
+from pipeline.findings import refuse
 from pipeline.launch import Launcher
 from pipeline.mirror import open_mirror
 from pipeline.plan import ALL, Planned, Selection, said
 from pipeline.prefect_server import api_url, own_server
 from pipeline.recipe import Recipe
-from pipeline.refused import refuse
 from pipeline.registry import Artifact, Registry, runs
 from pipeline.run import Observer, run_step, work_root
 from pipeline.steps import Step
-from stages.job import BadInput, Finding, read_evaluation
+from stages.errors import BadInput
+from stages.job import Finding, read_evaluation
 
 
 def run(

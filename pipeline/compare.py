@@ -16,7 +16,8 @@ from pipeline.evaluations import of_policy, settings
 from pipeline.identity import changes
 from pipeline.registry import Artifact, Registry
 from stages.config import Frozen
-from stages.job import SPLITS, BadInput, Evaluation, read_evaluation
+from stages.errors import BadInput
+from stages.job import SPLITS, Evaluation, read_evaluation
 
 SHOWN = 3
 """Rows of which both answers are shown."""

@@ -6,10 +6,12 @@ import json
 import random
 from typing import Any
 
+from pipeline.errors import NotComparable
 from pipeline.registry import Artifact, Registry
 from pipeline.registry.verify import verify
 from stages.config import Frozen
-from stages.job import BadInput, Split, read_evaluation
+from stages.errors import BadInput
+from stages.job import Split, read_evaluation
 
 OF_THE_POLICY = ("inputs", "format")
 """Fields of an evaluation's identity that differ from policy to policy."""
@@ -26,10 +28,6 @@ class Difference(Frozen):
     interval: tuple[float, float]
     """95 % of it: percentile bootstrap, resampling rows."""
     rows: int
-
-
-class NotComparable(ValueError):
-    """Two policies have no evaluations that can be compared; says why."""
 
 
 def of_policy(registry: Registry, policy: Artifact) -> list[Artifact]:

@@ -20,11 +20,12 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from pipeline import model_card
-from pipeline.launch import StageFailed
+from pipeline.errors import Failed
 from pipeline.registry import Artifact, File, Registry
 from pipeline.registry.aliases import resolve
 from stages.disk import sync, sync_tree
-from stages.job import MANIFEST, BadInput
+from stages.errors import BadInput
+from stages.job import MANIFEST
 from stages.loss_map import FILE as LOSS_MAP
 from stages.metrics import FILE as METRICS
 from stages.rejection import CONTROL
@@ -60,7 +61,7 @@ def export(registry: Registry, artifact: Artifact, directory: Path, output: str 
     """Write an output of an artifact, or its policy or data, to a directory that is not there, or empty. Nothing is left behind when it fails; killed
     outright, it leaves a hidden `.<name>.<hex>.partial` beside it.
 
-    Raises BadInput when the directory cannot be had, the artifact does not hold it, or is void; StageFailed when a file is not what was published.
+    Raises BadInput when the directory cannot be had, the artifact does not hold it, or is void; Failed when a file is not what was published.
     """
     output = output_of(artifact, output)
     if not registry.usable(artifact):
@@ -139,7 +140,7 @@ def _free(registry: Registry, directory: Path) -> Path:
 
 
 def _copy(artifact: Artifact, source: Path, target: Path, file: File) -> None:
-    """Raises StageFailed unless what was copied is what was published."""
+    """Raises Failed unless what was copied is what was published."""
     target.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     try:
@@ -154,8 +155,8 @@ def _copy(artifact: Artifact, source: Path, target: Path, file: File) -> None:
         raise _damaged(artifact, file, "its bytes are not those that were published")
 
 
-def _damaged(artifact: Artifact, file: File, what: str) -> StageFailed:
-    return StageFailed(
+def _damaged(artifact: Artifact, file: File, what: str) -> Failed:
+    return Failed(
         f"{artifact.id}/{file.path}: {what}; nothing was exported. switchback verify {artifact.id} lets it be made again"
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
+from pipeline.errors import Refused
 from stages.job import Finding
 
 NAMED = ("exploitable", "unearned", "constant", "absent", "sparse", "dominated", "disagree")
@@ -28,3 +29,9 @@ def _one(group: Sequence[Finding]) -> Finding:
         return first
     names, rest = [finding.advice.partition(" ")[0] for finding in group], first.advice.partition(" ")[2]
     return first.model_copy(update={"advice": f"each of {', '.join(names)} {rest}"})
+
+
+def refuse(found: Sequence[Finding]) -> None:
+    """Raise Refused for the first finding on which nothing is to be trained."""
+    if first := next((finding for finding in found if finding.severity == "stop"), None):
+        raise Refused(f"{first.stage}: {first.advice} (or, if it is meant so, stages.{first.stage}.audit=false)")

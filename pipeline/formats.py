@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 import prompts
 from stages.config import FormatSettings
-from stages.job import COMPARED, MANIFEST, BadInput, Format, different
+from stages.errors import BadInput
+from stages.job import COMPARED, MANIFEST, Format, different
 
 
 def of_base(settings: FormatSettings, carried: Format | None) -> Format:

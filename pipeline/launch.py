@@ -22,7 +22,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from stages.job import BadInput, Job, Result
+from pipeline.errors import StageFailed
+from stages.errors import BadInput
+from stages.job import Job, Result
 from stages.metrics import FILE as METRICS
 from stages.metrics import WORDS
 from stages.process import adopt_orphans, kill_marked, kill_tree
@@ -41,10 +43,6 @@ MARK = "SWITCHBACK_LAUNCHER"
 
 OnMetrics = Callable[[dict[str, Any]], None]
 OnWord = Callable[[str], None]
-
-
-class StageFailed(RuntimeError):
-    """A stage did not come to its end. One line: what happened and where its log is."""
 
 
 class Launcher:

@@ -22,11 +22,12 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
+from pipeline.errors import Damaged
 from pipeline.registry.places import open_store
-from pipeline.registry.store import Damaged, Store
+from pipeline.registry.store import Store
 from stages.checkpoints import COMPLETE, Record, directory, whole
 from stages.disk import sync, sync_tree
-from stages.job import BadInput
+from stages.errors import BadInput
 
 KEPT = 2
 """Copies of a stage's checkpoints that stay out there."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 
 from pipeline.checks import BASE
-from pipeline.launch import StageFailed
+from pipeline.errors import Failed
 from pipeline.registry import Artifact, Registry
 from pipeline.registry.lineage import Ancestor, lineage
 from pipeline.registry.verify import verify
@@ -45,7 +45,7 @@ class Scored(NamedTuple):
 
 
 def card(registry: Registry, artifact: Artifact, output: str) -> str:
-    """README.md of an artifact of which `output` (policy, data or control) is exported. Raises StageFailed where a score is no longer what was published."""
+    """README.md of an artifact of which `output` (policy, data or control) is exported. Raises Failed where a score is no longer what was published."""
     top = lineage(registry, artifact)
     nodes = list(_nodes(top))
     facts = {
@@ -174,9 +174,7 @@ def _is_of(evaluation: Artifact, node: Ancestor) -> bool:
 
 def _evaluation(registry: Registry, artifact: Artifact, split: str) -> Evaluation:
     if wrong := verify(registry, artifact):
-        raise StageFailed(
-            f"{wrong[0]}; so its scores cannot be told: switchback verify {artifact.id} lets it be made again"
-        )
+        raise Failed(f"{wrong[0]}; so its scores cannot be told: switchback verify {artifact.id} lets it be made again")
     return read_evaluation(registry.path(artifact, split))
 
 

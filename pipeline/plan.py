@@ -13,7 +13,7 @@ from pipeline.recipe import Recipe
 from pipeline.registry import Artifact, Registry
 from pipeline.steps import Step, base_of, steps
 from stages.config import Frozen
-from stages.job import BadInput
+from stages.errors import BadInput
 
 
 class Planned(Frozen):

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.launch import StageFailed
-from stages.job import BadInput
+from pipeline.errors import Failed
+from stages.errors import BadInput
 from stages.process import die_with_parent
 
 API_URL = "PREFECT_API_URL"
@@ -41,7 +41,7 @@ def api_url() -> str | None:
 def own_server(home: Path) -> Iterator[None]:
     """PREFECT_API_URL answers inside this block: the user's, else a server started here and stopped at the end.
 
-    Raises BadInput when the user's does not answer, StageFailed when ours does not.
+    Raises BadInput when the user's does not answer, Failed when ours does not.
     """
     if url := api_url():
         if not _answers(url):
@@ -84,13 +84,11 @@ def _wait_until_healthy(server: subprocess.Popen[bytes], url: str, log: Path) ->
     ends_at = time.monotonic() + PATIENCE
     while time.monotonic() < ends_at:
         if server.poll() is not None:
-            raise StageFailed(
-                f"the Prefect server ended at once (exit {server.returncode}); see {log}, or use --no-prefect"
-            )
+            raise Failed(f"the Prefect server ended at once (exit {server.returncode}); see {log}, or use --no-prefect")
         if _healthy(url):
             return
         time.sleep(0.1)
-    raise StageFailed(f"the Prefect server did not answer within {PATIENCE:g} s; see {log}, or use --no-prefect")
+    raise Failed(f"the Prefect server did not answer within {PATIENCE:g} s; see {log}, or use --no-prefect")
 
 
 def _answers(url: str) -> bool:

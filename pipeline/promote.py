@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.evaluations import Difference, NotComparable, difference, of_policy, settings
-from pipeline.refused import Refused
+from pipeline.errors import NotComparable, Refused
+from pipeline.evaluations import Difference, difference, of_policy, settings
 from pipeline.registry import Artifact, Registry
 from pipeline.registry.aliases import Move, current, newest, set_to
-from stages.job import BadInput
+from stages.errors import BadInput
 
 
 class Comparison(Difference):

@@ -16,10 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipeline.errors import Failed, PushFailed
 from pipeline.export import called, export, output_of
-from pipeline.launch import StageFailed
 from pipeline.registry import Artifact, Registry
-from stages.job import BadInput
+from stages.errors import BadInput
 from stages.rejection import CONTROL
 
 if TYPE_CHECKING:
@@ -51,10 +51,6 @@ class Pushed(NamedTuple):
     private: bool
 
 
-class PushFailed(StageFailed):
-    """The hub could not take it; trying again may help."""
-
-
 def repository(target: str) -> str:
     """`org/name` of hf://org/name. Raises BadInput for anything else."""
     from huggingface_hub.errors import HFValidationError
@@ -82,7 +78,7 @@ def push(
     stays behind, empty, when the artifact turns out to be damaged.
 
     Raises BadInput for a bad target, without a token, for a name or token that the hub refuses, and for a repository that is public while `public` was
-    not said; StageFailed for a damaged artifact, and when the hub fails.
+    not said; Failed for a damaged artifact, and when the hub fails.
     """
     repo, output = repository(target), output_of(artifact, output)
     token = _token()
@@ -143,7 +139,7 @@ def _one_line(target: str, token: str) -> Iterator[None]:
         disable_progress_bars()
     try:
         yield
-    except StageFailed:
+    except Failed:
         raise  # has said what to do
     except (HTTPError, RuntimeError) as error:
         found = error.__cause__ if isinstance(error, RuntimeError) else error  # an upload wraps what stopped it

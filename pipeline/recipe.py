@@ -16,9 +16,10 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationError,
 from pipeline.complaints import complaint, nearest
 from pipeline.registry.places import check
 from stages.config import Config, FormatSettings, FromList, Seconds, execution, identity, resolved
+from stages.errors import BadInput
 from stages.evaluate import Evaluate, Validation
 from stages.grpo import GrpoConfig
-from stages.job import BadInput, Dtype, Execution, Lora, Sampler
+from stages.job import Dtype, Execution, Lora, Sampler
 from stages.problems import PROBLEMS, BuiltInSettings, DatasetProblem, FileProblem
 from stages.rejection import RejectionConfig
 from stages.sft import SftConfig

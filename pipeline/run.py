@@ -17,8 +17,9 @@ from typing import IO, Any, Protocol
 
 from pydantic import ValidationError
 
+from pipeline.errors import StageFailed
 from pipeline.evaluations import Difference
-from pipeline.launch import Launcher, StageFailed
+from pipeline.launch import Launcher
 from pipeline.mirror import forget, mirrored
 from pipeline.plan import Planned
 from pipeline.registry import Artifact, Published, Registry, Source, UnsafeFile, runs
@@ -27,7 +28,8 @@ from pipeline.registry.store import Store
 from pipeline.registry.verify import as_read, condemn
 from pipeline.steps import InputRef, Step
 from stages import checkpoints
-from stages.job import BadInput, Evaluation, Execution, Finding, Job, Result
+from stages.errors import BadInput
+from stages.job import Evaluation, Execution, Finding, Job, Result
 from stages.metrics import FILE as METRICS
 
 WORK = "SWITCHBACK_WORK"

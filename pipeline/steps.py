@@ -15,11 +15,12 @@ from pipeline.identity import Payload, digest_file, digest_model, key_of
 from pipeline.recipe import Box, DatasetProblem, FileProblem, ProblemSettings, Recipe
 from pipeline.registry import Registry
 from pipeline.registry.aliases import resolve
-from stages import STAGES
 from stages.config import Config, Frozen, identity_values
+from stages.errors import BadInput
 from stages.evaluate import EvaluateConfig
 from stages.grpo import GrpoConfig
-from stages.job import BadInput, Dtype, Format, Lora, RowRange, Sampler, parse_rows
+from stages.job import Dtype, Format, Lora, RowRange, Sampler, parse_rows
+from stages.kinds import STAGES
 from stages.problems import PROBLEMS
 from stages.problems.settings import ALIASES, RewardSettings
 from stages.rejection import RejectionConfig

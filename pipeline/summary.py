@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from pipeline.checks import BASE
 from pipeline.registry import Registry, runs
 from stages.config import Frozen
-from stages.job import BadInput, Evaluation, Split, read_evaluation
+from stages.errors import BadInput
+from stages.job import Evaluation, Split, read_evaluation
 
 
 class StageSummary(Frozen):

@@ -21,8 +21,8 @@ from stages.audit_rules import exploits, findings
 from stages.audit_table import Heard, Range, Table, play
 from stages.baselines import GOLD, Baseline
 from stages.config import Config, Frozen, identity
+from stages.errors import TooManyFailures
 from stages.failures import first_message
-from stages.guard import TooManyFailures
 from stages.job import Finding, Job, Result, RowRange
 from stages.metrics import MetricsLog
 from stages.problems import files

@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from stages.job import BadInput, Format
+from stages.errors import BadInput
+from stages.job import Format
 from stages.problems.base import Answer, Problem, Row
 
 GOLD = "gold"

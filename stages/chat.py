@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
 
-from stages.job import BadInput
+from stages.errors import BadInput
 from stages.tokens import SYSTEM, TEMPLATE, USER
 
 if TYPE_CHECKING:

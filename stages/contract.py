@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.job import MANIFEST, BadInput, Finding, Format, Job, different
+from stages.errors import BadInput
+from stages.job import MANIFEST, Finding, Format, Job, different
 from stages.tokens import SYSTEM, TokenRow
 
 if TYPE_CHECKING:

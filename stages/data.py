@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stages import chat, mix, prefix, problems, tokens
-from stages.job import BadInput, Format, Job
+from stages.errors import BadInput
+from stages.job import Format, Job
 from stages.mix import Mix
 from stages.problems.files import refuse_half_pairs
 from stages.tokens import TokenRow

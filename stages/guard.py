@@ -24,7 +24,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from stages import ranks
-from stages.job import BadInput
+from stages.errors import BadInput, TooManyFailures
 from stages.process import descendants, kill_marked, kill_tree
 from stages.redaction import redacted
 
@@ -67,10 +67,6 @@ class Reply(NamedTuple):
     """timeout, crash, exception, not_a_number, ...; None: it answered."""
     message: str = ""
     """What a person needs to find the reason."""
-
-
-class TooManyFailures(RuntimeError):
-    """User code failed more often than max_failures allows."""
 
 
 class Guard:

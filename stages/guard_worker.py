@@ -22,23 +22,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from stages.errors import CallFailed, CodeRefused
 from stages.process import adopt_orphans, die_with_parent
 
 TARGETS = {"file": "stages.problems.own_code", "rewards": "stages.problems.reward_code"}
 """What can be loaded -> the module whose `load(spec)` returns (what it says of itself, {call: function of a payload})."""
 Calls = dict[str, Callable[[Any], Any]]
-
-
-class Refused(Exception):
-    """The user's code cannot be used; one line."""
-
-
-class Failure(Exception):
-    """A call answered with something that is no answer; `kind` is what it is counted as."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
 
 
 def settled(value: Any) -> Any:
@@ -100,9 +89,9 @@ def _answer(request: dict[str, Any], calls: Calls) -> dict[str, Any]:
             calls.update(loaded)
             gc.freeze()
         json.dumps(value, allow_nan=False)
-    except Failure as error:
+    except CallFailed as error:
         failure, message = error.kind, str(error)
-    except Refused as error:
+    except CodeRefused as error:
         failure, message = "refused", str(error)
     except BaseException as error:  # sys.exit() of user code too
         failure, message = "exception", told(error)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from stages.config import Config, identity
-from stages.job import BadInput, Job, Result
+from stages.errors import BadInput
+from stages.job import Job, Result
 
 
 class InspectConfig(Config):

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import ConfigDict, Field
 
 from stages.config import LIST, WORD, Config, FromList, Frozen, Seconds, WordOrList, execution, identity
+from stages.errors import BadInput
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Sampler = Literal["transformers", "continuous", "vllm"]
@@ -21,10 +22,6 @@ MANIFEST = "artifact.json"
 """A published artifact's own file, written last: its existence means the artifact is whole. A copy of a policy keeps it."""
 SPLITS: tuple[Split, ...] = ("train", "validation", "held_out")
 """Training stages read `train`; `validation` decides between settings; `held_out` only reports."""
-
-
-class BadInput(ValueError):
-    """Something the user gave cannot be used; the message is one line and says what was found, what was expected and what to do."""
 
 
 class Execution(Config):

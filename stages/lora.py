@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.job import BadInput, Lora
+from stages.errors import BadInput
+from stages.job import Lora
 
 if TYPE_CHECKING:
     from peft import LoraConfig

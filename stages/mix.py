@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import TypeVar
 
 from stages.config import Config, identity, resolved
-from stages.job import BadInput
+from stages.errors import BadInput
 
 T = TypeVar("T")
 RULE = "mix"

@@ -15,7 +15,8 @@ from accelerate import DistributedType
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from stages import chat, lora, prefix, ranks
-from stages.job import BadInput, Dtype, Execution, Finding, Format, Job
+from stages.errors import BadInput
+from stages.job import Dtype, Execution, Finding, Format, Job
 
 SAFE_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja"]
 

@@ -24,7 +24,8 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from stages import chat
 from stages.chat import Message
-from stages.job import BadInput, Format
+from stages.errors import BadInput
+from stages.job import Format
 from stages.problems.base import Row
 from stages.tokens import COMPLETION, PREFIX, TokenRow
 

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from stages.config import Config, FromList, identity
+from stages.errors import BadInput
 from stages.evaluate import EvaluateConfig
 from stages.grpo import GrpoConfig
-from stages.job import BadInput, Finding, Job, Result, RowRange
+from stages.job import Finding, Job, Result, RowRange
 from stages.rewards import weights_of
 from stages.sft import SftConfig, optimiser_steps, ratio, sequences
 from stages.tokens import TokenRow
@@ -85,7 +86,7 @@ def look_at(job: Job, policy_is_there: bool = True) -> list[Finding]:
 def _problem(job: Job, problem: Problem) -> None:
     """Raise BadInput for a reward component that the problem does not have, and for fewer rows than are asked for."""
     from stages import problems
-    from stages.problems.base import TooFew
+    from stages.errors import TooFew
 
     if job.kind == "grpo":
         weights_of(job.name, GrpoConfig.model_validate(job.config).rewards, problem.reward_weights)

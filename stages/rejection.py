@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import model_validator
 
 from stages.config import FromList, StageConfig, identity, resolved
-from stages.job import BadInput, Finding, Format, Job, Result
+from stages.errors import BadInput
+from stages.job import Finding, Format, Job, Result
 from stages.selection import Keep, Pool, candidate, control, funnel, select
 
 if TYPE_CHECKING:

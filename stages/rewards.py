@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from stages.config import MAPPING, WORD, Config, FromList, WordOrMapping, identity
-from stages.job import BadInput
+from stages.errors import BadInput
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 from pydantic import model_validator
 
 from stages.config import Config, execution, identity, resolved
-from stages.job import BadInput, Finding, Job, Result
+from stages.errors import BadInput
+from stages.job import Finding, Job, Result
 from stages.mix import Mix
 from stages.tokens import ANSWERED, ROLES, TokenRow, lengths
 from stages.training import TrainingConfig, accumulation, trl_arguments

@@ -17,10 +17,6 @@ STOPPED = 143
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Stopped(Exception):
-    """The stage has saved what it had and ends before its time."""
-
-
 def listen(job: Job, saves: bool) -> None:
     """Take signals from now on. `saves`: the stage looks for the file."""
 

@@ -11,7 +11,8 @@ import yaml
 from pydantic import AfterValidator, model_validator
 
 from stages.config import StageConfig, execution, identity, seconds
-from stages.job import BadInput, Job
+from stages.errors import BadInput
+from stages.job import Job
 
 if TYPE_CHECKING:
     import torch

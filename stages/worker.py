@@ -21,8 +21,8 @@ from typing import IO, Any
 
 from stages import checkpoints, chunks, ranks, stopping
 from stages.disk import replace
-from stages.guard import TooManyFailures
-from stages.job import BadInput, Job, Result
+from stages.errors import BadInput, StageStopped, TooManyFailures
+from stages.job import Job, Result
 from stages.metrics import WORDS, say
 from stages.process import die_with_parent
 from stages.training import TRL_CONFIGS
@@ -65,7 +65,7 @@ def attempt(job: Job) -> int:
     """The stage, and its result or what went wrong; returns the exit code."""
     try:
         result = _run(job)
-    except stopping.Stopped as stopped:
+    except StageStopped as stopped:
         print(f"{job.name}: {stopped}", file=sys.stderr)
         return stopping.STOPPED
     except Exception as error:
@@ -108,7 +108,7 @@ def _launcher(job: Job, meeting: str) -> list[str]:
 
 def _run(job: Job) -> Result:
     """The stage itself, in the execution that the job asks for."""
-    from stages import STAGES
+    from stages.kinds import STAGES
 
     if (world := ranks.world()) != job.execution.processes:
         raise BadInput(

@@ -12,7 +12,8 @@ import pytest
 from stages import baselines, problems
 from stages.audit import Report, audit
 from stages.audit_components import rank_correlation
-from stages.job import BadInput, Format
+from stages.errors import BadInput
+from stages.job import Format
 from stages.problems import PROBLEMS
 from stages.problems.base import Answer, Judgement, Row, row_id
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from stages import chat, prefix
-from stages.job import BadInput, Format
+from stages.errors import BadInput
+from stages.job import Format
 from stages.tokens import TokenRow
 from tests.models import CHATML, make_tokenizer
 from tests.templates import ADDS_TO_TURNS, NO_TURN_END, REWRITES, TEMPLATES, WITHOUT_SYSTEM, tokenizer_of

@@ -9,7 +9,8 @@ import pytest
 from pipeline import ask, plan, recipe
 from pipeline.launch import Launcher
 from pipeline.registry import Registry
-from stages.job import BadInput, Execution
+from stages.errors import BadInput
+from stages.job import Execution
 from tests.conftest import run_cli, stage
 
 OWN = """

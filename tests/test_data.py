@@ -7,7 +7,8 @@ import json
 import pytest
 
 from stages import data, loss_map
-from stages.job import BadInput, Format
+from stages.errors import BadInput
+from stages.job import Format
 from stages.sft import SftConfig
 from tests.conftest import TINY_BASE, run_cli, stage
 from tests.models import make_tokenizer

@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 from pipeline import export, model_card
-from pipeline.launch import StageFailed
+from pipeline.errors import Failed
 from pipeline.registry import Registry, Source
 from pipeline.registry.aliases import set_to
 from stages import tokens
-from stages.job import BadInput
+from stages.errors import BadInput
 from tests.conftest import ROOT, SWITCHBACK, environment, run_cli, tensors
 from tests.test_registry import OWNER, draft, finished
 
@@ -232,7 +232,7 @@ def test_scores_that_are_no_longer_what_was_published_are_not_told(climbed, tmp_
     registry = Registry(shutil.copytree(climbed[1], tmp_path / "registry"))
     path = registry.path(newest(registry, "rl2.evaluate"), "held_out")
     path.write_text(path.read_text().replace('"greedy": 0.', '"greedy": 1.'))
-    with pytest.raises(StageFailed, match=r"held_out\.json: its bytes are not"):
+    with pytest.raises(Failed, match=r"held_out\.json: its bytes are not"):
         export.export(registry, newest(registry, "rl2"), tmp_path / "x")
     assert not (tmp_path / "x").exists()
 

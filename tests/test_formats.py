@@ -12,7 +12,7 @@ from pipeline import recipe
 from pipeline.formats import different
 from pipeline.registry import Registry
 from pipeline.steps import steps as steps_of
-from stages.job import BadInput
+from stages.errors import BadInput
 from tests.conftest import TINY_BASE, run_cli, stage
 
 

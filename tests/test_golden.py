@@ -14,7 +14,7 @@ import pytest
 from pipeline import recipe
 from pipeline.registry import Registry
 from pipeline.steps import steps as steps_of
-from stages import STAGES
+from stages.kinds import STAGES
 from stages.problems import PROBLEMS
 from stages.problems.scheduling import Scheduling
 from tests.conftest import TINY, run_cli

@@ -15,7 +15,8 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from stages import chat, models, prefix
-from stages.job import BadInput, Lora
+from stages.errors import BadInput
+from stages.job import Lora
 from stages.lora import peft_config
 from stages.problems.base import Judgement, Row
 from stages.rewards import RepetitionPenalty, Rewards, weights_of

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from stages import failures, problems
-from stages.guard import MARK, Guard, Limits, TooManyFailures
-from stages.job import BadInput
+from stages.errors import BadInput, TooManyFailures
+from stages.guard import MARK, Guard, Limits
 from stages.problems.base import Answer, passes
 from tests.conftest import environment
 

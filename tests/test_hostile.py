@@ -15,7 +15,7 @@ from pipeline.cli import exit_code
 from pipeline.identity import key_of
 from pipeline.registry import Artifact, Registry, UnsafeFile
 from pipeline.registry.verify import verify
-from stages.job import BadInput
+from stages.errors import BadInput
 from tests.conftest import environment, tensors
 
 DIGEST = "0" * 64

@@ -13,8 +13,8 @@ from pipeline import recipe
 from pipeline.identity import canonical, changes, key_of
 from pipeline.registry import Registry
 from pipeline.steps import steps as steps_of
-from stages import STAGES
 from stages.config import Config, part_of
+from stages.kinds import STAGES
 from tests.conftest import TINY, stage
 
 EVERYTHING: dict[str, Any] = copy.deepcopy(TINY)

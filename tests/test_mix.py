@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from pipeline.registry import Registry
 from stages import data, mix
-from stages.job import BadInput, Job, parse_rows
+from stages.errors import BadInput
+from stages.job import Job, parse_rows
 from stages.mix import Mix
 from stages.preflight import look_at
 from stages.sft import told

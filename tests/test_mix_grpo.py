@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from pipeline.registry import Registry
 from stages import mix
+from stages.errors import BadInput
 from stages.grpo import GrpoConfig
-from stages.job import BadInput, Job
+from stages.job import Job
 from tests.conftest import LEARNED, ROOT, environment, run_cli, stage
 from tests.mixed import COEFFICIENT, RATE, ROWS, trained
 from tests.models import make_model, make_tokenizer

@@ -19,11 +19,12 @@ from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
 from obstore.store import S3Store
 
+from pipeline.errors import Damaged
 from pipeline.registry import Artifact, File, Registry
 from pipeline.registry.local import LocalStore
 from pipeline.registry.places import open_store
-from pipeline.registry.store import JSON_LIMIT, Damaged
-from stages.job import BadInput
+from pipeline.registry.store import JSON_LIMIT
+from stages.errors import BadInput
 from tests.conftest import TINY, environment, run_cli, tensors
 from tests.object_server import ObjectServer
 from tests.storm import storm

@@ -11,8 +11,8 @@ import pytest
 from pipeline import starter
 from stages import baselines, problems
 from stages.audit import audit
-from stages.guard import TooManyFailures
-from stages.job import BadInput, Format
+from stages.errors import BadInput, TooManyFailures
+from stages.job import Format
 from stages.problems.base import Answer
 from stages.problems.files import rows as rows_of
 from tests.conftest import run_cli

@@ -9,7 +9,7 @@ import pytest
 from pipeline import plan, recipe
 from pipeline.registry import Artifact, Registry
 from pipeline.steps import steps as steps_of
-from stages.job import BadInput
+from stages.errors import BadInput
 from tests.conftest import stage
 
 

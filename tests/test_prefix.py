@@ -6,7 +6,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from stages import chat, models, prefix
-from stages.job import BadInput, Format
+from stages.errors import BadInput
+from stages.job import Format
 from stages.problems.base import Row
 from tests.models import CHATML, make_model, make_tokenizer
 

@@ -9,7 +9,8 @@ import pytest
 from pipeline.registry import Registry
 from stages import models, prefix, tokens
 from stages.contract import opened
-from stages.job import BadInput, Execution, Format, Job, Lora
+from stages.errors import BadInput
+from stages.job import Execution, Format, Job, Lora
 from stages.preflight import look_at
 from stages.tokens import TokenRow
 from tests.conftest import TINY_BASE, printed_json, run_cli, stage

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.launch import Launcher, StageFailed
+from pipeline.errors import StageFailed
+from pipeline.launch import Launcher
 from pipeline.registry import Registry, runs
 from stages.job import Execution, Job
 from stages.process import descendants, kill_marked, marked, started_at

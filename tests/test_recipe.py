@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import checks, recipe
-from stages.job import BadInput
+from stages.errors import BadInput
 from tests.conftest import ROOT, run_cli, stage
 
 

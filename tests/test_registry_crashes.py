@@ -24,7 +24,7 @@ from pipeline.registry import Artifact, Registry, runs
 from pipeline.registry.aliases import aliases, current, remove, set_to
 from pipeline.registry.gc import DOUBTED, Tombstone, clean, survey, tombstone
 from pipeline.registry.pins import keep, let_go
-from stages.job import BadInput
+from stages.errors import BadInput
 from tests.artifacts import draft, finished, make, wrong
 from tests.conftest import SWITCHBACK, environment, run_cli
 from tests.crashes import crash_at, is_write, points, stopped_at

@@ -14,7 +14,8 @@ from pipeline import checks
 from pipeline.recipe import Recipe
 from pipeline.registry import Registry
 from stages import dataset, models, problems, rejection, rollouts, tokens
-from stages.job import BadInput, Job
+from stages.errors import BadInput
+from stages.job import Job
 from stages.selection import Choice, Keep, Pool, candidate
 from tests.conftest import LEARNED, TINY_BASE, run_cli, stage
 from tests.models import make_tokenizer

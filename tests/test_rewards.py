@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.registry import Registry
 from stages import tokens
-from stages.job import BadInput
+from stages.errors import BadInput
 from stages.rewards import (
     LengthPenalty,
     RepetitionPenalty,

@@ -14,7 +14,7 @@ import torch
 from transformers import Lfm2Config, Lfm2ForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from stages.chunks import Chunks, count
-from stages.job import BadInput
+from stages.errors import BadInput
 from stages.sampling import Decoding, batches, sample, turn_ends, vllm_engine
 from stages.sampling.continuous import Continuous
 from stages.sampling.decoding import Transformers

@@ -12,7 +12,7 @@ from itertools import combinations, pairwise
 
 import pytest
 
-from stages.job import BadInput
+from stages.errors import BadInput
 from stages.problems import text
 from stages.problems.base import Answer, Judgement
 from stages.problems.intervals import clock, overlaps, touches

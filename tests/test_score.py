@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from pipeline import recipe
-from stages.job import BadInput
+from stages.errors import BadInput
 from stages.problems import load
 from stages.problems.base import Answer
 from stages.problems.files import answers

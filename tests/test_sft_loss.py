@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from stages.job import BadInput
+from stages.errors import BadInput
 from stages.tokens import CODES, TokenRow, labelled
 from stages.trl.sft_loss import WeightedSFTTrainer
 from stages.weighting import normaliser, row_weights, token_weights

@@ -11,7 +11,7 @@ from itertools import permutations, product
 
 import pytest
 
-from stages.job import BadInput
+from stages.errors import BadInput
 from stages.problems import PROBLEMS, load
 from stages.problems.arithmetic import Arithmetic
 from stages.problems.base import Answer, split_of

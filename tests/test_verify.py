@@ -10,8 +10,8 @@ import pytest
 
 from pipeline import plan, recipe
 from pipeline.cli import exit_code
+from pipeline.errors import StageFailed
 from pipeline.identity import key_of
-from pipeline.launch import StageFailed
 from pipeline.registry import Artifact, Registry, Source, aliases
 from pipeline.registry.verify import verify, verify_ids
 from pipeline.run import refuse_damaged

@@ -27,10 +27,8 @@ from pipeline.cli import (
     runs,
     score,
 )
-from pipeline.cli.common import Terminated
-from pipeline.launch import StageFailed
-from pipeline.refused import Refused
-from stages.job import BadInput
+from pipeline.errors import Failed, Refused, RunInterrupted, Terminated
+from stages.errors import BadInput
 
 DEBUG = "SWITCHBACK_DEBUG"
 """Environment variable that lets an unexpected error show its traceback."""
@@ -65,12 +63,12 @@ def exit_code(arguments: list[str]) -> int:  # noqa: PLR0911 - one for each way 
         return complain(str(error), 2)
     except typer.TyperException as error:
         return complain(error.format_message(), 2)  # its str lacks the dashes of an option
-    except StageFailed as error:
+    except Failed as error:
         return complain(str(error), 1)
     except Refused as error:
         return complain(str(error), 3)
-    except run.Stopped as error:
-        return complain(error.message, error.code)
+    except RunInterrupted as error:
+        return complain(str(error), 130)
     except Terminated:
         return complain("terminated; run the same command to go on with what is done", 143)
     except (KeyboardInterrupt, typer.Abort):

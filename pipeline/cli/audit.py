@@ -18,14 +18,15 @@ from pipeline.cli.common import JsonOption, RecipeArgument, RegistryOption, SetO
 from pipeline.cli.progress import Progress
 from pipeline.cli.tables import SEVERITY_STYLE, console, show, table
 from pipeline.complaints import nearest
+from pipeline.findings import refuse
 from pipeline.launch import Launcher
 from pipeline.plan import Planned
 from pipeline.recipe import load
-from pipeline.refused import refuse
 from stages.audit import Report
 from stages.audit_facts import Line
 from stages.baselines import HOSTILE
-from stages.job import BadInput, Finding
+from stages.errors import BadInput
+from stages.job import Finding
 
 RowsFile = Annotated[
     Path | None,

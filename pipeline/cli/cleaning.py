@@ -14,7 +14,7 @@ from pipeline.cli.tables import show, table
 from pipeline.registry.gc import Survey, clean, survey
 from pipeline.run import work_root
 from stages.config import seconds
-from stages.job import BadInput
+from stages.errors import BadInput
 
 LONGEST = 100 * 365 * 86400.0
 """Seconds."""

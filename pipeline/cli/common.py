@@ -15,10 +15,6 @@ from pipeline.registry import Registry
 REGISTRY = "SWITCHBACK_REGISTRY"
 
 
-class Terminated(BaseException):
-    """SIGTERM, as an exception, so that everything on the way out is cleaned up."""
-
-
 RecipeArgument = Annotated[Path, typer.Argument(help="Recipe file.", show_default=False)]
 SetOption = Annotated[
     list[str] | None,

@@ -13,7 +13,7 @@ from pipeline.cli.common import JsonOption, RegistryOption, open_registry, print
 from pipeline.compare import Comparison, Pair, compare
 from pipeline.identity import abbreviated
 from pipeline.registry.aliases import resolve
-from pipeline.registry.artifact import printable
+from stages.errors import printable
 
 WIDTH = 80
 SCORES = {"greedy": "greedy", "mean": "mean", "solved": "solved", "format": "format"}

@@ -10,9 +10,9 @@ import typer
 from pipeline.cli.common import JsonOption, RegistryOption, open_registry, print_json
 from pipeline.identity import abbreviated
 from pipeline.registry.aliases import resolve
-from pipeline.registry.artifact import printable
 from pipeline.registry.lineage import Ancestor, mermaid
 from pipeline.registry.lineage import lineage as lineage_of
+from stages.errors import printable
 
 Id = Annotated[str, typer.Argument(help="An artifact.", show_default=False)]
 Mermaid = Annotated[bool, typer.Option("--mermaid", help="Print a graph for mermaid.")]

@@ -19,7 +19,8 @@ from pipeline.recipe import Recipe, load
 from pipeline.registry import Artifact, Registry
 from pipeline.registry.aliases import resolve
 from stages.config import FormatSettings
-from stages.job import BadInput, Format
+from stages.errors import BadInput
+from stages.job import Format
 
 Stage = Annotated[str, typer.Option("--stage", metavar="STAGE", help="An sft stage.", show_default=False)]
 Row = Annotated[int, typer.Option("--row", min=0, help="Which of its rows, from 0.")]

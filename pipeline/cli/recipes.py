@@ -11,12 +11,12 @@ from pipeline import plan as planning
 from pipeline.cli.common import JsonOption, RecipeArgument, RegistryOption, SetOption, open_registry, print_json
 from pipeline.cli.progress import Progress
 from pipeline.cli.tables import plan_table, show
+from pipeline.findings import refuse
 from pipeline.launch import Launcher
 from pipeline.plan import Planned
 from pipeline.recipe import Model, Recipe, load
-from pipeline.refused import refuse
 from pipeline.registry import Registry
-from stages.job import BadInput
+from stages.errors import BadInput
 
 Only = Annotated[
     str | None, typer.Option("--only", metavar="STAGE", help="Only this stage and its evaluation.", show_default=False)

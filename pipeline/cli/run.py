@@ -12,10 +12,11 @@ import typer
 
 from pipeline import checks, climb
 from pipeline import plan as planning
-from pipeline.cli.common import RecipeArgument, RegistryOption, SetOption, Terminated, open_registry
+from pipeline.cli.common import RecipeArgument, RegistryOption, SetOption, open_registry
 from pipeline.cli.progress import Progress
 from pipeline.cli.recipes import Fresh, From, Only, Until
 from pipeline.cli.tables import run_table, show
+from pipeline.errors import RunInterrupted, Terminated
 from pipeline.recipe import Recipe, dump, load, parse
 from pipeline.registry import Registry, runs
 from pipeline.summary import summarise
@@ -25,14 +26,6 @@ NoPrefect = Annotated[bool, typer.Option("--no-prefect", help="Run the same step
 
 ENDINGS = (signal.SIGTERM, signal.SIGHUP)
 """A closed terminal ends a run as SIGTERM does: what can be saved is saved."""
-
-
-class Stopped(Exception):
-    """The run ended before its time; carries the line to print and the exit code."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.message, self.code = message, code
 
 
 def add_to(app: typer.Typer) -> None:
@@ -96,9 +89,8 @@ def _run(
         with Progress() as progress:
             id = climb.run(recipe, planned, place, progress, use_prefect, selection, resumes)
     except KeyboardInterrupt:
-        raise Stopped(
-            "interrupted; run the same command to go on with what is done", 130
-        ) from None  # typer says nothing of it
+        # typer would end without a line
+        raise RunInterrupted("interrupted; run the same command to go on with what is done") from None
     _report(place, id)
 
 

@@ -12,7 +12,7 @@ from pipeline.registry import Artifact, Registry
 from pipeline.registry.aliases import look_up, refuse_stage
 from pipeline.registry.runs import runs as all_runs
 from pipeline.summary import as_json, summarise
-from stages.job import BadInput
+from stages.errors import BadInput
 
 Id = Annotated[
     str | None, typer.Argument(help="A run, an artifact or an alias. Default: the newest run.", show_default=False)

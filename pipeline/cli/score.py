@@ -10,9 +10,10 @@ import typer
 from pipeline import ask
 from pipeline.cli.common import JsonOption, print_json
 from pipeline.cli.tables import outcome_table, show
-from pipeline.launch import Launcher, StageFailed
+from pipeline.errors import Failed
+from pipeline.launch import Launcher
 from pipeline.recipe import problem as settings_of
-from stages.job import BadInput
+from stages.errors import BadInput
 
 Name = Annotated[
     str,
@@ -79,9 +80,9 @@ def _scale(weights: dict[str, float], built_in: bool) -> str:
 
 
 def _refuse_unjudged(found: dict[str, Any]) -> None:
-    """Raise StageFailed where the numbers say nothing of the completions, because none was judged."""
+    """Raise Failed where the numbers say nothing of the completions, because none was judged."""
     if sum(found["failures"].values()) == found["completions"]:
-        raise StageFailed(
+        raise Failed(
             f"score: none of the {found['completions']} completions could be judged; the first said: {found['first_failure']}; mend it and run again"
         )
 

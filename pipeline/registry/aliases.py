@@ -21,7 +21,7 @@ from pipeline.registry.artifact import Artifact, now
 from pipeline.registry.records import read_as
 from pipeline.registry.registry import Registry
 from stages.config import Frozen
-from stages.job import BadInput
+from stages.errors import BadInput
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 ARTIFACT_ID = re.compile(r".+-[0-9a-f]{8}")

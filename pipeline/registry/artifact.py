@@ -17,7 +17,8 @@ from pydantic import Field, StringConstraints, TypeAdapter, ValidationError, mod
 
 from pipeline.identity import key_of
 from stages.config import Frozen
-from stages.job import MANIFEST, BadInput, Format
+from stages.errors import BadInput, printable
+from stages.job import MANIFEST, Format
 
 SAFE_SUFFIXES = (".safetensors", ".json", ".jsonl", ".parquet", ".txt", ".md", ".jinja", ".model")
 """Kinds of file an artifact may hold. No pickle, ever."""
@@ -149,11 +150,6 @@ def _refuse_constant(constant: str) -> None:
 def is_id(text: str) -> bool:
     """Whether it could be the id of an artifact."""
     return re.fullmatch(_ID, text) is not None
-
-
-def printable(text: str) -> str:
-    """The same text where a terminal shows it as it is; quoted and escaped, and cut, where not."""
-    return text if text.isprintable() and 0 < len(text) <= 200 else repr(text[:200])
 
 
 def check_path(path: str) -> str | None:

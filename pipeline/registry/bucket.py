@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from stages.job import BadInput
+from stages.errors import BadInput
 
 BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]+")
 FOLDER = re.compile(r"[A-Za-z0-9._=+-]+")

@@ -18,7 +18,7 @@ from pipeline.digests import CACHE, cache_directory
 from pipeline.registry.artifact import File
 from pipeline.registry.local import LocalStore, held
 from stages.disk import digest_file, sync_tree
-from stages.job import BadInput
+from stages.errors import BadInput
 
 
 def cache_of(place: str) -> LocalStore:

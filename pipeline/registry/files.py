@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.errors import UnsafeFile
 from pipeline.registry import headers
-from pipeline.registry.artifact import File, check_path, printable, refuse_clashes
+from pipeline.registry.artifact import File, check_path, refuse_clashes
 from pipeline.registry.local import walk
 from stages.disk import digest_files
+from stages.errors import printable
 from stages.job import MANIFEST
 
 TENSORS = ".safetensors"
-
-
-class UnsafeFile(ValueError):
-    """A file that must not be published."""
 
 
 def list_files(directory: Path) -> tuple[File, ...]:

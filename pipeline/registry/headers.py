@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.registry.artifact import printable
+from stages.errors import printable
 
 LENGTH = 8
 """Bytes of the length in front, little-endian."""

@@ -14,7 +14,7 @@ from pipeline.registry.gc import tombstone
 from pipeline.registry.registry import Registry
 from pipeline.registry.verify import was_read
 from stages.config import Frozen
-from stages.job import BadInput
+from stages.errors import BadInput
 
 DEEPEST = 200
 """Artifacts, one made from another, that are followed."""

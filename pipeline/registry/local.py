@@ -22,11 +22,12 @@ from pathlib import Path
 
 from typing_extensions import override
 
-from pipeline.registry.artifact import File, printable
-from pipeline.registry.store import JSON_LIMIT, PART, Damaged, Stopped, Store, Unreadable, inside, never
+from pipeline.errors import Damaged, Unreadable
+from pipeline.registry.artifact import File
+from pipeline.registry.store import JSON_LIMIT, PART, Stopped, Store, inside, never
 from stages.checkpoints import Entry
 from stages.disk import digest_file, sync, sync_tree, write_through
-from stages.job import BadInput
+from stages.errors import BadInput, printable
 
 NO_FILE = (errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENAMETOOLONG)
 """What opening says of a link, a socket, a directory or a name that cannot be."""

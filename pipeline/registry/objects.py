@@ -27,13 +27,14 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import AzureStore, GCSStore, S3Store
 from typing_extensions import override
 
+from pipeline.errors import Damaged, Unreadable
 from pipeline.registry.artifact import File
 from pipeline.registry.bucket import Bucket
 from pipeline.registry.cache import adopt, cache_of, copying, discard, is_whole
 from pipeline.registry.local import parts
-from pipeline.registry.store import JSON_LIMIT, PART, Damaged, Stopped, Store, Unreadable, inside, never
+from pipeline.registry.store import JSON_LIMIT, PART, Stopped, Store, inside, never
 from stages.checkpoints import Entry
-from stages.job import BadInput
+from stages.errors import BadInput
 
 MOST_PARTS = 9000
 """S3 takes 10,000."""

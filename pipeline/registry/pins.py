@@ -17,7 +17,7 @@ from pipeline.registry.records import read_as
 from pipeline.registry.registry import Registry
 from pipeline.registry.runs import alive
 from stages.config import Frozen
-from stages.job import BadInput
+from stages.errors import BadInput
 
 USER = "user"
 """The owner of what people pin."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.registry.bucket import bucket_of
 from pipeline.registry.local import LocalStore
 from pipeline.registry.store import Store
-from stages.job import BadInput
+from stages.errors import BadInput
 
 
 def open_store(place: str) -> Store:

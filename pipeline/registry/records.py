@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from pipeline.registry.store import Store
 from stages.config import Frozen
-from stages.job import BadInput
+from stages.errors import BadInput
 
 Record = TypeVar("Record", bound=Frozen)
 

@@ -21,11 +21,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.registry.artifact import Artifact, is_id, now, parse, printable
+from pipeline.registry.artifact import Artifact, is_id, now, parse
 from pipeline.registry.files import list_files
 from pipeline.registry.places import open_store
 from stages.disk import write_through
-from stages.job import MANIFEST, BadInput
+from stages.errors import BadInput, printable
+from stages.job import MANIFEST
 
 FORMAT = {"format": 1, "hash": "sha256"}
 LOG = logging.getLogger("switchback")

@@ -13,11 +13,11 @@ import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from pipeline.registry.artifact import now, printable
+from pipeline.registry.artifact import now
 from pipeline.registry.registry import Registry
 from pipeline.registry.store import inside
 from stages.config import Frozen
-from stages.job import BadInput
+from stages.errors import BadInput, printable
 from stages.process import started_at
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}"

@@ -14,9 +14,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.registry.artifact import File, printable
+from pipeline.registry.artifact import File
 from stages.checkpoints import Entry
-from stages.job import BadInput
+from stages.errors import BadInput, printable
 
 JSON_LIMIT = 64 * 2**20
 """Bytes that a JSON file may have; a longer one is refused before it is parsed."""
@@ -30,14 +30,6 @@ Stopped = Callable[[], bool]
 def never() -> bool:
     """Nobody ends it early."""
     return False
-
-
-class Damaged(BadInput):
-    """A file is not what was put; the line names it."""
-
-
-class Unreadable(BadInput):
-    """Something could not be read just now, by this user: nothing is said about what it is, and nobody may judge it."""
 
 
 class Store(ABC):

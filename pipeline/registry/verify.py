@@ -12,15 +12,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+from pipeline.errors import Damaged, Unreadable
 from pipeline.identity import key_of
 from pipeline.registry import headers
 from pipeline.registry.aliases import aliases
-from pipeline.registry.artifact import Artifact, File, Source, printable
+from pipeline.registry.artifact import Artifact, File, Source
 from pipeline.registry.files import TENSORS
 from pipeline.registry.registry import Registry
-from pipeline.registry.store import Damaged, Unreadable
 from stages.config import Frozen
-from stages.job import MANIFEST, BadInput
+from stages.errors import BadInput, printable
+from stages.job import MANIFEST
 
 REASON = "failed verification"
 

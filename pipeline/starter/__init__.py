@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from stages.job import BadInput
+from stages.errors import BadInput
 from stages.problems import PROBLEMS
 
 HERE = Path(__file__).parent

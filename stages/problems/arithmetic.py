@@ -18,7 +18,8 @@ from typing import Any, Literal, cast
 
 from pydantic import BaseModel, Field, ValidationError
 
-from stages.job import BadInput, Split
+from stages.errors import BadInput
+from stages.job import Split
 from stages.problems.base import Answer, Judgement, Row, first_error, row_id, stream, taken
 
 Operation = Literal["+", "-", "*"]

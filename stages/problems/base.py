@@ -18,7 +18,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from pydantic import ValidationError
 
-from stages.job import BadInput, Split
+from stages.errors import TooFew
+from stages.job import Split
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,6 @@ def allotted(rows: Iterator[R], split: Split) -> Iterator[R]:
             yield row
         if stale == EXHAUSTED:
             return
-
-
-class TooFew(BadInput):
-    """Fewer rows than a range asks for; whoever knows the field that asks names it."""
 
 
 def taken(rows: Iterator[R], start: int, stop: int) -> list[R]:

@@ -20,7 +20,8 @@ from typing import Annotated, Any, cast
 
 from pydantic import AliasChoices, BaseModel, Field, ValidationError
 
-from stages.job import BadInput, Split
+from stages.errors import BadInput
+from stages.job import Split
 from stages.problems.base import Answer, Judgement, Row, first_error, row_id, stream, taken
 from stages.problems.expressions import Expression, parse
 from stages.problems.solver import results, solve

@@ -14,10 +14,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
+from stages.errors import BadInput, TooFew
 from stages.guard import Guard, Reply
-from stages.job import SPLITS, BadInput, Split
+from stages.job import SPLITS, Split
 from stages.problems import files
-from stages.problems.base import Answer, Judgement, Row, TooFew, allotted
+from stages.problems.base import Answer, Judgement, Row, allotted
 from stages.problems.own_file import are_rewards, failed, outcome_of, too_few
 from stages.problems.own_row import OwnRow, own_row
 from stages.problems.settings import DatasetProblem

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stages.job import BadInput
+from stages.errors import BadInput
 from stages.problems.base import Answer, Problem, Row
 
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
-from stages.guard_worker import Calls, Failure, Refused, settled, told
+from stages.errors import CallFailed, CodeRefused
+from stages.guard_worker import Calls, settled, told
 from stages.job import SPLITS, Split
 from stages.problems.base import split_of, stream
 from stages.problems.own_row import OwnRow, own_row
@@ -34,7 +35,7 @@ AGAIN = 100_000
 
 
 def load(spec: dict[str, Any]) -> tuple[dict[str, Any], Calls]:
-    """Import the file that the spec names. Raises Refused."""
+    """Import the file that the spec names. Raises CodeRefused."""
     module = import_file(spec["path"], spec["name"])
     weights = _weights(module, spec["name"])
     for name, takes in NEEDED.items():
@@ -55,26 +56,28 @@ def load(spec: dict[str, Any]) -> tuple[dict[str, Any], Calls]:
 
 
 def import_file(path: str, name: str) -> ModuleType:
-    """The module of a file, which may import what lies beside it. Raises Refused."""
+    """The module of a file, which may import what lies beside it. Raises CodeRefused."""
     if not Path(path).is_file():
-        raise Refused(f"{name} is not there")
+        raise CodeRefused(f"{name} is not there")
     sys.path.insert(0, str(Path(path).parent))
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if spec is None or spec.loader is None:
-        raise Refused(f"{name}: expected a Python file, whose name ends in .py")
+        raise CodeRefused(f"{name}: expected a Python file, whose name ends in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
-        raise Refused(f"{name}:{error.lineno}: {type(error).__name__}: {error.msg}; mend it and run again") from None
+        raise CodeRefused(
+            f"{name}:{error.lineno}: {type(error).__name__}: {error.msg}; mend it and run again"
+        ) from None
     except Exception as error:
-        raise Refused(f"{name}: its import failed: {told(error)}; mend it and run again") from None
+        raise CodeRefused(f"{name}: its import failed: {told(error)}; mend it and run again") from None
     return module
 
 
 def function(module: ModuleType, name: str, wanted: str) -> Callable[..., Any]:
-    """A function of the file. Raises Refused, with the name that was probably meant."""
+    """A function of the file. Raises CodeRefused, with the name that was probably meant."""
     found = getattr(module, wanted, None)
     if found is None:
         close = difflib.get_close_matches(wanted, [known for known in vars(module) if known[:1] != "_"], n=1)
@@ -83,9 +86,9 @@ def function(module: ModuleType, name: str, wanted: str) -> Callable[..., Any]:
             if close
             else f"; write def {wanted}"
         )
-        raise Refused(f"{name} has no function {wanted}{meant}")
+        raise CodeRefused(f"{name} has no function {wanted}{meant}")
     if not callable(found):
-        raise Refused(f"{name}: {wanted} is {type(found).__name__}, expected a function")
+        raise CodeRefused(f"{name}: {wanted} is {type(found).__name__}, expected a function")
     return found
 
 
@@ -96,14 +99,14 @@ def _look_at(module: ModuleType, name: str, wanted: str, takes: tuple[str, ...],
     try:
         inspect.signature(found).bind(*takes)
     except TypeError:
-        raise Refused(
+        raise CodeRefused(
             f"{name}:{_line(found)}: {wanted}{inspect.signature(found)} cannot be called with ({', '.join(takes)}); give it these arguments"
         ) from None
 
 
 def _is_no_async(module: ModuleType, name: str) -> None:
     if inspect.isasyncgenfunction(module.rows) or inspect.iscoroutinefunction(module.rows):
-        raise Refused(
+        raise CodeRefused(
             f"{name}:{_line(module.rows)}: rows is async, expected a plain function; write def rows(rng) with yield"
         )
 
@@ -117,12 +120,12 @@ def _weights(module: ModuleType, name: str) -> dict[str, float]:
     weights = getattr(module, "REWARDS", None)
     good = isinstance(weights, dict) and weights and all(isinstance(key, str) and _is_number(value) for key, value in weights.items())  # fmt: skip
     if not good:
-        raise Refused(
+        raise CodeRefused(
             f"{name}: REWARDS is {weights!r:.80}, expected component: weight, such as REWARDS = {{'accuracy': 1.0}}"
         )
     for key, value in cast("dict[str, float]", weights).items():
         if not key.isprintable() or abs(value) > LARGEST_WEIGHT:
-            raise Refused(
+            raise CodeRefused(
                 f"{name}: REWARDS has {key!r:.80}: {value!r:.80}, expected a name and a weight of at most {LARGEST_WEIGHT:g}"
             )
     return {key: float(value) for key, value in cast("dict[str, float]", weights).items()}
@@ -142,12 +145,12 @@ def _rows(module: ModuleType, name: str, asked: dict[str, Any]) -> dict[str, Any
 
 
 def _made(module: ModuleType, name: str, rng: random.Random) -> Iterator[OwnRow]:
-    """What `rows` yields, until nothing new comes. Raises Failure for what is no row."""
+    """What `rows` yields, until nothing new comes. Raises CallFailed for what is no row."""
     seen: set[str] = set()
     again = 0
     rows = module.rows(rng)
     if not isinstance(rows, Iterable):
-        raise Failure("no_row", f"rows returned {rows!r:.80}, expected dicts, one a row; yield them")
+        raise CallFailed("no_row", f"rows returned {rows!r:.80}, expected dicts, one a row; yield them")
     for i, columns in enumerate(rows):
         row = checked_row(columns, f"{name}: row {i} of rows(rng)")
         again = again + 1 if row.id in seen else 0
@@ -158,29 +161,29 @@ def _made(module: ModuleType, name: str, rng: random.Random) -> Iterator[OwnRow]
 
 
 def checked_row(columns: Any, where: str) -> OwnRow:
-    """A row of plain values. Raises Failure."""
+    """A row of plain values. Raises CallFailed."""
     if not isinstance(columns, dict) or not isinstance(columns.get("prompt"), str):
-        raise Failure("no_row", f"{where}: found {columns!r:.80}, expected a dict with a text under 'prompt'")
+        raise CallFailed("no_row", f"{where}: found {columns!r:.80}, expected a dict with a text under 'prompt'")
     try:
         # encoded, so that half of a surrogate pair, which no tokenizer takes, is found here
         return own_row(json.loads(json.dumps(columns, allow_nan=False, ensure_ascii=False).encode()))
     except (TypeError, ValueError) as error:
-        raise Failure("no_row", f"{where}: {error}; a row holds text, numbers, lists and dicts only") from None
+        raise CallFailed("no_row", f"{where}: {error}; a row holds text, numbers, lists and dicts only") from None
 
 
 def _judge(module: ModuleType, components: list[str], asked: dict[str, Any]) -> dict[str, Any]:
     row, completion = asked["row"], asked["completion"]
     rewards = settled(module.rewards(dict(row), completion))
     if not isinstance(rewards, dict):
-        raise Failure("not_a_number", f"rewards returned {rewards!r:.80}, expected {{component: value}}")
+        raise CallFailed("not_a_number", f"rewards returned {rewards!r:.80}, expected {{component: value}}")
     if set(rewards) != set(components):
-        raise Failure(
+        raise CallFailed(
             "wrong_length",
             f"rewards returned {sorted(map(str, rewards))}, expected the components of REWARDS, {components}",
         )
     score = number(settled(module.score(dict(row), completion)), "score")
     if not 0 <= score <= 1:
-        raise Failure("out_of_range", f"score returned {score}, expected 0..1")
+        raise CallFailed("out_of_range", f"score returned {score}, expected 0..1")
     well_formed = settled(module.well_formed(dict(row), completion)) if hasattr(module, "well_formed") else True
     passed = settled(module.passed(score)) if hasattr(module, "passed") else score >= 1
     return {
@@ -192,24 +195,24 @@ def _judge(module: ModuleType, components: list[str], asked: dict[str, Any]) -> 
 
 
 def reward(value: Any, what: str) -> float | None:
-    """A reward, or None where it does not apply. Raises Failure for anything else."""
+    """A reward, or None where it does not apply. Raises CallFailed for anything else."""
     return None if value is None else number(value, what)
 
 
 def number(value: Any, what: str) -> float:
-    """A finite number. Raises Failure for anything else."""
+    """A finite number. Raises CallFailed for anything else."""
     if not _is_number(value):
-        raise Failure("not_a_number", f"{what} returned {value!r:.80}, expected a finite number")
+        raise CallFailed("not_a_number", f"{what} returned {value!r:.80}, expected a finite number")
     if abs(value) > LARGEST:
-        raise Failure("out_of_range", f"{what} returned {value!r:.80}, expected at most {LARGEST:g}")
+        raise CallFailed("out_of_range", f"{what} returned {value!r:.80}, expected at most {LARGEST:g}")
     return float(value)
 
 
 def truth(value: Any, what: str) -> bool:
-    """Yes or no, numpy's too. Raises Failure for anything else: "no" would mean yes."""
+    """Yes or no, numpy's too. Raises CallFailed for anything else: "no" would mean yes."""
     plain = value.item() if type(value).__module__ == "numpy" and getattr(value, "size", 0) == 1 else value
     if not isinstance(plain, bool):
-        raise Failure("not_a_bool", f"{what} returned {value!r:.80}, expected True or False")
+        raise CallFailed("not_a_bool", f"{what} returned {value!r:.80}, expected True or False")
     return plain
 
 
@@ -219,11 +222,11 @@ def _is_number(value: Any) -> bool:
 
 def _baselines(value: Any) -> dict[str, str]:
     if not isinstance(value, dict):
-        raise Failure("no_text", f"baselines returned {value!r:.80}, expected {{name: completion}}, gold the best")
+        raise CallFailed("no_text", f"baselines returned {value!r:.80}, expected {{name: completion}}, gold the best")
     return {str(name): _text(text, f"baselines: {name}") for name, text in value.items()}
 
 
 def _text(value: Any, what: str) -> str:
     if not isinstance(value, str):
-        raise Failure("no_text", f"{what} returned {value!r:.80}, expected text")
+        raise CallFailed("no_text", f"{what} returned {value!r:.80}, expected text")
     return value

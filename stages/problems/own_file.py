@@ -9,9 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from stages.errors import BadInput, TooFew
 from stages.guard import Guard, Reply
-from stages.job import BadInput, Split
-from stages.problems.base import Answer, Judgement, Row, TooFew
+from stages.job import Split
+from stages.problems.base import Answer, Judgement, Row
 from stages.problems.own_row import own_row
 from stages.problems.settings import FileProblem
 

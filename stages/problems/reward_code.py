@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stages.guard_worker import Calls, Failure, Refused, settled
+from stages.errors import CallFailed, CodeRefused
+from stages.guard_worker import Calls, settled
 from stages.problems.own_code import function, import_file, reward
 from stages.problems.settings import ALIASES
 
@@ -32,7 +33,7 @@ CHECKED_BY_MATH_VERIFY = ("accuracy_reward", "reasoning_accuracy_reward", "get_c
 
 
 def load(spec: dict[str, Any]) -> tuple[dict[str, Any], Calls]:
-    """Import what the spec's `rewards` name. Raises Refused."""
+    """Import what the spec's `rewards` name. Raises CodeRefused."""
     functions = {one["component"]: _load(one) for one in spec["rewards"]}
     return {"needs": {name: _needs(found) for name, found in functions.items()}}, {
         "judge": lambda asked: _judge(functions, asked)
@@ -54,7 +55,7 @@ def _load(one: dict[str, Any]) -> Reward:
     name = Path(one["path"]).name
     found = function(import_file(one["path"], name), name, one["component"])
     if not any(taken.kind is taken.VAR_KEYWORD for taken in inspect.signature(found).parameters.values()):
-        raise Refused(
+        raise CodeRefused(
             f"{name}: {one['component']}{inspect.signature(found)} takes no **kwargs, as every TRL reward must; add them"
         )
     return found
@@ -65,17 +66,19 @@ def _of_trl(name: str, arguments: dict[str, Any]) -> Reward:
 
     theirs = ALIASES.get(name, name)
     if theirs in CHECKED_BY_MATH_VERIFY and not importlib.util.find_spec("math_verify"):
-        raise Refused(f"the reward {name} needs math-verify, which is not installed; pip install 'switchback[math]'")
+        raise CodeRefused(
+            f"the reward {name} needs math-verify, which is not installed; pip install 'switchback[math]'"
+        )
     found = getattr(trl.rewards, theirs)
     if not theirs.startswith("get_"):
         if arguments:
-            raise Refused(f"problem.rewards: {name} takes no arguments; remove them")
+            raise CodeRefused(f"problem.rewards: {name} takes no arguments; remove them")
         return found
     try:
         inspect.signature(found).bind(**arguments)
         return found(**arguments)
     except (TypeError, ValueError) as error:
-        raise Refused(
+        raise CodeRefused(
             f"problem.rewards: {name} of TRL is {theirs}{inspect.signature(found)}, but was given {arguments}: {error}"
         ) from None
 
@@ -91,11 +94,11 @@ def _called(name: str, found: Reward, asked: dict[str, Any]) -> list[float | Non
     values = settled(found(**asked["columns"], **given, **TOLD))
     values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, (list, tuple)):
-        raise Failure(
+        raise CallFailed(
             "wrong_length", f"{name} returned {values!r:.80}, expected a list of {len(given['completions'])} numbers"
         )
     if len(values) != len(given["completions"]):
-        raise Failure(
+        raise CallFailed(
             "wrong_length", f"{name} returned {len(values)} rewards for {len(given['completions'])} completions"
         )
     return [reward(value, name) for value in values]

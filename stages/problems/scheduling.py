@@ -24,7 +24,8 @@ from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ValidationError
 
-from stages.job import BadInput, Split
+from stages.errors import BadInput
+from stages.job import Split
 from stages.problems import compact, text
 from stages.problems.base import Answer, Judgement, Row, first_error, row_id, stream, taken
 from stages.problems.forms import Form, Reading

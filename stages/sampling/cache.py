@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from stages.job import BadInput
+from stages.errors import BadInput
 
 ROOM = 64
 """Tokens that room is made for at a time."""

@@ -12,7 +12,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from stages.job import BadInput, Dtype
+from stages.errors import BadInput
+from stages.job import Dtype
 from stages.sampling import Asked, Decoding
 
 QUEUE_TOKENS = 2**22

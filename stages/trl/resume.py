@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from stages import checkpoints, randomness, ranks, stopping
 from stages.config import seconds
+from stages.errors import StageStopped
 from stages.job import Job
 from stages.metrics import say
 from stages.training import TrainingConfig, all_steps_ran
@@ -129,13 +130,13 @@ def _newest(trainer: ExactResume, job: Job) -> str | None:
 
 
 def train(trainer: ExactResume, job: Job, config: TrainingConfig, checkpoint: str | None, expected: int) -> None:
-    """Train to the end, with checkpoints on the way. Raises Stopped when the job was asked to stop, RuntimeError when TRL ran another number of
+    """Train to the end, with checkpoints on the way. Raises StageStopped when the job was asked to stop, RuntimeError when TRL ran another number of
     optimiser steps than expected."""
     saver = SaveCallback(job, config)
     trainer.add_callback(saver)
     trainer.train(resume_from_checkpoint=checkpoint)
     if saver.stopped:
-        raise stopping.Stopped(f"asked to stop; checkpoint-{trainer.state.global_step} was saved")
+        raise StageStopped(f"asked to stop; checkpoint-{trainer.state.global_step} was saved")
     all_steps_ran(trainer, expected, job)
 
 

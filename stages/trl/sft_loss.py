@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from trl.trainer.sft_trainer import SFTTrainer
 
-from stages.job import BadInput
+from stages.errors import BadInput
 from stages.trl.resume import ExactResume
 from stages.weighting import NOTHING, Normaliser, Weights, is_answered, normaliser, token_weights
 
