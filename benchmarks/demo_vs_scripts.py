@@ -89,7 +89,7 @@ def plain(out: Path) -> None:
     from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
     from stages.problems.base import Answer
-    from stages.problems.scheduling import Scheduling
+    from stages.problems.scheduling.problem import Scheduling
 
     torch.set_num_threads(1)
     stage = {box["name"]: box for box in yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())["stages"]}

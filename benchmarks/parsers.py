@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 
-from stages.problems import load
 from stages.problems.base import Answer, Problem
+from stages.problems.catalog import load
 
 LENGTHS = (125_000, 250_000, 500_000, 1_000_000)
 """Characters."""

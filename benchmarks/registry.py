@@ -38,8 +38,8 @@ from pipeline.registry.artifact import now
 from pipeline.registry.registry import FORMAT
 from pipeline.registry.verify import verify
 from pipeline.steps import Step, steps
-from stages.disk import sync_tree
 from stages.job import MANIFEST
+from stages.runtime.disk import sync_tree
 
 ROOT = Path(__file__).parent.parent
 SWITCHBACK = Path(sys.executable).parent / "switchback"

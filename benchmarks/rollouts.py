@@ -40,8 +40,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from stages.job import Execution
 from stages.sampling import Decoding, Engine, sample, until_end
-from stages.sampling.continuous import Continuous
-from stages.sampling.decoding import Transformers
+from stages.sampling.continuous_engine import Continuous
+from stages.sampling.transformers_engine import Transformers
 from tests.models import make_tokenizer
 
 BASELINE, BOUND = "generate", 2.0

@@ -31,7 +31,7 @@ from datasets import Dataset, disable_progress_bars
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from stages.tokens import TokenRow, labelled
+from stages.tokens.token_rows import TokenRow, labelled
 from stages.trl.sft_loss import WeightedSFTTrainer
 
 ROOT = Path(__file__).parent.parent

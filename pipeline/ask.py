@@ -18,12 +18,12 @@ from pipeline.launch import Launcher, OnMetrics
 from pipeline.plan import Planned
 from pipeline.registry import Artifact, Registry
 from pipeline.run import job_of, place_of
-from stages import audit as audit_job
-from stages import loss_map as loss_map_file
-from stages import probe as probe_job
-from stages import score as score_job
 from stages.errors import BadInput
+from stages.inspections import probe as probe_job
+from stages.inspections import score as score_job
 from stages.job import Execution, Finding, Job
+from stages.rewards.audit import audit as audit_job
+from stages.tokens import loss_map as loss_map_file
 
 CHECKED = ("sft", "grpo", "rejection")
 """Kinds of step that a preflight looks at."""
@@ -140,7 +140,7 @@ def probe(
 
 
 def score(problem: dict[str, Any], rows: Path, completions: Path, launcher: Launcher) -> dict[str, Any]:
-    """What `stages.score` finds out about a file of completions. Raises BadInput with file and line for what cannot be used."""
+    """What `stages.inspections.score` finds out about a file of completions. Raises BadInput with file and line for what cannot be used."""
     inputs = {"rows": str(rows.absolute()), "completions": str(completions.absolute())}
     like = Job(
         kind="score", name="score", config={}, inputs={}, work="", out="", problem=problem, rows=None, format=None, seed=0, dtype="float32", execution=Execution()

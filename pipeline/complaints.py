@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from stages.config import Config
-from stages.problems import PROBLEMS
+from stages.problems.catalog import PROBLEMS
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails

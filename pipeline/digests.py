@@ -10,7 +10,6 @@ were not there: then the file is hashed. Nothing inside a registry is looked up 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -19,7 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from stages.disk import digest_file
+from stages.runtime import locks
+from stages.runtime.disk import digest_file
 
 CACHE = "SWITCHBACK_CACHE"
 """Environment variable that names another directory for what can be made again."""
@@ -92,7 +92,7 @@ def _remember(path: str, state: State, digest: str) -> None:
     directory = cache_directory()
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / f".{FILE}.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        locks.lock(lock)
         entries = {name: entry for name, entry in _read().items() if name != path}
         entries[path] = {"state": state, "sha256": digest}
         newest = dict(list(entries.items())[-ENTRIES:])

@@ -23,12 +23,12 @@ from pipeline import model_card
 from pipeline.errors import Failed
 from pipeline.registry import Artifact, File, Registry
 from pipeline.registry.aliases import resolve
-from stages.disk import sync, sync_tree
 from stages.errors import BadInput
 from stages.job import MANIFEST
-from stages.loss_map import FILE as LOSS_MAP
-from stages.metrics import FILE as METRICS
 from stages.rejection import CONTROL
+from stages.runtime.disk import sync, sync_tree
+from stages.runtime.metrics import FILE as METRICS
+from stages.tokens.loss_map import FILE as LOSS_MAP
 
 CARD = "README.md"
 OURS = (MANIFEST, METRICS, LOSS_MAP, CARD)

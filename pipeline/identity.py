@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.disk import digest_file
+from stages.runtime.disk import digest_file
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*.jinja")
 """What of a model's directory `from_pretrained` may read; a README or a script beside it is not the model."""

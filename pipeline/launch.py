@@ -1,13 +1,12 @@
 """The launcher: a Job becomes a process tree of our own, and a Result comes back.
 
-A local job is forked from a serving worker (`stages.serve`) that imported torch and trl once. The tree dies with its deadline, with an exception here,
+A local job is forked from a serving worker (`stages.runtime.server`) that imported torch and trl once. The tree dies with its deadline, with an exception here,
 and with the launcher itself, however that dies. Ctrl-C and SIGTERM are exceptions that leave the job a grace time, to save what it has. Every attempt has
 its own log.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import select
@@ -25,12 +24,12 @@ from typing import Any
 from pipeline.errors import StageFailed
 from stages.errors import BadInput
 from stages.job import Job, Result
-from stages.metrics import FILE as METRICS
-from stages.metrics import WORDS
-from stages.process import adopt_orphans, kill_marked, kill_tree
-from stages.stopping import STOPPED
-from stages.training import TRL_CONFIGS
-from stages.worker import BUSY, ERROR, LOCK, PATIENCE, RESULT
+from stages.kinds import STAGES
+from stages.runtime import locks
+from stages.runtime.metrics import FILE as METRICS
+from stages.runtime.process import adopt_orphans, kill_marked, kill_tree
+from stages.runtime.stopping import STOPPED
+from stages.runtime.workdir import BUSY, ERROR, LOCK, PATIENCE, RESULT, WORDS
 
 WORKER = [sys.executable, "-P", "-m", "stages"]
 """The worker's command; -P, because no module of the working directory is ours."""
@@ -111,7 +110,7 @@ class Launcher:
         assert self._worker is not None
         if self._worker.job is None or not job.execution.grace:
             return
-        if job.kind in TRL_CONFIGS:
+        if STAGES[job.kind].saves:
             with suppress(OSError):  # the terminal may be gone
                 on_word(
                     f"asked to stop; saves at its next step, within {job.execution.grace:g} s (Ctrl-C: ends at once)"
@@ -127,7 +126,7 @@ class Launcher:
 
 
 class _ServingWorker:
-    """The other end of `stages.serve`."""
+    """The other end of `stages.runtime.server`."""
 
     def __init__(self, threads: int | None, preload: bool) -> None:
         adopt_orphans()
@@ -216,16 +215,11 @@ class _ServingWorker:
 def _refuse_busy(job: Job) -> None:
     """Raise StageFailed, and touch nothing, where another job works in the directory; one whose launcher was killed needs a moment to be gone."""
     path = Path(job.work, LOCK)
-    ends_at = time.monotonic() + PATIENCE
-    while path.exists():
-        with path.open() as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() > ends_at:
-                    raise _busy(job) from None
-        time.sleep(0.1)
+    if not path.exists():
+        return
+    with path.open() as lock:
+        if not locks.lock_within(lock, PATIENCE):
+            raise _busy(job)
 
 
 def _busy(job: Job) -> StageFailed:

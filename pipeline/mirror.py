@@ -2,7 +2,7 @@
 
     resume/<first 12 digits of the key>/<n>-<step>-<digest>/    a whole checkpoint; n counts the copies, so the newest copy is the last by name
 
-Only whole checkpoints are copied (`stages.checkpoints`), under names that say what is in them, their record last: what another machine finds is whole, or
+Only whole checkpoints are copied (`stages.runtime.checkpoints`), under names that say what is in them, their record last: what another machine finds is whole, or
 is not there. The newest copy counts, whatever its step: a stage that had to start again is not taken back to what it left.
 """
 
@@ -25,9 +25,9 @@ from pydantic import ValidationError
 from pipeline.errors import Damaged
 from pipeline.registry.places import open_store
 from pipeline.registry.store import Store
-from stages.checkpoints import COMPLETE, Record, directory, whole
-from stages.disk import sync, sync_tree
 from stages.errors import BadInput
+from stages.runtime.checkpoints import COMPLETE, Record, directory, whole
+from stages.runtime.disk import sync, sync_tree
 
 KEPT = 2
 """Copies of a stage's checkpoints that stay out there."""

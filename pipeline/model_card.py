@@ -22,13 +22,12 @@ from pipeline.errors import Failed
 from pipeline.registry import Artifact, Registry
 from pipeline.registry.lineage import Ancestor, lineage
 from pipeline.registry.verify import verify
-from stages.job import Evaluation, read_evaluation
+from stages.job import HUB, Evaluation, read_evaluation
 from stages.rejection import CONTROL
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-HUB = "hf://"
 SPLITS = ("validation", "held_out")
 FUNNEL = "funnel/"
 MACHINE = ("registry", "work", "track", "launch")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pipeline.errors import Failed
 from stages.errors import BadInput
-from stages.process import die_with_parent
+from stages.runtime.process import die_with_parent
 
 API_URL = "PREFECT_API_URL"
 SETTINGS = {

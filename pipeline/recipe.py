@@ -20,7 +20,7 @@ from stages.errors import BadInput
 from stages.evaluate import Evaluate, Validation
 from stages.grpo import GrpoConfig
 from stages.job import Dtype, Execution, Lora, Sampler
-from stages.problems import PROBLEMS, BuiltInSettings, DatasetProblem, FileProblem
+from stages.problems.catalog import PROBLEMS, BuiltInSettings, DatasetProblem, FileProblem
 from stages.rejection import RejectionConfig
 from stages.sft import SftConfig
 

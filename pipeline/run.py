@@ -6,14 +6,12 @@ its own place; what is published leaves it by a rename.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from pydantic import ValidationError
 
@@ -23,17 +21,23 @@ from pipeline.launch import Launcher
 from pipeline.mirror import forget, mirrored
 from pipeline.plan import Planned
 from pipeline.registry import Artifact, Published, Registry, Source, UnsafeFile, runs
-from pipeline.registry.remains import RUN_LOCK
 from pipeline.registry.store import Store
 from pipeline.registry.verify import as_read, condemn
 from pipeline.steps import InputRef, Step
-from stages import checkpoints
 from stages.errors import BadInput
 from stages.job import Evaluation, Execution, Finding, Job, Result
-from stages.metrics import FILE as METRICS
+from stages.runtime import checkpoints, locks
+from stages.runtime.metrics import FILE as METRICS
+from stages.runtime.workdir import RUN_LOCK, directory_name
 
 WORK = "SWITCHBACK_WORK"
 """Environment variable that moves work in progress to another disk."""
+
+
+TICK = 0.5
+"""Seconds between two calls of `on_tick` while another run is waited for."""
+HOLDER_PATIENCE = 1.0
+"""Seconds in which the holder of a lock has written its pid."""
 
 
 class Observer(Protocol):
@@ -94,7 +98,7 @@ def run_step(
             runs.beat(registry, run)
 
     if artifact := _held(registry, step, run):
-        forget(mirror, step.key[:12], said)
+        forget(mirror, directory_name(step.key), said)
         observer.reused(step, artifact)
         return artifact, True
     sources, work = sources_of(step, made, registry), work_of(step, registry)
@@ -195,38 +199,15 @@ def alone(work: Path, on_wait: Callable[[str], None], on_tick: Callable[[], None
     """
     work.mkdir(parents=True, exist_ok=True)
     with (work / RUN_LOCK).open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            on_wait(_holder(lock))
-            while not _locked(lock):
+        if not locks.try_lock(lock):
+            on_wait(locks.holder(lock, HOLDER_PATIENCE))
+            while not locks.lock_within(lock, TICK):
                 on_tick()
-                time.sleep(0.5)
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+        locks.write_holder(lock)
         try:
             yield
         finally:
-            lock.truncate(0)  # so that nobody waits for one that has ended
-
-
-def _holder(lock: IO[str]) -> str:
-    """The pid of who holds a lock; "" where that is not written within a second."""
-    for _ in range(20):
-        lock.seek(0)
-        if pid := lock.read().strip():
-            return pid
-        time.sleep(0.05)
-    return ""
-
-
-def _locked(lock: IO[str]) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+            locks.erase_holder(lock)  # so that no run names a holder that has ended
 
 
 def job_of(step: Step, made: Mapping[str, Artifact], registry: Registry, execution: Execution) -> Job:
@@ -309,7 +290,7 @@ def _said(result: Result) -> dict[str, Any]:
 
 def work_of(step: Step, registry: Registry) -> Path:
     """The step's own directory, in which it always finds itself again."""
-    return work_root(registry) / step.key[:12]
+    return work_root(registry) / directory_name(step.key)
 
 
 def work_root(registry: Registry) -> Path:

@@ -21,8 +21,8 @@ from stages.evaluate import EvaluateConfig
 from stages.grpo import GrpoConfig
 from stages.job import Dtype, Format, Lora, RowRange, Sampler, parse_rows
 from stages.kinds import STAGES
-from stages.problems import PROBLEMS
-from stages.problems.settings import ALIASES, RewardSettings
+from stages.problems.catalog import PROBLEMS
+from stages.problems.custom.settings import ALIASES, RewardSettings
 from stages.rejection import RejectionConfig
 from stages.sft import SftConfig
 

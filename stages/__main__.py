@@ -11,25 +11,25 @@ USAGE = "usage: python -m stages job.json | --rank job.json (under torchrun) | -
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code."""
-    if len(arguments) == 2 and arguments[0] in ("--serve", "--serve-bare"):
-        from stages.serve import serve
-
-        serve(launcher=int(arguments[1]), preload=arguments[0] == "--serve")
-        return 0
     if len(arguments) == 4 and arguments[0] == "--guarded":
-        from stages import guard_worker
+        from stages.guard import user_process  # before kinds: a process of user code loads no stage
 
-        guard_worker.keep(*map(int, arguments[1:]))
+        user_process.keep(*map(int, arguments[1:]))
+    from stages.kinds import STAGES
+
+    if len(arguments) == 2 and arguments[0] in ("--serve", "--serve-bare"):
+        from stages.runtime.server import serve
+
+        serve(int(arguments[1]), STAGES, preload=arguments[0] == "--serve")
+        return 0
+    from stages.runtime import worker
+
     if len(arguments) == 2 and arguments[0] == "--rank":
-        from stages import worker
-
-        return worker.main_of_rank(arguments[1])
+        return worker.main_of_rank(arguments[1], STAGES)
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print(USAGE, file=sys.stderr)
         return 2
-    from stages import worker
-
-    return worker.main(arguments[0])
+    return worker.main(arguments[0], STAGES)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from stages.job import Evaluation, Job, Result, RowRange, Split
 from stages.problems.base import Row, passes
 
 if TYPE_CHECKING:
-    from stages.metrics import MetricsLog
-    from stages.rollouts import Player, Rollout
+    from stages.data.rollouts import Player, Rollout
+    from stages.runtime.metrics import MetricsLog
 
 
 class Validation(Config):
@@ -58,8 +58,10 @@ class EvaluateConfig(Evaluate):
 
 def run(job: Job) -> Result:
     """Write `<split>.json` (an Evaluation) and `<split>.jsonl` (a line a row) for both splits."""
-    from stages import failures, ranks, rollouts
-    from stages.metrics import MetricsLog
+    from stages.data import rollouts
+    from stages.guard import failures
+    from stages.runtime import ranks
+    from stages.runtime.metrics import MetricsLog
 
     config, out, log = EvaluateConfig.model_validate(job.config), Path(job.out), MetricsLog(Path(job.out))
     player = rollouts.player(job)
@@ -107,8 +109,8 @@ def summarise(
     """The numbers of one split."""
     import numpy as np
 
-    from stages import prefix
     from stages.estimates import bootstrap_interval, pass_at_k
+    from stages.tokens import prefix
 
     scores = np.array([[rollout.judgement.score for rollout in group] for group in sampled])
     judgements = [rollout.judgement for group in sampled for rollout in group]

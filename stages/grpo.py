@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from stages.config import Config, execution, identity, resolved
+from stages.data.mix import Mix, count_of_step
 from stages.job import Job, Result
-from stages.mix import Mix, count_of_step
-from stages.rewards import Rewards, weights_of
+from stages.rewards.compose import Rewards, weights_of
 from stages.training import TrainingConfig, accumulation, trl_arguments
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class GrpoConfig(TrainingConfig):
     mix: GrpoMix | None = identity(None)
     """General conversations that are trained on by likelihood at every step; `share` is of the step's rows, rounded up. Off: none."""
     audit: bool = execution(True)
-    """Before it runs, look at what the rewards pay for (`stages.audit`), and train nothing where the best answers earn less than worse ones. Off: not looked
+    """Before it runs, look at what the rewards pay for (`stages.rewards.audit.audit`), and train nothing where the best answers earn less than worse ones. Off: not looked
     at, for rewards that are dear to ask or that are meant so; `switchback audit` still shows it."""
 
     @property
@@ -122,9 +122,14 @@ def run(job: Job) -> Result:
     """Train on the problem's rewards and write the policy to `job.out`. Raises RuntimeError when TRL ran another number of steps."""
     from transformers import set_seed
 
-    from stages import failures, models, prefix, problems, ranks, rollouts
-    from stages.metrics import latest
-    from stages.sampling.settings import own_settings
+    from stages.data import rollouts
+    from stages.guard import failures
+    from stages.policy import models
+    from stages.problems import catalog
+    from stages.runtime import ranks
+    from stages.runtime.metrics import latest
+    from stages.sampling.generation_config import own_settings
+    from stages.tokens import prefix
     from stages.trl import resume
     from stages.trl.callbacks import listen
 
@@ -132,7 +137,7 @@ def run(job: Job) -> Result:
     assert job.format is not None and job.problem is not None, "the plan gives grpo both"
     set_seed(job.seed)
     tokenizer = models.load_tokenizer(models.local_path(job.inputs["policy"]), job.format)
-    problem, log = problems.load(job.problem), Path(job.out, ROLLOUTS)
+    problem, log = catalog.load(job.problem), Path(job.out, ROLLOUTS)
     trainer, model = _trainer(job, config, tokenizer, problem, log)
     checkpoint = resume.find(trainer, job, config)
     if ranks.first():
@@ -158,13 +163,15 @@ def _trainer(
     from datasets import Dataset
     from trl.trainer.grpo_config import GRPOConfig
 
-    from stages import lora, models, prefix, problems
+    from stages.policy import lora, models
+    from stages.problems import catalog
     from stages.sampling import turn_ends
+    from stages.tokens import prefix
     from stages.trl.prefill import prefilled
     from stages.trl.rewarding import Judging
 
     assert job.format is not None and job.rows is not None, "the plan gives grpo both"
-    rows = problems.rows(problem, job.rows)
+    rows = catalog.rows(problem, job.rows)
     micro, steps = accumulation(config.prompts_per_step * config.group_size, job)
     weights = weights_of(job.name, config.rewards, problem.reward_weights)
     arguments = trl_arguments(
@@ -196,12 +203,12 @@ def _trainer(
 
 def _kind(job: Job, config: GrpoConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[..., RewardedGRPOTrainer]:
     """What is trained on: rollouts, or general rows beside them."""
-    from stages import data
+    from stages.data import sources
     from stages.trl.likelihood import General, MixedGRPOTrainer
     from stages.trl.rewarding import RewardedGRPOTrainer
 
     if config.mix is None:
         return RewardedGRPOTrainer
     assert job.format is not None, "the plan gives grpo a Format"
-    rows = data.general_of_steps(job, job.format, tokenizer, config.general_rows, config.steps)
+    rows = sources.general_of_steps(job, job.format, tokenizer, config.general_rows, config.steps)
     return partial(MixedGRPOTrainer, general=General(rows, config.general_rows, config.mix.coefficient, job.seed))

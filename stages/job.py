@@ -20,6 +20,8 @@ Sampler = Literal["transformers", "continuous", "vllm"]
 Split = Literal["train", "validation", "held_out"]
 MANIFEST = "artifact.json"
 """A published artifact's own file, written last: its existence means the artifact is whole. A copy of a policy keeps it."""
+HUB = "hf://"
+"""How a job's input names a model on the hub: hf://org/name@revision."""
 SPLITS: tuple[Split, ...] = ("train", "validation", "held_out")
 """Training stages read `train`; `validation` decides between settings; `held_out` only reports."""
 
@@ -45,7 +47,7 @@ class Execution(Config):
 
 
 class Lora(Config):
-    """Low-rank adapters (`stages.lora`)."""
+    """Low-rank adapters (`stages.policy.lora`)."""
 
     r: int = identity(32, ge=1)
     """Rank."""

@@ -6,27 +6,32 @@ Importing this is cheap: torch, transformers and trl are imported inside `run`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
-from stages import audit, evaluate, grpo, inspect, preflight, probe, rejection, score, sft
+from stages import evaluate, grpo, rejection, sft
 from stages.config import Config
+from stages.inspections import inspect, preflight, probe, score
 from stages.job import Job, Result
+from stages.rewards.audit import audit
 
 
-class Stage(NamedTuple):
+@dataclass(frozen=True)
+class Stage:
     """A kind of step."""
 
     config: type[Config]
     run: Callable[[Job], Result]
     version: int
     """Raised when the same config gives another result; part of the key."""
+    saves: bool = False
+    """It writes checkpoints, from which it is resumed."""
     torch: bool = True
     """It needs torch, which takes seconds to import."""
 
 
 STAGES: dict[str, Stage] = {
-    "sft": Stage(sft.SftConfig, sft.run, 1),
-    "grpo": Stage(grpo.GrpoConfig, grpo.run, 2),
+    "sft": Stage(sft.SftConfig, sft.run, 1, saves=True),
+    "grpo": Stage(grpo.GrpoConfig, grpo.run, 2, saves=True),
     "rejection": Stage(rejection.RejectionConfig, rejection.run, 3),
     "evaluate": Stage(evaluate.EvaluateConfig, evaluate.run, 3),
     "preflight": Stage(preflight.PreflightConfig, preflight.run, 1),

@@ -1,7 +1,7 @@
 """Rejection sampling: many rollouts a row, of which the best are kept as SFT data.
 
 policy + rows of a problem -> rows of token ids, as they were sampled, with where each comes from (`data`); all rollouts, to read (`rollouts`); and as
-many of the same rows drawn at random, to see what the choice is worth (`control`). Which are kept is `stages.selection`'s. Rollouts are sampled
+many of the same rows drawn at random, to see what the choice is worth (`control`). Which are kept is `stages.data.selection`'s. Rollouts are sampled
 afresh, or are those that the policy's grpo stage was trained on, which it logged. Cheap to import: torch comes with `run`.
 """
 
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import model_validator
 
 from stages.config import FromList, StageConfig, identity, resolved
+from stages.data.selection import Keep, Pool, candidate, control, funnel, select
 from stages.errors import BadInput
 from stages.job import Finding, Format, Job, Result
-from stages.selection import Keep, Pool, candidate, control, funnel, select
 
 if TYPE_CHECKING:
     from stages.problems.base import Problem, Row
@@ -71,12 +71,16 @@ class RejectionConfig(StageConfig):
 
 def run(job: Job) -> Result:
     """Write data/, rollouts/ and, where it is asked for, control/. Raises BadInput for a log that another tokenizer or Format made, or that has none of the rows."""
-    from stages import dataset, failures, models, problems, ranks, rollouts
+    from stages.data import harvest, rollouts
+    from stages.guard import failures
+    from stages.policy import models
+    from stages.problems import catalog
+    from stages.runtime import ranks
 
     config, out = RejectionConfig.model_validate(job.config), Path(job.out)
     assert job.rows is not None and job.problem is not None, "the plan gives rejection both"
-    problem = problems.load(job.problem)
-    rows = problems.rows(problem, job.rows)
+    problem = catalog.load(job.problem)
+    rows = catalog.rows(problem, job.rows)
     fresh = _fresh(job, config, rows) if config.source != "training" else {}
     if not ranks.first():
         return Result(outputs={}, metrics={})
@@ -85,17 +89,17 @@ def run(job: Job) -> Result:
     logged, training = _logged(job, config, rows, card) if config.source != "fresh" else ({}, None)
     missing = _missing(job, config, rows, logged) if config.source != "fresh" else ()
     pools = [_pool(row, [*fresh.get(row.id, []), *logged.get(row.id, [])], config.keep, problem) for row in rows]
-    sampled = dataset.Sampled(card["sampling"] if config.source != "training" else None, training)
+    sampled = harvest.Sampled(card["sampling"] if config.source != "training" else None, training)
     card = {**card, "sampling": sampled._asdict()}
-    rollouts.write(out / "rollouts", dataset.told(pools), card)
+    rollouts.write(out / "rollouts", harvest.told(pools), card)
     about = {**card, "keep": config.keep.model_dump(mode="json"), "source": config.source, "funnel": _funnel(pools)}
     picks = [[i for i, choice in enumerate(pool.choices) if choice.rank is not None] for pool in pools]
-    dataset.write(out / "data", dataset.rows(tokenizer, job.format, pools, picks, sampled), about)
+    harvest.write(out / "data", harvest.rows(tokenizer, job.format, pools, picks, sampled), about)
     outputs = {"data": "data", "rollouts": "rollouts"}
     if config.control:
         drawn = [_drawn(pool, len(picked), job.seed) for pool, picked in zip(pools, picks, strict=True)]
-        rows_drawn = dataset.rows(tokenizer, job.format, pools, drawn, sampled, RANDOM)
-        dataset.write(out / CONTROL, rows_drawn, {**about, CONTROL: config.control})
+        rows_drawn = harvest.rows(tokenizer, job.format, pools, drawn, sampled, RANDOM)
+        harvest.write(out / CONTROL, rows_drawn, {**about, CONTROL: config.control})
         outputs[CONTROL] = CONTROL
     found = failures.found(job.name, problem, (line["failure"] for pool in pools for line in pool.lines))
     return Result(
@@ -108,8 +112,8 @@ def run(job: Job) -> Result:
 
 def _fresh(job: Job, config: RejectionConfig, rows: Sequence[Row]) -> dict[str, list[Line]]:
     """Row -> what its policy answers now."""
-    from stages import rollouts
-    from stages.metrics import MetricsLog
+    from stages.data import rollouts
+    from stages.runtime.metrics import MetricsLog
     from stages.sampling import Decoding
 
     log = MetricsLog(Path(job.out))
@@ -125,7 +129,7 @@ def _logged(
     job: Job, config: RejectionConfig, rows: Sequence[Row], card: Mapping[str, Any]
 ) -> tuple[dict[str, list[Line]], dict[str, Any]]:
     """(row -> what was sampled while the policy was trained, how it was sampled)"""
-    from stages import rollouts
+    from stages.data import rollouts
 
     directory = Path(job.inputs["training"])
     theirs = rollouts.read_card(directory)

@@ -1,7 +1,7 @@
 """Supervised fine-tuning with a loss weight for every token, by its role.
 
 policy + token rows -> policy. The rows are a problem's demonstrations or a file of conversations, tokenised here, or what a rejection stage kept,
-trained as it was sampled (`stages.data`); general conversations may go beside them (`mix`). Cheap to import: torch and trl come with `run`.
+trained as it was sampled (`stages.data.sources`); general conversations may go beside them (`mix`). Cheap to import: torch and trl come with `run`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 from pydantic import model_validator
 
 from stages.config import Config, execution, identity, resolved
+from stages.data.mix import Mix
 from stages.errors import BadInput
 from stages.job import Finding, Job, Result
-from stages.mix import Mix
-from stages.tokens import ANSWERED, ROLES, TokenRow, lengths
+from stages.tokens.token_rows import ANSWERED, ROLES, TokenRow, lengths
+from stages.tokens.weights import Normaliser, prompt_share, total_weight
 from stages.training import TrainingConfig, accumulation, trl_arguments
-from stages.weighting import Normaliser, prompt_share, total_weight
 
 if TYPE_CHECKING:
-    from stages.data import Rows
+    from stages.data.sources import Rows
 
 DEMONSTRATIONS = "demonstrations"
 
@@ -80,7 +80,7 @@ class SftConfig(TrainingConfig):
     kind: Literal["sft"] = resolved("sft")
     data: str = resolved(DEMONSTRATIONS)
     """What to imitate: `demonstrations` of the problem, the name of an earlier rejection stage, or the path of a .jsonl file of conversations,
-    identified by its bytes (`stages.data` says what a line may be)."""
+    identified by its bytes (`stages.data.sources` says what a line may be)."""
     rows: str | None = resolved(None)
     """Which rows' demonstrations, such as train[0:1000] (the default). Only with data: demonstrations."""
     prompt_loss_weight: float = identity(0.0, ge=0)
@@ -138,8 +138,11 @@ def run(job: Job) -> Result:
     from transformers import set_seed
     from trl.trainer.sft_config import SFTConfig
 
-    from stages import data, lora, loss_map, models, prefix, ranks, tokens
-    from stages.metrics import latest
+    from stages.data import sources
+    from stages.policy import lora, models
+    from stages.runtime import ranks
+    from stages.runtime.metrics import latest
+    from stages.tokens import loss_map, prefix, token_rows
     from stages.trl import resume
     from stages.trl.callbacks import listen
     from stages.trl.sft_loss import WeightedSFTTrainer
@@ -150,7 +153,7 @@ def run(job: Job) -> Result:
     path = models.local_path(job.inputs["policy"])
     models.refuse_vision(path)
     tokenizer = models.load_tokenizer(path, job.format)
-    loaded = data.load(job, job.format, tokenizer, config.mix)
+    loaded = sources.load(job, job.format, tokenizer, config.mix)
     rows = loaded.all
     micro, steps = accumulation(config.rows_per_step, job)
     arguments = trl_arguments(
@@ -165,7 +168,7 @@ def run(job: Job) -> Result:
     trainer = WeightedSFTTrainer(
         model=models.load_policy(path, job.dtype, adapters=job.lora),
         args=arguments,
-        train_dataset=Dataset.from_list([tokens.labelled(row) for row in rows]),
+        train_dataset=Dataset.from_list([token_rows.labelled(row) for row in rows]),
         processing_class=tokenizer,
         peft_config=lora.peft_config(job.lora) if job.lora else None,
         weights=config.weights,

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from trl.trainer.grpo_config import GRPOConfig
 
 from stages.problems.base import Judgement, Row
-from stages.rewards import Rewards
+from stages.rewards.compose import Rewards
 from stages.trl.likelihood import General, MixedGRPOTrainer
 from stages.trl.prefill import prefilled
 from stages.trl.rewarding import Judging, RewardedGRPOTrainer

@@ -16,11 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stages import checkpoints, worker
-from stages.disk import digest_file
 from stages.job import Job, parse_rows
-from stages.metrics import FILE, WORDS
-from stages.serve import PRELOAD
+from stages.kinds import STAGES
+from stages.runtime import checkpoints, worker
+from stages.runtime.disk import digest_file
+from stages.runtime.metrics import FILE
+from stages.runtime.server import PRELOAD
+from stages.runtime.workdir import WORDS
 from tests.crashes import crash_at, is_write, points
 
 Scenario = dict[str, Any]
@@ -95,7 +97,7 @@ def run(job: Job) -> None:
     """The job, its log beside it."""
     log = os.open(Path(job.work).parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
-    code = worker.main(str(Path(job.work, "job.json")))
+    code = worker.main(str(Path(job.work, "job.json")), STAGES)
     assert code == 0, f"exit {code}"
 
 

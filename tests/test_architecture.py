@@ -17,7 +17,13 @@ ONLY_IN = {
     "prefect": {"pipeline/flow.py"},
     "wandb": set(),
     "obstore": {"pipeline/registry/objects.py"},
-    "trl": {"stages/trl", "stages/sft.py", "stages/grpo.py", "stages/training.py", "stages/problems/reward_code.py"},
+    "trl": {
+        "stages/trl",
+        "stages/sft.py",
+        "stages/grpo.py",
+        "stages/training.py",
+        "stages/problems/custom/rewards_worker.py",
+    },
 }
 """Library -> the only places that may import it."""
 HEAVY = ("torch", "transformers", "trl", "datasets", "numpy")

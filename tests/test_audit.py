@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from stages import baselines, problems
-from stages.audit import Report, audit
-from stages.audit_components import rank_correlation
 from stages.errors import BadInput
 from stages.job import Format
-from stages.problems import PROBLEMS
+from stages.problems import catalog
 from stages.problems.base import Answer, Judgement, Row, row_id
+from stages.problems.catalog import PROBLEMS
+from stages.rewards.audit import baselines
+from stages.rewards.audit.audit import Report, audit
+from stages.rewards.audit.component_rules import rank_correlation
 
 FORMAT = Format(
     prompt="p", prompt_digest="", system_prompt="Add.", user_template="What is {{ prompt }}?", response_prefix=""
@@ -448,7 +449,7 @@ def test_rank_correlation_by_hand():
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_every_built_in_problem_stands_its_audit(name):
     """Nothing raises, and no gold answer is beaten."""
-    problem = problems.load({"name": name, **({"form": "compact"} if name == "scheduling" else {})})
+    problem = catalog.load({"name": name, **({"form": "compact"} if name == "scheduling" else {})})
     asked, astray = baselines.of_rows(problem, problem.rows("train", 0, 30, 0), FORMAT, 0)
     found = audit("rl1", problem, asked, astray).findings
     assert "stop" not in [finding.severity for finding in found]

@@ -14,9 +14,9 @@ from pipeline import ask, plan, recipe
 from pipeline.launch import Launcher
 from pipeline.registry import Registry, runs
 from pipeline.run import job_of
-from stages import problems
-from stages.audit import with_one_change
 from stages.job import Execution
+from stages.problems import catalog
+from stages.rewards.audit.audit import with_one_change
 from tests.conftest import ROOT, environment, printed_json, run_cli, stage
 from tests.test_questions import on_a_terminal
 
@@ -75,7 +75,7 @@ def test_rows_may_come_from_a_file(settings, write, tmp_path):
 
 
 def problems_row(problem, i):
-    (row,) = problems.load(problem).rows("train", i, i + 1, 0)
+    (row,) = catalog.load(problem).rows("train", i, i + 1, 0)
     return dict(row.columns())
 
 
@@ -190,7 +190,7 @@ def test_an_audit_does_not_import_torch(settings, write, tmp_path):
     job = job.model_copy(
         update={"kind": "audit", "config": {}, "work": str(tmp_path / "w"), "out": str(tmp_path / "w" / "out")}
     )
-    code = "import sys\nfrom stages import worker\nprint(worker.main(sys.argv[1]), [m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    code = "import sys\nfrom stages.kinds import STAGES\nfrom stages.runtime import worker\nprint(worker.main(sys.argv[1], STAGES), [m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code, str(job.save())], cwd=ROOT, env=environment(), capture_output=True, text=True
     )

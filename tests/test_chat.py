@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from stages import chat, prefix
 from stages.errors import BadInput
 from stages.job import Format
-from stages.tokens import TokenRow
+from stages.tokens import chat, prefix
+from stages.tokens.token_rows import TokenRow
 from tests.models import CHATML, make_tokenizer
 from tests.templates import ADDS_TO_TURNS, NO_TURN_END, REWRITES, TEMPLATES, WITHOUT_SYSTEM, tokenizer_of
 

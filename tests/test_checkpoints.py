@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from stages import checkpoints
 from stages.job import Execution, Job
+from stages.runtime import checkpoints
 from stages.sft import SftConfig
+from stages.trl.resume import asked
 
 PROBLEM = {"file": "/here/mine.py", "time_limit": 10.0}
 EXECUTION = {"processes": 1, "micro-batch": 8, "device": "cpu"}
@@ -23,7 +24,7 @@ def job(tmp_path):
 
 
 def of(job, execution=EXECUTION):
-    return checkpoints.Belongs(checkpoints.asked(job, SftConfig.model_validate(job.config)), execution)
+    return checkpoints.Belongs(asked(job, SftConfig.model_validate(job.config)), execution)
 
 
 def make(job, *steps):

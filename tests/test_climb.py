@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline import climb, plan, recipe
 from pipeline.cli.progress import Progress
 from pipeline.registry import Registry
-from stages import tokens
+from stages.tokens import token_rows
 from tests.conftest import LEARNED, ROOT, SWITCHBACK, environment, run_cli, stage
 
 POLICIES = ("warmup", "rl1", "distill", "rl2")
@@ -105,7 +105,7 @@ def test_what_rejection_kept_is_what_it_sampled_prefix_included(climbed):
         for line in Path(listed["harvest"]["path"], "rollouts", "rollouts.jsonl").read_text().splitlines()
     ]
     text_of = {(one["row"], one["sample"]): one["text"] for one in rollouts if one["kept"]}
-    kept = tokens.read(Path(listed["harvest"]["path"], "data"))
+    kept = token_rows.read(Path(listed["harvest"]["path"], "data"))
     assert len(kept) == len(text_of) > 0
     for row in kept:
         start = row.roles.index("p")

@@ -6,10 +6,11 @@ import json
 
 import pytest
 
-from stages import data, loss_map
+from stages.data import sources
 from stages.errors import BadInput
 from stages.job import Format
 from stages.sft import SftConfig
+from stages.tokens import loss_map
 from tests.conftest import TINY_BASE, run_cli, stage
 from tests.models import make_tokenizer
 
@@ -30,7 +31,7 @@ def tokenizer():
 def read(lines, tmp_path, tokenizer, format=FORMAT):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return data.conversations(path, format, tokenizer)
+    return sources.conversations(path, format, tokenizer)
 
 
 def test_messages_prompt_and_completion_and_plain_text_are_the_same_row(tokenizer, tmp_path):
@@ -133,10 +134,10 @@ def test_a_line_ends_where_jsonl_says_and_nowhere_else(tokenizer, tmp_path):
     (row,) = read([{"prompt": "1 \u2028 2?", "completion": "<think>\n3"}], tmp_path, tokenizer)
     path = tmp_path / "raw.jsonl"
     path.write_text(json.dumps({"prompt": "1 \u2028 2?", "completion": "<think>\n3"}, ensure_ascii=False) + "\n")
-    assert data.conversations(path, FORMAT, tokenizer)[0].ids == row.ids
+    assert sources.conversations(path, FORMAT, tokenizer)[0].ids == row.ids
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(BadInput, match="is not UTF-8 text"):
-        data.conversations(path, FORMAT, tokenizer)
+        sources.conversations(path, FORMAT, tokenizer)
 
 
 def test_a_loss_map_says_what_each_token_decides(tokenizer, tmp_path):
@@ -174,8 +175,9 @@ def test_a_file_of_conversations_is_trained_on_and_its_bytes_are_in_the_key(sett
 
 
 def test_the_tiny_bases_demonstrations_have_all_roles_but_system():
-    from stages import models, prefix
-    from stages.problems.scheduling import Scheduling
+    from stages.policy import models
+    from stages.problems.scheduling.problem import Scheduling
+    from stages.tokens import prefix
 
     tokenizer = models.load_tokenizer(str(TINY_BASE))
     rows = Scheduling("compact").rows("train", 0, 3, seed=0)

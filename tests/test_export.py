@@ -18,8 +18,8 @@ from pipeline import export, model_card
 from pipeline.errors import Failed
 from pipeline.registry import Registry, Source
 from pipeline.registry.aliases import set_to
-from stages import tokens
 from stages.errors import BadInput
+from stages.tokens import token_rows
 from tests.conftest import ROOT, SWITCHBACK, environment, run_cli, tensors
 from tests.test_registry import OWNER, draft, finished
 
@@ -120,18 +120,18 @@ def test_data_are_exported_as_a_data_set(climbed, tmp_path, monkeypatch):
 
     registry = Registry(climbed[1])
     directory = exported(climbed[1], "harvest", tmp_path / "harvest")
-    assert {path.name for path in directory.iterdir()} == {"README.md", tokens.FILE, "card.json"}
+    assert {path.name for path in directory.iterdir()} == {"README.md", token_rows.FILE, "card.json"}
     published = registry.path(newest(registry, "harvest"), "data")
-    assert (directory / tokens.FILE).read_bytes() == (published / tokens.FILE).read_bytes()
+    assert (directory / token_rows.FILE).read_bytes() == (published / token_rows.FILE).read_bytes()
     rows = load_dataset(str(directory), split="train", cache_dir=str(tmp_path / "cache"))
-    assert rows["ids"] == [row.ids for row in tokens.read(published)]
+    assert rows["ids"] == [row.ids for row in token_rows.read(published)]
 
 
 def harvest(tmp_path):
     """(registry, artifact) of a rejection stage that kept one completion and drew another as its control."""
     registry, out = Registry(tmp_path / "registry"), tmp_path / "out"
     for output, answer in {"data": 7, "control": 8}.items():
-        tokens.write(out / output, [tokens.TokenRow("r", [1, answer], "uc")], {"of": output})
+        token_rows.write(out / output, [token_rows.TokenRow("r", [1, answer], "uc")], {"of": output})
     (out / "rollouts").mkdir()
     (out / "rollouts" / "rollouts.jsonl").write_text("{}\n")
     outputs = {"data": "data", "rollouts": "rollouts", "control": "control"}
@@ -148,8 +148,8 @@ def drawn(tmp_path):
 def test_an_output_is_exported_by_its_name(output, answer, drawn, tmp_path):
     artifact, found = export.named(drawn[0], drawn[1].id + output)
     export.export(drawn[0], artifact, tmp_path / "x", found)
-    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["README.md", "card.json", tokens.FILE]
-    assert [row.ids for row in tokens.read(tmp_path / "x")] == [[1, answer]]
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["README.md", "card.json", token_rows.FILE]
+    assert [row.ids for row in token_rows.read(tmp_path / "x")] == [[1, answer]]
     text = (tmp_path / "x" / "README.md").read_text()
     assert ("# harvest:control\n" in text) == ("drew at random" in text) == (answer == 8)
     assert ("# harvest\n" in text) == ("sampled and kept" in text) == (answer == 7)

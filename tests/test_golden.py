@@ -1,7 +1,7 @@
 """What a version computes is written down: a change of keys or results has to be made knowingly, by raising a version.
 
 A key that moves makes every user's finished steps be run again. A result that moves under the same key makes the registry lie. If one of these tests fails: for a
-changed result, raise the kind's version in `stages/__init__.py` (or the problem's in `stages/problems/__init__.py`); then write the new values here.
+changed result, raise the kind's version in `stages/__init__.py` (or the problem's in `stages/problems/catalog.py`); then write the new values here.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pipeline import recipe
 from pipeline.registry import Registry
 from pipeline.steps import steps as steps_of
 from stages.kinds import STAGES
-from stages.problems import PROBLEMS
-from stages.problems.scheduling import Scheduling
+from stages.problems.catalog import PROBLEMS
+from stages.problems.scheduling.problem import Scheduling
 from tests.conftest import TINY, run_cli
 
 VERSIONS = {

@@ -14,12 +14,13 @@ from trl.chat_template_utils import qwen3_template
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from stages import chat, models, prefix
 from stages.errors import BadInput
 from stages.job import Lora
-from stages.lora import peft_config
+from stages.policy import models
+from stages.policy.lora import peft_config
 from stages.problems.base import Judgement, Row
-from stages.rewards import RepetitionPenalty, Rewards, weights_of
+from stages.rewards.compose import RepetitionPenalty, Rewards, weights_of
+from stages.tokens import chat, prefix
 from stages.trl.prefill import PrefillGRPOTrainer, prefilled
 from stages.trl.rewarding import Judging, RewardedGRPOTrainer
 from tests.conftest import TINY_BASE
@@ -322,7 +323,7 @@ def test_a_tokenizer_that_parses_responses_does_not_take_the_prefix_away(policy,
 
 def test_adapters_are_sampled_with_the_same_settings_as_whole_policies(policy, tmp_path):
     """A model's own repetition penalty must not be in what is sampled, on a wrapped model either."""
-    from stages.sampling.settings import own_settings
+    from stages.sampling.generation_config import own_settings
 
     texts = []
     for penalty in (1.0, 5.0):

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from stages import failures, problems
 from stages.errors import BadInput, TooManyFailures
-from stages.guard import MARK, Guard, Limits
+from stages.guard import failures
+from stages.guard.pool import MARK, Guard, Limits
+from stages.problems import catalog
 from stages.problems.base import Answer, passes
 from tests.conftest import environment
 
@@ -131,7 +132,7 @@ def own(tmp_path: Path, code: str = OWN, **settings: Any) -> Any:
     file = tmp_path / "mine.py"
     file.write_text(code)
     limits = {"time_limit": 1.0, "max_failures": 1.0, "workers": 2, **settings}
-    return problems.load({"file": str(file), **limits})
+    return catalog.load({"file": str(file), **limits})
 
 
 @pytest.fixture(scope="module")
@@ -169,8 +170,8 @@ def test_workers_die_with_the_process_that_started_them(tmp_path, mark):
     """Killed with SIGKILL, while user code sleeps."""
     (tmp_path / "mine.py").write_text(OWN)
     code = (
-        "from stages import problems\nfrom stages.problems.base import Answer\n"
-        f"p = problems.load({{'file': {str(tmp_path / 'mine.py')!r}, 'workers': 1}})\n"
+        "from stages.problems import catalog\nfrom stages.problems.base import Answer\n"
+        f"p = catalog.load({{'file': {str(tmp_path / 'mine.py')!r}, 'workers': 1}})\n"
         "row, = p.rows('train', 0, 1, 0)\nprint('ready', flush=True)\np.judge([Answer(row, 'sleep')])"
     )
     stage = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment())

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from stages.problems import load
 from stages.problems.base import Answer
+from stages.problems.catalog import load
 from tests.conftest import ROOT
 
 spec = importlib.util.spec_from_file_location("parsers", ROOT / "benchmarks" / "parsers.py")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.registry import Registry
 from stages.errors import BadInput
 from stages.job import Lora
-from stages.lora import merged, peft_config, quantization, save_adapter
+from stages.policy.lora import merged, peft_config, quantization, save_adapter
 from tests.conftest import printed_json, run_cli, stage
 from tests.models import make_model, make_tokenizer
 

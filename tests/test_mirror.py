@@ -17,8 +17,8 @@ from pipeline.mirror import Mirror, bring_back, copies, copy_out, forget, mirror
 from pipeline.registry.local import LocalStore
 from pipeline.registry.places import open_store
 from pipeline.registry.store import Store
-from stages.checkpoints import COMPLETE, Entry, Record
-from stages.disk import digest_file
+from stages.runtime.checkpoints import COMPLETE, Entry, Record
+from stages.runtime.disk import digest_file
 from tests.conftest import SWITCHBACK, environment, run_cli, stage
 from tests.test_objects import PROCESSES, machine
 

@@ -14,11 +14,11 @@ import pytest
 from safetensors.torch import load_file
 
 from pipeline.registry import Registry
-from stages import data, mix
+from stages.data import mix, sources
+from stages.data.mix import Mix
 from stages.errors import BadInput
+from stages.inspections.preflight import look_at
 from stages.job import Job, parse_rows
-from stages.mix import Mix
-from stages.preflight import look_at
 from stages.sft import told
 from tests.conftest import ROOT, TINY, TINY_BASE, environment, run_cli, stage
 from tests.models import make_tokenizer
@@ -46,7 +46,7 @@ def mixed(path, tmp_path, share=0.2, seed=0, rows="train[0:50]", format=FORMAT):
     one = one.model_copy(
         update={"inputs": {**one.inputs, "mix": str(path)}, "seed": seed, "rows": parse_rows(rows, 0), "format": format}
     )
-    return data.load(one, format, make_tokenizer(), Mix(data=str(path), share=share))
+    return sources.load(one, format, make_tokenizer(), Mix(data=str(path), share=share))
 
 
 @pytest.mark.parametrize("share", [0.001, 0.07, 0.2, 0.5, 0.75, 0.99])
@@ -88,7 +88,7 @@ def test_a_step_may_take_all_there_is_and_no_more():
 
 def test_the_rows_are_those_of_the_file_after_the_own_ones(tmp_path):
     path = general(tmp_path / "general.jsonl")
-    alone = {row.row: row for row in data.conversations(path, FORMAT, make_tokenizer())}
+    alone = {row.row: row for row in sources.conversations(path, FORMAT, make_tokenizer())}
     loaded = mixed(path, tmp_path)
     assert len(loaded.own) == 50 and len(loaded.general) == 12  # 0.2 / 0.8 * 50 = 12.5, and halves go to the even
     assert loaded.all == loaded.own + loaded.general
@@ -114,7 +114,7 @@ def test_what_the_mix_weighs_is_told(tmp_path):
     found = told(loaded, weights)
     assert found["rows"] == 62 and found["mix_rows"] == 12
     assert found["mix_weight_share"] == pytest.approx(others / (own + others))
-    assert "mix_rows" not in told(data.Rows(loaded.own, []), weights)
+    assert "mix_rows" not in told(sources.Rows(loaded.own, []), weights)
 
 
 def test_only_lines_that_are_drawn_are_read(tmp_path):

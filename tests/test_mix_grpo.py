@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from pipeline.registry import Registry
-from stages import mix
+from stages.data import mix
 from stages.errors import BadInput
 from stages.grpo import GrpoConfig
 from stages.job import Job

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from pipeline import starter
-from stages import baselines, problems
-from stages.audit import audit
 from stages.errors import BadInput, TooManyFailures
 from stages.job import Format
+from stages.problems import catalog
 from stages.problems.base import Answer
 from stages.problems.files import rows as rows_of
+from stages.rewards.audit import baselines
+from stages.rewards.audit.audit import audit
 from tests.conftest import run_cli
 
 FORMAT = Format(prompt="p", prompt_digest="", system_prompt="", user_template="{{ prompt }}", response_prefix="")
@@ -58,7 +59,7 @@ def dataset(tmp_path: Path, rewards: list, rows: int = 200, **more):
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     named = [one.replace("mine.py", str(tmp_path / "mine.py")) if isinstance(one, str) else one for one in rewards]
     settings = {"dataset": str(tmp_path / "rows.jsonl"), "prompt": "question", "answer": "gold", "rewards": named}
-    return problems.load({**settings, "time_limit": 1.0, "max_failures": 1.0, "workers": 2, **more})
+    return catalog.load({**settings, "time_limit": 1.0, "max_failures": 1.0, "workers": 2, **more})
 
 
 @pytest.mark.parametrize(("text", "failure"), [("sleep", "timeout"), ("raise", "exception")])
@@ -158,7 +159,7 @@ def well_formed(row, completion):
 
 def own_file(tmp_path: Path, code: str = FILE):
     (tmp_path / "mine.py").write_text(code)
-    return problems.load({"file": str(tmp_path / "mine.py"), "max_failures": 1.0, "workers": 1})
+    return catalog.load({"file": str(tmp_path / "mine.py"), "max_failures": 1.0, "workers": 1})
 
 
 def test_what_is_neither_true_nor_false_is_not_taken_for_either(tmp_path):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from transformers import AutoTokenizer
 
-from stages import chat, models, prefix
 from stages.errors import BadInput
 from stages.job import Format
+from stages.policy import models
 from stages.problems.base import Row
+from stages.tokens import chat, prefix
 from tests.models import CHATML, make_model, make_tokenizer
 
 ROW = Row("1", "What is 1 + 2?")

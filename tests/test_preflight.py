@@ -7,12 +7,13 @@ import json
 import pytest
 
 from pipeline.registry import Registry
-from stages import models, prefix, tokens
-from stages.contract import opened
 from stages.errors import BadInput
+from stages.inspections.format_rules import opened
+from stages.inspections.preflight import look_at
 from stages.job import Execution, Format, Job, Lora
-from stages.preflight import look_at
-from stages.tokens import TokenRow
+from stages.policy import models
+from stages.tokens import prefix, token_rows
+from stages.tokens.token_rows import TokenRow
 from tests.conftest import TINY_BASE, printed_json, run_cli, stage
 from tests.models import CHATML, make_model, make_tokenizer, save
 
@@ -70,7 +71,7 @@ def test_short_completions_with_a_small_weight_are_what_it_is_for(policy, tmp_pa
     rows = [TokenRow("1", list(range(3, 23)), "t" * 5 + "u" * 10 + "c" * 5)]
     tokenizer = models.load_tokenizer(str(policy))
     format = Format(prompt="p", prompt_digest="", system_prompt="", user_template="{{ prompt }}", response_prefix="")
-    tokens.write(tmp_path / "data", rows, prefix.card(tokenizer, prefix.seen_format(format, tokenizer)))
+    token_rows.write(tmp_path / "data", rows, prefix.card(tokenizer, prefix.seen_format(format, tokenizer)))
     assert look_at(job(policy, {**SFT, "prompt_loss_weight": 0.1}, tmp_path, "", data=tmp_path / "data")) == []
     heavy = look_at(job(policy, {**SFT, "prompt_loss_weight": 0.5}, tmp_path, "", data=tmp_path / "data"))
     assert rules(heavy) == ["prompt_weight_share"]
@@ -217,7 +218,7 @@ def test_a_policy_with_its_manifest_shows_all_it_was_trained_with(climbed, tmp_p
 def test_rows_of_another_tokenizer_or_template_are_refused(policy, tmp_path):
     tokenizer = models.load_tokenizer(str(policy))
     format = Format(prompt="p", prompt_digest="", system_prompt="", user_template="{{ prompt }}", response_prefix="")
-    tokens.write(
+    token_rows.write(
         tmp_path / "data", [TokenRow("1", [3, 4], "uc")], prefix.card(tokenizer, prefix.seen_format(format, tokenizer))
     )
     assert look_at(job(policy, SFT, tmp_path, "", data=tmp_path / "data")) == []

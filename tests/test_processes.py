@@ -18,7 +18,7 @@ from pipeline.errors import StageFailed
 from pipeline.launch import Launcher
 from pipeline.registry import Registry, runs
 from stages.job import Execution, Job
-from stages.process import descendants, kill_marked, marked, started_at
+from stages.runtime.process import descendants, kill_marked, marked, started_at
 from tests.conftest import ROOT, SWITCHBACK, environment, stage
 
 TOKEN = "SWITCHBACK_TEST_TOKEN"

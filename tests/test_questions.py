@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.registry import Registry
-from stages import tokens
+from stages.tokens import token_rows
 from tests.conftest import ROOT, SWITCHBACK, environment, printed_json, run_cli
 
 
@@ -37,7 +37,7 @@ def test_inspect_shows_the_map_that_the_artifact_holds(made):
 
 def test_inspect_shows_what_was_sampled_where_that_is_what_is_trained(made):
     recipe, registry, artifacts = made
-    rows = tokens.read(registry / "artifacts" / artifacts["harvest"].id / "data")
+    rows = token_rows.read(registry / "artifacts" / artifacts["harvest"].id / "data")
     found = printed_json("inspect", recipe, "--stage", "distill", "--row", "1", "--registry", registry, "--json")
     assert [token["id"] for token in found["tokens"]] == rows[1].ids
 

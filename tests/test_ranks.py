@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from pipeline.registry import Registry
 from stages.job import Execution, Job
-from stages.process import kill_marked, marked
+from stages.runtime.process import kill_marked, marked
 from tests.conftest import ROOT, SWITCHBACK, environment, run_cli, stage
 from tests.test_processes import TOKEN, is_training, wait_for
 from tests.test_sft_loss import relative

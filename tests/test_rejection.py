@@ -13,10 +13,15 @@ from datasets import load_dataset
 from pipeline import checks
 from pipeline.recipe import Recipe
 from pipeline.registry import Registry
-from stages import dataset, models, problems, rejection, rollouts, tokens
+from stages import rejection
+from stages.data import harvest as dataset
+from stages.data import rollouts
+from stages.data.selection import Choice, Keep, Pool, candidate
 from stages.errors import BadInput
 from stages.job import Job
-from stages.selection import Choice, Keep, Pool, candidate
+from stages.policy import models
+from stages.problems import catalog
+from stages.tokens import token_rows
 from tests.conftest import LEARNED, TINY_BASE, run_cli, stage
 from tests.models import make_tokenizer
 from tests.test_data import FORMAT
@@ -79,7 +84,7 @@ def test_the_funnel_on_the_card_and_in_the_metrics_is_that_of_the_rollouts(harve
     _, registry = harvested
     artifact = newest(registry, "harvest")
     lines = lines_of(registry, artifact)
-    funnel = tokens.read_card(registry.path(artifact, "data"))["funnel"]
+    funnel = token_rows.read_card(registry.path(artifact, "data"))["funnel"]
     dropped = Counter(line["dropped_by"] for line in lines)
     left = len(lines)
     assert funnel["sampled"] == left
@@ -103,14 +108,14 @@ def test_the_funnel_on_the_card_and_in_the_metrics_is_that_of_the_rollouts(harve
 def test_the_control_has_as_many_rollouts_of_each_row_whatever_they_scored(harvested):
     _, registry = harvested
     artifact = newest(registry, "harvest")
-    kept, drawn = (tokens.read(registry.path(artifact, output)) for output in ("data", "control"))
+    kept, drawn = (token_rows.read(registry.path(artifact, output)) for output in ("data", "control"))
     assert Counter(row.row for row in kept) == Counter(row.row for row in drawn)
     lines = {(line["row"], line["sample"]): line for line in lines_of(registry, artifact)}
     mine = [lines[row.row, row.provenance["sample"]] for row in drawn]
     assert all(line["finished"] for line in mine) and len({(line["row"], line["sample"]) for line in mine}) == len(mine)
     assert {row.provenance["rule"] for row in drawn} == {"random"}
     assert sum(line["score"] for line in mine) < sum(row.provenance["score"] for row in kept)
-    assert tokens.read_card(registry.path(artifact, "control"))["control"] == "random"
+    assert token_rows.read_card(registry.path(artifact, "control"))["control"] == "random"
 
 
 def test_a_stage_trains_on_the_control_by_its_name(harvested):
@@ -192,12 +197,12 @@ def test_what_training_sampled_is_harvested_as_it_was_sampled(reused):
         for line in (registry.path(made["rl1"], "rollouts") / "rollouts.jsonl").read_text().splitlines()
     ]
     by_place = {(line["row"], line["step"], line["sample"]): line for line in log}
-    rows = tokens.read(registry.path(made["logged"], "data"))
+    rows = token_rows.read(registry.path(made["logged"], "data"))
     assert made["logged"].metrics["rollouts"] == len(log) == 16 and len(rows) > 0
-    sampling = tokens.read_card(registry.path(made["logged"], "data"))["sampling"]
+    sampling = token_rows.read_card(registry.path(made["logged"], "data"))["sampling"]
     assert sampling["fresh"] is None and sampling["training"]["policy"] == made["rl1"].id
     assert made["logged"].metrics["kept_from_training"] == made["logged"].metrics["kept"] == len(rows)
-    fresh = tokens.read(registry.path(newest(registry, "harvest"), "data"))
+    fresh = token_rows.read(registry.path(newest(registry, "harvest"), "data"))
     prompts = {row.row: row.ids[: row.roles.index("p")] for row in fresh}
     for row in rows:
         told, start = row.provenance, row.roles.index("p")
@@ -217,7 +222,7 @@ def test_fresh_and_logged_rollouts_are_pooled_and_each_says_which_it_is(reused):
     pooled, logged = lines_of(registry, made["pooled"]), lines_of(registry, made["logged"])
     assert len(pooled) == 16 * 2 + len(logged)
     assert Counter(line["step"] for line in pooled) == {None: 32, 1: 8, 2: 8}
-    kept = tokens.read(registry.path(made["pooled"], "data"))
+    kept = token_rows.read(registry.path(made["pooled"], "data"))
     assert made["pooled"].metrics["kept_from_training"] == sum(row.provenance["step"] is not None for row in kept) > 0
     policies = {row.provenance["step"] is None: row.provenance["policy"] for row in kept}
     assert policies == {True: made["rl1"].id, False: made["rl1"].id}
@@ -234,7 +239,7 @@ def test_a_harvest_says_how_many_of_its_rows_the_training_met(reused):
     """Two steps of two prompts of 16 rows; what the stage says is on its artifact's record, and what it kept is of these rows."""
     registry, made = reused
     met = {line["row"] for line in lines_of(registry, made["logged"])}
-    assert len(met) == 4 and {row.row for row in tokens.read(registry.path(made["logged"], "data"))} <= met
+    assert len(met) == 4 and {row.row for row in token_rows.read(registry.path(made["logged"], "data"))} <= met
     (finding,) = made["logged"].provenance["findings"]
     assert finding["rule"] == "rows_not_in_log" and finding["evidence"] == {"in_log": 4.0, "rows": 16.0}
 
@@ -262,13 +267,13 @@ def from_a_log(directory: Path, lines, change=None, **config) -> Job:
 
 def problem_rows(one: Job):
     assert one.problem is not None and one.rows is not None
-    return problems.rows(problems.load(one.problem), one.rows)
+    return catalog.rows(catalog.load(one.problem), one.rows)
 
 
 def drawn(one: Job) -> list[int]:
     """Which of each row's rollouts are the control."""
     assert rejection.run(one).outputs["control"] == "control"
-    return [row.provenance["sample"] for row in tokens.read(Path(one.out, "control"))]
+    return [row.provenance["sample"] for row in token_rows.read(Path(one.out, "control"))]
 
 
 def test_a_control_is_drawn_anew_for_every_row_and_every_seed(tmp_path):
@@ -360,8 +365,8 @@ def test_a_reward_that_there_is_none_of_is_null_and_json(tmp_path):
     assert json.loads(json.dumps(told, allow_nan=False)) == told
     sampled = dataset.Sampled(None, {**HOW, "policy": "then"})
     rows = dataset.rows(make_tokenizer(), FORMAT, [nothing], [[0, 1]], sampled)
-    tokens.write(tmp_path, rows, {})
-    assert [row.provenance["reward"] for row in tokens.read(tmp_path)] == [None, 0.25]
+    token_rows.write(tmp_path, rows, {})
+    assert [row.provenance["reward"] for row in token_rows.read(tmp_path)] == [None, 0.25]
 
 
 @pytest.mark.parametrize(
@@ -371,7 +376,7 @@ def test_a_reward_that_there_is_none_of_is_null_and_json(tmp_path):
     ("source", "told"), [("fresh", "a policy"), ("training", "a policy's training"), ("both", "a policy and its training")]
 )  # fmt: skip
 def test_the_card_says_of_how_many_which_whence_and_why(control, title, source, told, tmp_path):
-    rows = [tokens.TokenRow("r", [1, 2], "uc")]
+    rows = [token_rows.TokenRow("r", [1, 2], "uc")]
     about = {"keep": Keep().model_dump(mode="json"), "source": source, "funnel": {"sampled": 7, "judged": 5, "kept": 1}}
     dataset.write(tmp_path, rows, {**about, **({"control": control} if control else {})})
     text = (tmp_path / "README.md").read_text()

@@ -22,9 +22,9 @@ import yaml
 
 from pipeline.launch import Launcher
 from pipeline.registry import Registry, runs
-from stages import randomness
-from stages.disk import digest_file
 from stages.job import Job
+from stages.runtime.disk import digest_file
+from stages.trl.resume import random_state_kept
 from tests.conftest import LEARNED, ROOT, SWITCHBACK, environment, printed_json, run_cli, stage
 from tests.models import save
 from tests.stage_crashes import digests
@@ -199,7 +199,7 @@ def test_looking_moves_no_random_state():
     expected = draws()
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(3)
-    with randomness.kept():
+    with random_state_kept():
         draws()
     assert draws() == expected
 

@@ -15,9 +15,8 @@ from pydantic import ValidationError
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.registry import Registry
-from stages import tokens
 from stages.errors import BadInput
-from stages.rewards import (
+from stages.rewards.compose import (
     LengthPenalty,
     RepetitionPenalty,
     Rewards,
@@ -27,6 +26,7 @@ from stages.rewards import (
     weighted_sum,
     weights_of,
 )
+from stages.tokens import token_rows
 from tests.conftest import LEARNED, run_cli, stage
 
 NAN = float("nan")
@@ -213,5 +213,5 @@ def test_every_training_rollout_is_logged_as_it_was_sampled(climbed):
         assert all(one["prefix"] == 2 and one["ids"][:2] == rollouts[0]["ids"][:2] for one in rollouts)
         assert all(one["text"].startswith("<think>\n") and one["failure"] is None for one in rollouts)
         assert all(len(one["ids"]) == 38 or one["finished"] for one in rollouts)
-        card = json.loads((registry.path(artifact, "rollouts") / tokens.CARD).read_text())
+        card = json.loads((registry.path(artifact, "rollouts") / token_rows.CARD).read_text())
         assert card["format"]["response_prefix"] == "<think>\n" and card["sampling"]["temperature"] == 1.0

@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers import Lfm2Config, Lfm2ForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from stages.chunks import Chunks, count
 from stages.errors import BadInput
+from stages.runtime.chunks import Chunks, count
 from stages.sampling import Decoding, batches, sample, turn_ends, vllm_engine
-from stages.sampling.continuous import Continuous
-from stages.sampling.decoding import Transformers
+from stages.sampling.continuous_engine import Continuous
 from stages.sampling.draws import draw
+from stages.sampling.transformers_engine import Transformers
 from tests.conftest import run_cli
 from tests.models import make_model, make_tokenizer
 

@@ -7,10 +7,10 @@ from itertools import combinations, pairwise
 
 import pytest
 
-from stages.problems import compact
 from stages.problems.base import Answer, Judgement, Row, split_of
-from stages.problems.intervals import Event, Instance, best_schedule, optimum, overlaps
-from stages.problems.scheduling import Scheduling, SchedulingRow
+from stages.problems.scheduling import compact
+from stages.problems.scheduling.intervals import Event, Instance, best_schedule, optimum, overlaps
+from stages.problems.scheduling.problem import Scheduling, SchedulingRow
 
 PROBLEM = Scheduling("compact")
 

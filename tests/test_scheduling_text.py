@@ -13,10 +13,10 @@ from itertools import combinations, pairwise
 import pytest
 
 from stages.errors import BadInput
-from stages.problems import text
 from stages.problems.base import Answer, Judgement
-from stages.problems.intervals import clock, overlaps, touches
-from stages.problems.scheduling import Scheduling
+from stages.problems.scheduling import text
+from stages.problems.scheduling.intervals import clock, overlaps, touches
+from stages.problems.scheduling.problem import Scheduling
 
 REFERENCE = Scheduling("text", reward_overlap="touching")
 LINE = {

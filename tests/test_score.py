@@ -11,8 +11,8 @@ import pytest
 
 from pipeline import recipe
 from stages.errors import BadInput
-from stages.problems import load
 from stages.problems.base import Answer
+from stages.problems.catalog import load
 from stages.problems.files import answers
 from stages.problems.files import rows as rows_of
 from tests.conftest import ROOT, environment, printed_json, run_cli
@@ -155,11 +155,11 @@ def test_neither_the_command_nor_its_worker_imports_torch(files):
     """Which is why it answers at once."""
     rows, completions = files
     code = (
-        "import sys, stages\nfrom stages.score import run\nfrom stages.job import Job, Execution\nfrom pathlib import Path\nfrom stages.worker import _run\n"
+        "import sys, stages\nfrom stages.inspections.score import run\nfrom stages.job import Job, Execution\nfrom pathlib import Path\nfrom stages.kinds import STAGES\nfrom stages.runtime.worker import _run\n"
         "work, rows, completions = sys.argv[1:]\nPath(work, 'out').mkdir()\n"
         "job = Job(kind='score', name='score', config={}, inputs={'rows': rows, 'completions': completions}, work=work, out=work + '/out',\n"
         "          problem={'name': 'scheduling'}, rows=None, format=None, seed=0, dtype='float32', execution=Execution())\n"
-        "_run(job)\nprint([name for name in ('torch', 'transformers', 'trl', 'prefect') if name in sys.modules])"
+        "_run(job, STAGES[job.kind])\nprint([name for name in ('torch', 'transformers', 'trl', 'prefect') if name in sys.modules])"
     )
     arguments = [sys.executable, "-c", code, rows.parent, rows, completions]
     done = subprocess.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True)

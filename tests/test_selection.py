@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.problems.scheduling import Scheduling
-from stages.selection import Candidate, Keep, candidate, control, funnel, normalised, select, similarity, weighted
+from stages.data.selection import Candidate, Keep, candidate, control, funnel, normalised, select, similarity, weighted
+from stages.problems.scheduling.problem import Scheduling
 
 ANY = Keep(min_score=0, per_prompt=99, dedup="off")
 """Keeps all that can be trained on."""

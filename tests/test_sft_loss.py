@@ -11,9 +11,9 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from stages.errors import BadInput
-from stages.tokens import CODES, TokenRow, labelled
+from stages.tokens.token_rows import CODES, TokenRow, labelled
+from stages.tokens.weights import normaliser, row_weights, token_weights
 from stages.trl.sft_loss import WeightedSFTTrainer
-from stages.weighting import normaliser, row_weights, token_weights
 from tests.models import make_model, make_tokenizer, token_rows
 
 TOKENIZER = make_tokenizer()

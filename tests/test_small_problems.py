@@ -12,12 +12,12 @@ from itertools import permutations, product
 import pytest
 
 from stages.errors import BadInput
-from stages.problems import PROBLEMS, load
 from stages.problems.arithmetic import Arithmetic
 from stages.problems.base import Answer, split_of
-from stages.problems.countdown import Countdown
-from stages.problems.expressions import parse
-from stages.problems.solver import solve
+from stages.problems.catalog import PROBLEMS, load
+from stages.problems.countdown.expressions import parse
+from stages.problems.countdown.problem import Countdown
+from stages.problems.countdown.solver import solve
 
 
 def judged(problem, row, completion):

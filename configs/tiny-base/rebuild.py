@@ -18,8 +18,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
 
-from stages.problems import compact
-from stages.problems.intervals import Event, Instance
+from stages.problems.scheduling import compact
+from stages.problems.scheduling.intervals import Event, Instance
 
 STEPS, BATCH, LEARNING_RATE, SEED = 6000, 32, 4e-3, 0
 

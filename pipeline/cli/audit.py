@@ -22,11 +22,11 @@ from pipeline.findings import refuse
 from pipeline.launch import Launcher
 from pipeline.plan import Planned
 from pipeline.recipe import load
-from stages.audit import Report
-from stages.audit_facts import Line
-from stages.baselines import HOSTILE
 from stages.errors import BadInput
 from stages.job import Finding
+from stages.rewards.audit.audit import Report
+from stages.rewards.audit.baselines import HOSTILE
+from stages.rewards.audit.facts import Line
 
 RowsFile = Annotated[
     Path | None,

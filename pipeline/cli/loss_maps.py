@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pipeline.cli.tables import console
-from stages.mix import MARK
+from stages.data.mix import MARK
 
 STYLES = {"system": "magenta", "user": "cyan", "template": "bright_blue", "prefix": "yellow", "completion": "green"}
 """Role -> colour of its tokens."""

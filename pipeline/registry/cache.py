@@ -17,8 +17,8 @@ from pathlib import Path
 from pipeline.digests import CACHE, cache_directory
 from pipeline.registry.artifact import File
 from pipeline.registry.local import LocalStore, held
-from stages.disk import digest_file, sync_tree
 from stages.errors import BadInput
+from stages.runtime.disk import digest_file, sync_tree
 
 
 def cache_of(place: str) -> LocalStore:

@@ -8,9 +8,9 @@ from pipeline.errors import UnsafeFile
 from pipeline.registry import headers
 from pipeline.registry.artifact import File, check_path, refuse_clashes
 from pipeline.registry.local import walk
-from stages.disk import digest_files
 from stages.errors import printable
 from stages.job import MANIFEST
+from stages.runtime.disk import digest_files
 
 TENSORS = ".safetensors"
 

@@ -28,9 +28,9 @@ from pipeline.registry.needs import needed
 from pipeline.registry.records import read_as
 from pipeline.registry.registry import Registry
 from pipeline.registry.remains import Removal, remove, resumable, rubbish
-from stages.checkpoints import clear, sweep
 from stages.config import Frozen
 from stages.job import MANIFEST
+from stages.runtime.checkpoints import clear, sweep
 
 GRACE = timedelta(hours=24)
 """How young an artifact may be and stay without a reason."""

@@ -7,7 +7,6 @@ beside its place first, under a lock that the kernel frees with its holder.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import shutil
@@ -25,9 +24,10 @@ from typing_extensions import override
 from pipeline.errors import Damaged, Unreadable
 from pipeline.registry.artifact import File
 from pipeline.registry.store import JSON_LIMIT, PART, Stopped, Store, inside, never
-from stages.checkpoints import Entry
-from stages.disk import digest_file, sync, sync_tree, write_through
 from stages.errors import BadInput, printable
+from stages.runtime import locks
+from stages.runtime.checkpoints import Entry
+from stages.runtime.disk import digest_file, sync, sync_tree, write_through
 
 NO_FILE = (errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENAMETOOLONG)
 """What opening says of a link, a socket, a directory or a name that cannot be."""
@@ -265,7 +265,7 @@ def held(directory: Path) -> Iterator[Path]:
         directory.mkdir(exist_ok=True)
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            locks.lock(descriptor)
             if directory.exists() and directory.stat().st_ino == os.fstat(descriptor).st_ino:
                 yield directory
                 return
@@ -282,12 +282,7 @@ def _seized(directory: Path) -> Iterator[bool]:
         yield False
         return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = True
-    except BlockingIOError:
-        held = False
-    try:
-        yield held
+        yield locks.try_lock(descriptor)
     finally:
         os.close(descriptor)
 

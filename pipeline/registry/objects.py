@@ -33,8 +33,8 @@ from pipeline.registry.bucket import Bucket
 from pipeline.registry.cache import adopt, cache_of, copying, discard, is_whole
 from pipeline.registry.local import parts
 from pipeline.registry.store import JSON_LIMIT, PART, Stopped, Store, inside, never
-from stages.checkpoints import Entry
 from stages.errors import BadInput
+from stages.runtime.checkpoints import Entry
 
 MOST_PARTS = 9000
 """S3 takes 10,000."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timedelta
@@ -11,19 +10,16 @@ from typing import Literal
 
 from pipeline.registry.pins import counts, pins
 from pipeline.registry.registry import Registry
-from stages.checkpoints import TEMPORARY
 from stages.config import Frozen
 from stages.job import MANIFEST
-from stages.worker import LOCK
+from stages.runtime import locks
+from stages.runtime.checkpoints import TEMPORARY
+from stages.runtime.workdir import KEY_DIGITS, LOCK, RUN_LOCK
 
 STALE = timedelta(hours=24)
 """How old what a killed writer left has to be."""
 RESUMABLE = ("checkpoint-[0-9]*", ".removed-*", *TEMPORARY)
-"""What a job resumes from, as `stages.checkpoints` names it."""
-RUN_LOCK = "run.lock"
-"""Held by the run that makes a step, from its look into the registry to its publication."""
-KEY_DIGITS = 12
-"""How much of a key names the directory of its work."""
+"""What a job resumes from, as `stages.runtime.checkpoints` names it."""
 
 
 class Removal(Frozen):
@@ -51,14 +47,8 @@ def resumable(registry: Registry, work: Path) -> Iterator[tuple[Path, list[Remov
 def _unused(job: Path) -> Iterator[bool]:
     """Whether neither a job nor a run works in a directory; none can start there while this block lasts."""
     with ExitStack() as stack:
-        locks = [stack.enter_context((job / name).open()) for name in (LOCK, RUN_LOCK) if (job / name).exists()]
-        try:
-            for lock in locks:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+        files = [stack.enter_context((job / name).open()) for name in (LOCK, RUN_LOCK) if (job / name).exists()]
+        yield all(map(locks.try_lock, files))
 
 
 def _resumable(path: Path) -> Removal:

@@ -18,7 +18,7 @@ from pipeline.registry.registry import Registry
 from pipeline.registry.store import inside
 from stages.config import Frozen
 from stages.errors import BadInput, printable
-from stages.process import started_at
+from stages.runtime.process import started_at
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}"
 """What a run can be called."""

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.registry.artifact import File
-from stages.checkpoints import Entry
 from stages.errors import BadInput, printable
+from stages.runtime.checkpoints import Entry
 
 JSON_LIMIT = 64 * 2**20
 """Bytes that a JSON file may have; a longer one is refused before it is parsed."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from stages.errors import BadInput
-from stages.problems import PROBLEMS
+from stages.problems.catalog import PROBLEMS
 
 HERE = Path(__file__).parent
 OWN = "file"

@@ -14,10 +14,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, Field, ValidationError
 
+from stages.config import Config, FromList, identity
 from stages.errors import BadInput
 from stages.job import Split
 from stages.problems.base import Answer, Judgement, Row, first_error, row_id, stream, taken
@@ -30,6 +31,16 @@ NUMBER = re.compile(r"-?[0-9]{1,18}")
 THOUGHT = "</think>"
 RIGHT_ANSWERS = 0.5
 """Share of the demonstrations that are right; the others are off by up to 3. They show the form and leave the task to be learned."""
+
+
+class ArithmeticSettings(Config):
+    """One operation on two whole numbers; tiny, for tests and tutorials."""
+
+    name: Literal["arithmetic"] = identity()
+    digits: int = identity(2, ge=1, le=MAX_DIGITS)
+    """Digits of an operand, at most. One digit and one operation make 100 rows in all."""
+    operations: Annotated[tuple[Operation, ...], FromList] = identity(("+", "-"), min_length=1)
+    """What may be asked: +, - and *."""
 
 
 @dataclass(frozen=True)

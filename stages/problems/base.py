@@ -161,3 +161,7 @@ STREAMS: dict[Split, str] = {"train": "train-{seed}", "validation": "validation"
 def stream(generate: Callable[[random.Random], Iterator[R]], split: Split, seed: int) -> Iterator[R]:
     """The rows of (split, seed) of a problem that makes them up."""
     return allotted(generate(random.Random(STREAMS[split].format(seed=seed))), split)
+
+
+LARGEST_WEIGHT = 1e6
+"""Of a component: with the largest reward that user code may return, a sum that float32 still holds."""

@@ -15,8 +15,8 @@ from itertools import chain
 from json import dumps
 from typing import Any, NamedTuple, Protocol
 
-from stages import ranks
-from stages.chunks import Chunks
+from stages.runtime import ranks
+from stages.runtime.chunks import Chunks
 
 
 @dataclass(frozen=True)

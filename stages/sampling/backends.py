@@ -8,12 +8,13 @@ from typing import cast
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
-from stages import models, ranks
 from stages.job import Job, Sampler
-from stages.metrics import say
+from stages.policy import models
+from stages.runtime import ranks
+from stages.runtime.metrics import say
 from stages.sampling import Engine, turn_ends, vllm_engine
-from stages.sampling.continuous import Continuous
-from stages.sampling.decoding import Transformers
+from stages.sampling.continuous_engine import Continuous
+from stages.sampling.transformers_engine import Transformers
 
 UNVERIFIED = "sampler: vllm was written against vLLM's documentation and has not been run on a GPU by us; look at what it samples"
 

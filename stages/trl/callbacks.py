@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from stages.job import Job
-from stages.metrics import MetricsLog
+from stages.runtime.metrics import MetricsLog
 from stages.training import same_world
 
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from stages import mix
-from stages.tokens import COMPLETION, TokenRow
+from stages.data import mix
+from stages.tokens.token_rows import COMPLETION, TokenRow
+from stages.tokens.weights import NOTHING
 from stages.trl.rewarding import RewardedGRPOTrainer
-from stages.weighting import NOTHING
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from stages import prefix
-from stages.chat import Message
+from stages.tokens import prefix
+from stages.tokens.chat import Message
 from stages.trl.resume import ExactResume
 
 START = "response_prefix"

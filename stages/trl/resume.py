@@ -2,25 +2,32 @@
 
 transformers saves model, optimiser, schedule and random state. What TRL keeps beside that (the rollouts that are still to be trained on, where in a
 generation it is, the tokens it has seen) is added here, in one file a process; `held` and `take_up` are where more of a trainer's state joins.
-A checkpoint counts once all processes have written and the first has sealed it (`stages.checkpoints`).
+A checkpoint counts once all processes have written and the first has sealed it (`stages.runtime.checkpoints`).
 """
 
 from __future__ import annotations
 
+import json
+import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from stages import checkpoints, randomness, ranks, stopping
-from stages.config import seconds
+from stages.config import Config, identity_values, seconds
 from stages.errors import StageStopped
 from stages.job import Job
-from stages.metrics import say
+from stages.problems import catalog
+from stages.runtime import checkpoints, ranks, stopping
+from stages.runtime.metrics import say
 from stages.training import TrainingConfig, all_steps_ran
 
 PICKLE = "training_args.bin"
@@ -66,7 +73,7 @@ class ExactResume(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluation does not move the random state of training."""
-        with randomness.kept():
+        with random_state_kept():
             return super().evaluate(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -92,8 +99,30 @@ class ExactResume(Trainer):
             self.take_up(torch.load(file, map_location=device, weights_only=True))
 
 
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """After this block Python's, numpy's and torch's generators, on all devices, are where they were before it."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
 def _file_of_rank() -> str:
     return f"switchback_{ranks.rank()}.pt"
+
+
+def asked(job: Job, config: Config) -> str:
+    """SHA-256 of what is to be done, wherever it lies and however it is run. `config` is the job's. A second look only: checkpoints lie below their step's
+    key, which also knows the bytes of files that are only named here."""
+    inputs = {role: Path(path).parts[-2:] for role, path in job.inputs.items()}
+    what = job.model_dump(mode="json", include={"kind", "rows", "format", "seed", "dtype", "lora"})
+    problem = identity_values(catalog.settings_of(job.problem)) if job.problem else None
+    what |= {"config": identity_values(config), "problem": problem, "inputs": inputs}
+    return sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
 def execution(trainer: Trainer) -> dict[str, Any]:
@@ -112,7 +141,7 @@ def find(trainer: ExactResume, job: Job, config: TrainingConfig) -> str | None:
     """Where the job can go on, its logs cut back to there; None: at its start. All processes call it. What was found is said."""
     trainer.out, trainer.belongs = (
         Path(job.out),
-        checkpoints.Belongs(checkpoints.asked(job, config), execution(trainer)),
+        checkpoints.Belongs(asked(job, config), execution(trainer)),
     )
     mine = {0: _newest(trainer, job)} if ranks.first() else {}
     return ranks.together(mine)[0]

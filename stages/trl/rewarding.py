@@ -16,10 +16,13 @@ from typing import Any, cast
 import torch
 from accelerate.utils import gather, gather_object
 
-from stages import prefix, ranks, rewards, rollouts
+from stages.data import rollouts
+from stages.data.rollouts import Rollout
 from stages.problems.base import Answer, Judgement, Problem, Row
-from stages.rewards import Rewards, Running
-from stages.rollouts import Rollout
+from stages.rewards import compose
+from stages.rewards.compose import Rewards, Running
+from stages.runtime import ranks
+from stages.tokens import prefix
 from stages.trl.prefill import START, PrefillGRPOTrainer
 
 
@@ -45,7 +48,7 @@ class RewardedGRPOTrainer(PrefillGRPOTrainer):
     def __init__(self, *, judging: Judging, **arguments: Any) -> None:
         super().__init__(reward_funcs=[_named(name) for name in judging.weights], **arguments)
         self.judging = judging
-        self._running = rewards.nothing_seen(len(judging.weights))
+        self._running = compose.nothing_seen(len(judging.weights))
 
     def held(self) -> dict[str, Any]:
         """What components were like so far, beside what every trainer holds."""
@@ -83,14 +86,14 @@ class RewardedGRPOTrainer(PrefillGRPOTrainer):
         if self.judging.settings.as_they_are:
             return self._raw
         size = self.num_generations if self.model.training else self.num_generations_eval
-        return rewards.composed(self._raw, [*self.judging.weights], self.judging.settings, size, self._running)
+        return compose.composed(self._raw, [*self.judging.weights], self.judging.settings, size, self._running)
 
     def _values(self, answer: Answer, judgement: Judgement) -> dict[str, float | None]:
         """Component -> its value; None in all of them, penalties too, where the problem has none to give: the rollout was not judged, or nothing
         applies to its row."""
         if all(value is None for value in judgement.rewards.values()):
             return dict.fromkeys(self.judging.weights)
-        found = {**judgement.rewards, **rewards.penalties(self.judging.settings, answer.ids)}
+        found = {**judgement.rewards, **compose.penalties(self.judging.settings, answer.ids)}
         return {name: found.get(name) for name in self.judging.weights}
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -99,7 +102,7 @@ class RewardedGRPOTrainer(PrefillGRPOTrainer):
         if not self.judging.settings.as_they_are:
             for name, column in zip(self.judging.weights, self._raw.T, strict=True):
                 metrics[f"rewards/{name}/mean"][-1], metrics[f"rewards/{name}/std"][-1] = _mean_and_deviation(column)
-            total = rewards.weighted_sum(self._raw, self.reward_weights.to(self._raw.device))
+            total = compose.weighted_sum(self._raw, self.reward_weights.to(self._raw.device))
             metrics["reward"][-1], metrics["reward_std"][-1] = _mean_and_deviation(total)
         metrics["rewards/failed"].append(self._failed)
         return scored

@@ -1,7 +1,7 @@
 """SFTTrainer with a weight for every token, inside TRL's fused LM head: the full logits are never built.
 
 TRL packs, collates and scores; the batch's `labels` hold each token's role (`tokens.labelled`). We turn roles into weights per micro-batch
-(`stages.weighting`), let the fused head score every token that has one, and divide by a number of the whole optimiser step, so the gradient does not
+(`stages.tokens.weights`), let the fused head score every token that has one, and divide by a number of the whole optimiser step, so the gradient does not
 depend on micro-batch, packing or process count.
 """
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from trl.trainer.sft_trainer import SFTTrainer
 
 from stages.errors import BadInput
+from stages.tokens.weights import NOTHING, Normaliser, Weights, is_answered, normaliser, token_weights
 from stages.trl.resume import ExactResume
-from stages.weighting import NOTHING, Normaliser, Weights, is_answered, normaliser, token_weights
 
 LEAST: dict[Normaliser, float] = {"weight_sum": 1e-8, "nonzero_count": 1.0, "completion_count": 1.0}
 """What a step's loss is divided by at least, where N would be 0. TRL's 1 is wrong for weights, whose sum may be less."""

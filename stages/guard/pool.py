@@ -1,0 +1,361 @@
+"""Calls of user code that cannot hurt: worker processes that may hang, die, print or fork, and are killed and replaced.
+
+payloads -> one Reply each, in order. A worker is two processes: a keeper, which user code sees as its parent, and below it the one that imports user
+code once and then answers (`stages.guard.user_process`). Both die with the stage. Requests and replies are lines of JSON over pipes of their own, never pickle;
+what user code prints is read away and only its end is kept. The invariant: whatever a call does, `map` comes back with a Reply for every payload, after
+at most the time limit for each of them, and what the call started is gone. It guards against accidents and against models that are graded, not
+against whoever wrote the code: what runs here may do all that its user may.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+import uuid
+import weakref
+from collections import Counter, deque
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from stages.errors import BadInput, TooManyFailures
+from stages.guard.redaction import redacted
+from stages.runtime import ranks
+from stages.runtime.process import descendants, kill_marked, kill_tree
+
+MARK = "SWITCHBACK_GUARD"
+"""Environment variable that names a worker: what it forks carries it, wherever it hides in the tree."""
+IMPORT_LIMIT = 120.0
+"""Seconds that user code may take to be imported."""
+AHEAD = 32
+"""Requests that are sent to a worker before it answered the first."""
+TAIL = 4000
+"""Bytes of what a worker printed that are kept."""
+LONGEST = 256 * 2**20
+"""Bytes that a reply may have, such as all rows of a range; a worker that writes more is killed."""
+FEWEST = 100
+"""Failures are a share of at least so many answers, so that one bad answer of ten stops nothing."""
+SWEEPS = 20
+"""How often what a call left behind is looked for, where it forks while it is killed."""
+LOAD = -1
+"""The number of a worker's first request: import the user's code."""
+
+
+class Limits(NamedTuple):
+    """What user code may take."""
+
+    seconds: float
+    """Wall-clock time of one call."""
+    failures: float
+    """Share of answers (of at least FEWEST) that may fail. 1 = any number."""
+    workers: int | None = None
+    """None: one a core, shared by the ranks."""
+    import_seconds: float = IMPORT_LIMIT
+
+
+class Reply(NamedTuple):
+    """What became of a call."""
+
+    value: Any
+    """JSON; None when it failed."""
+    failure: str | None = None
+    """timeout, crash, exception, not_a_number, ...; None: it answered."""
+    message: str = ""
+    """What a person needs to find the reason."""
+
+
+class Guard:
+    """A pool of workers with the same user code; they start when they are needed and end with the guard, or with this process."""
+
+    def __init__(self, target: str, spec: dict[str, Any], limits: Limits) -> None:
+        self.target, self.spec, self.limits = target, spec, limits
+        self._most = limits.workers or max(1, len(os.sched_getaffinity(0)) // ranks.world())
+        self._workers: list[_Worker] = []
+        self._about: Any = None
+        self.judged, self._failed, self.first = 0, Counter[str](), ""
+        self._finalizer = weakref.finalize(self, _end, self._workers)
+
+    def about(self) -> Any:
+        """What the user's code says of itself once it is imported. Raises BadInput when it cannot be."""
+        while self._about is None:
+            self._start(1)
+            self._turn(deque(), {})
+        return self._about
+
+    def one(self, call: str, payload: Any, seconds: float | None = None) -> Any:
+        """The value of one call that must not fail. Raises BadInput, one line, when it does."""
+        reply = self.map(call, [payload], seconds)[0]
+        if reply.failure:
+            raise BadInput(
+                f"{self.spec['name']}: {call} failed ({reply.failure}): {reply.message}; mend it and run again"
+            )
+        return reply.value
+
+    def map(
+        self, call: str, payloads: Sequence[Any], seconds: float | None = None, counted: bool = False
+    ) -> list[Reply]:
+        """A Reply for each payload, in order. `seconds` overrules the time limit; `counted` stops when failures are too many (TooManyFailures)."""
+        limit = seconds or self.limits.seconds
+        waiting, replies = deque(range(len(payloads))), dict[int, Reply]()
+        lines, done = _Lines(call, payloads), 0
+        while len(replies) < len(payloads):
+            self._start(len(waiting))
+            share = max(1, min(AHEAD, len(waiting) // (2 * max(1, len(self._workers)))))
+            for worker in self._workers:
+                worker.take(waiting, share, lines, limit)
+            for i in self._turn(waiting, replies):
+                done += 1
+                if counted and replies[i].failure:
+                    self._count(replies[i], self.judged + done, len(payloads))
+        if counted:
+            self.judged += len(payloads)
+        return replies_in_order(replies)
+
+    def sweep(self) -> None:
+        """Kill what calls started and left behind. Processes that the import started may stay."""
+        for worker in self._workers:
+            worker.sweep()
+
+    def note(self, answers: int) -> None:
+        """So many answers were judged in calls that were not counted."""
+        self.judged += answers
+
+    def blame(self, reply: Reply, answers: int, left: int) -> None:
+        """So many of the answers that `note` was told of failed, all by one reply; `left` are still to be asked for. Raises TooManyFailures."""
+        for _ in range(answers):
+            self._count(reply, self.judged, left)
+
+    def close(self) -> None:
+        """End all workers."""
+        self._finalizer()
+
+    def _start(self, wanted: int) -> None:
+        while len(self._workers) < min(self._most, max(1, wanted)) and (wanted or not self._workers):
+            self._workers.append(_Worker(self.target, self.spec, self.limits.import_seconds))
+
+    def _turn(self, waiting: deque[int], replies: dict[int, Reply]) -> list[int]:
+        """Wait for something to happen; returns the payloads that were answered."""
+        _wait(self._workers)
+        answered: list[int] = []
+        for worker in list(self._workers):
+            found, lost = worker.look()
+            if lost:
+                self._workers.remove(worker)
+                worker.end()
+                waiting.extendleft(reversed([i for i in worker.asked if i != LOAD]))
+            for i, reply in found:
+                if i == LOAD:
+                    self._loaded(reply)
+                else:
+                    replies[i] = reply
+                    answered.append(i)
+        return answered
+
+    def _loaded(self, reply: Reply) -> None:
+        if reply.failure:
+            _end(self._workers)
+            raise BadInput(_import_failed(self.spec["name"], reply, self.limits.import_seconds))
+        self._about = reply.value
+
+    def _count(self, reply: Reply, seen: int, of: int) -> None:
+        """Stop as soon as the share of failures is sure to be too high when this call ends, in whatever order answers come. `seen`: answers so far."""
+        self._failed[str(reply.failure)] += 1
+        self.first = self.first or reply.message
+        failed, every = self._failed.total(), max(FEWEST, self.judged + of)
+        if failed > self.limits.failures * every:
+            counts = ", ".join(f"{name} {count}" for name, count in self._failed.most_common())
+            raise TooManyFailures(
+                f"{self.spec['name']} failed on {failed} of the first {seen} answers it was asked to judge ({counts}), more than"
+                f" max_failures={self.limits.failures:g} of {every} allows; the first said: {self.first}; mend it and run again, or raise"
+                " problem.max_failures"
+            )
+
+
+def replies_in_order(replies: dict[int, Reply]) -> list[Reply]:
+    """By the number of their payload."""
+    return [replies[i] for i in range(len(replies))]
+
+
+def _import_failed(name: str, reply: Reply, seconds: float) -> str:
+    if reply.failure == "refused":
+        return reply.message
+    if reply.failure == "timeout":
+        return f"{name}: its import did not end within {seconds:g} s; let it do less while it is imported"
+    return f"{name}: its import failed ({reply.failure}): {reply.message}; mend it and run again"
+
+
+class _Lines(NamedTuple):
+    """Payloads as the lines that a worker reads."""
+
+    call: str
+    payloads: Sequence[Any]
+
+    def line(self, i: int) -> bytes:
+        return json.dumps({"id": i, "call": self.call, "with": self.payloads[i]}).encode() + b"\n"
+
+
+class _Worker:
+    """One keeper and its worker, seen from the stage."""
+
+    def __init__(self, target: str, spec: dict[str, Any], import_seconds: float) -> None:
+        self.mark = f"{MARK}={uuid.uuid4().hex}"
+        reads, self.requests = os.pipe2(os.O_CLOEXEC)
+        self.replies, writes = os.pipe2(os.O_CLOEXEC)
+        self.output, prints = os.pipe2(os.O_CLOEXEC)
+        command = [sys.executable, "-P", "-m", "stages", "--guarded", str(os.getpid()), str(reads), str(writes)]
+        name, _, value = self.mark.partition("=")
+        env = {**os.environ, name: value, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=prints, stderr=prints, pass_fds=(reads, writes), env=env, start_new_session=True
+        )  # fmt: skip
+        for fd in (reads, writes, prints):
+            os.close(fd)
+        self.ended = os.pidfd_open(self.process.pid)
+        for fd in (self.requests, self.replies, self.output):
+            os.set_blocking(fd, False)
+        self.asked, self.kept = deque[int]([LOAD]), {self.process.pid}
+        self.outgoing = bytearray(json.dumps({"id": LOAD, "call": target, "with": spec}).encode() + b"\n")
+        self.incoming, self.tail = bytearray(), bytearray()
+        self.limit = import_seconds
+        self.ends_at = time.monotonic() + import_seconds
+
+    def take(self, waiting: deque[int], share: int, lines: _Lines, limit: float) -> None:
+        """Ask for as many as its share; nothing while it imports."""
+        if LOAD in self.asked:
+            return
+        if not self.asked:
+            self.ends_at = time.monotonic() + limit
+        self.limit = limit
+        while waiting and len(self.asked) < share:
+            self.asked.append(waiting.popleft())
+            self.outgoing += lines.line(self.asked[-1])
+
+    def look(self) -> tuple[list[tuple[int, Reply]], bool]:
+        """(what was answered, whether the worker is lost). Nothing here waits."""
+        over = self.process.poll() is not None
+        self._send()
+        self._read_output()
+        found, sound = self._answers()
+        if not self.asked:
+            return found, over or not sound
+        if over or not sound:
+            return [*found, *self._failed_first("crash", self._how_it_ended())], True
+        if time.monotonic() > self.ends_at:
+            return [*found, *self._failed_first("timeout", f"no answer within {self.limit:g} s")], True
+        return found, False
+
+    def sweep(self) -> None:
+        """Kill what is below it and was not when it had imported the user's code; one that is still importing answered no call yet."""
+        if LOAD in self.asked:
+            return
+        for _ in range(SWEEPS):
+            if not (left := descendants(self.process.pid) - self.kept):
+                return
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def end(self) -> None:
+        """Kill it and all that it started, in whatever session."""
+        # stopped, it still adopts what loses its parent, and does not end with the worker; not by its pid, which may be another's once it has ended
+        self.process.send_signal(signal.SIGSTOP)
+        kill_tree(self.process.pid)
+        self.process.kill()
+        self.process.wait()
+        kill_marked(self.mark)
+        for fd in (self.requests, self.replies, self.output, self.ended):
+            os.close(fd)
+
+    def _failed_first(self, failure: str, message: str) -> list[tuple[int, Reply]]:
+        """The call it was at failed; the others it was asked for are asked again elsewhere."""
+        return [(self.asked.popleft(), Reply(None, failure, self._with_tail(message)))] if self.asked else []
+
+    def _with_tail(self, message: str) -> str:
+        printed = " ".join(self.tail.decode(errors="replace").split())[-300:]
+        return redacted(f"{message}; it printed last: {printed}") if printed else message
+
+    def _how_it_ended(self) -> str:
+        try:
+            code = self.process.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            if len(self.incoming) > LONGEST:
+                return f"its answer is longer than {LONGEST // 2**20} MiB; ask for less at a time"
+            return "it closed the guard's own pipe, or wrote into it"
+        number = -code if code < 0 else code - 128
+        if number in {each.value for each in signal.Signals}:
+            return f"its process was killed by {signal.Signals(number).name}"
+        return f"its process ended with exit code {code}"
+
+    def _send(self) -> None:
+        with suppress(BlockingIOError, BrokenPipeError):
+            while self.outgoing:
+                del self.outgoing[: os.write(self.requests, self.outgoing[: 2**16])]
+
+    def _read_output(self) -> None:
+        for _ in range(64):  # a worker that prints without end must not keep us here
+            if not (data := _read(self.output)):
+                return
+            self.tail = (self.tail + data)[-TAIL:]
+
+    def _answers(self) -> tuple[list[tuple[int, Reply]], bool]:
+        """(what came whole, whether the pipe holds nothing else)."""
+        while data := _read(self.replies):
+            self.incoming += data
+            if len(self.incoming) > LONGEST:
+                return [], False
+        sound = data is None
+        *whole, rest = bytes(self.incoming).split(b"\n") if b"\n" in self.incoming else (self.incoming,)
+        self.incoming, found = bytearray(rest), []
+        for line in whole:
+            reply = _reply(line, self.asked[0] if self.asked else None)
+            if reply is None:
+                return found, False
+            if self.asked[0] == LOAD:
+                self.kept |= descendants(self.process.pid)
+            found.append((self.asked.popleft(), reply))
+            self.ends_at = time.monotonic() + self.limit
+            self.tail.clear()
+        return found, sound
+
+
+def _reply(line: bytes, expected: int | None) -> Reply | None:
+    """None for anything but the answer to what was asked."""
+    try:
+        said = json.loads(line)
+        if said["id"] != expected:
+            return None
+        failure = said["failure"] and str(said["failure"])
+        message = str(said["message"]).encode(errors="backslashreplace").decode()
+        return Reply(said["value"], failure, redacted(message))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _read(fd: int) -> bytes | None:
+    """What is there; b"" for the end, None for nothing yet."""
+    try:
+        return os.read(fd, 2**16)
+    except BlockingIOError:
+        return None
+
+
+def _wait(workers: Sequence[_Worker]) -> None:
+    """Until a worker says something, can be written to, ends, or is out of time."""
+    poll = select.poll()
+    for worker in workers:
+        for fd in (worker.replies, worker.output, worker.ended):
+            poll.register(fd, select.POLLIN)
+        if worker.outgoing:
+            poll.register(worker.requests, select.POLLOUT)
+    left = min((worker.ends_at for worker in workers if worker.asked), default=0.0) - time.monotonic()
+    poll.poll(max(0.0, left) * 1000 + 1)
+
+
+def _end(workers: list[_Worker]) -> None:
+    while workers:
+        workers.pop().end()

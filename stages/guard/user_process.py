@@ -1,0 +1,107 @@
+"""The process in which user code runs: `python -m stages --guarded STAGE_PID REQUESTS REPLIES`, started by `stages.guard.pool` and by nobody else.
+
+    stage --PDEATHSIG--> keeper --fork, PDEATHSIG--> worker --> whatever user code starts
+
+The keeper is what user code finds as its parent: killing it kills the worker and not the stage. It adopts orphans, and ends as the worker ended.
+The worker answers one line of JSON with one, in order; the first asks it to import the user's code. A process that user code forked and that comes back here ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import importlib
+import inspect
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from stages.errors import CallFailed, CodeRefused
+from stages.runtime.process import adopt_orphans, die_with_parent
+
+TARGETS = {"file": "stages.problems.custom.python_file_worker", "rewards": "stages.problems.custom.rewards_worker"}
+"""What can be loaded -> the module whose `load(spec)` returns (what it says of itself, {call: function of a payload})."""
+Calls = dict[str, Callable[[Any], Any]]
+
+
+def settled(value: Any) -> Any:
+    """The value itself, or what an async function comes to."""
+    return asyncio.run(_awaited(value)) if inspect.isawaitable(value) else value
+
+
+async def _awaited(value: Any) -> Any:
+    return await value
+
+
+def keep(stage: int, requests: int, replies: int) -> None:
+    """The keeper's life."""
+    die_with_parent(stage)
+    adopt_orphans()
+    with suppress(OSError):  # where memory runs out, it is user code that goes
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    keeper = os.getpid()
+    worker = os.fork()
+    if not worker:
+        die_with_parent(keeper)
+        _work(requests, replies)
+    os.close(requests)
+    os.close(replies)
+    while True:
+        pid, status = os.wait()
+        if pid == worker:
+            code = os.waitstatus_to_exitcode(status)
+            os._exit(code if code >= 0 else 128 - code)
+
+
+def _work(requests: int, replies: int) -> None:
+    """Answer until the requests end; never returns."""
+    me, calls, rest = os.getpid(), Calls(), b""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
+    while data := os.read(requests, 2**16):
+        *lines, rest = (rest + data).split(b"\n") if b"\n" in data else (rest + data,)
+        for line in lines:
+            reply = _answer(json.loads(line), calls)
+            if os.getpid() != me:
+                os._exit(0)
+            _write(replies, json.dumps(reply).encode() + b"\n")
+    os._exit(0)
+
+
+def _write(fd: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def _answer(request: dict[str, Any], calls: Calls) -> dict[str, Any]:
+    value, failure, message = None, None, ""
+    try:
+        if request["call"] in calls:
+            value = calls[request["call"]](request["with"])
+        else:
+            value, loaded = importlib.import_module(TARGETS[request["call"]]).load(request["with"])
+            calls.update(loaded)
+            gc.freeze()
+        json.dumps(value, allow_nan=False)
+    except CallFailed as error:
+        failure, message = error.kind, str(error)
+    except CodeRefused as error:
+        failure, message = "refused", str(error)
+    except BaseException as error:  # sys.exit() of user code too
+        failure, message = "exception", told(error)
+    return {"id": request["id"], "value": value if failure is None else None, "failure": failure, "message": message}
+
+
+def told(error: BaseException, file: str | None = None) -> str:
+    """`file:line: Type: message` of an error, where it left the user's code last (`file`: only places in it count)."""
+    ours = str(Path(__file__).parents[1])
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if (frame.filename == file if file else not frame.filename.startswith(ours))]
+    where = f"{Path(theirs[-1].filename).name}:{theirs[-1].lineno}: " if theirs else ""
+    return f"{where}{type(error).__name__}: {' '.join(str(error).split())[:500]}"

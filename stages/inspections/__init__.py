@@ -1,0 +1,1 @@
+"""Jobs whose answer is shown and never published: preflight, inspect, probe, score."""

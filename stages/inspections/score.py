@@ -1,0 +1,84 @@
+"""What completions from anywhere are worth: a file of rows and a file of completions -> outcomes, average score, rewards, intervals.
+
+A question and no stage: nothing is published. Needs no model and no torch. `job.problem` judges, `job.inputs` has the files `rows` and `completions`
+(`stages.problems.catalog.files`), and `score.json` in `job.out` has the answer:
+
+    rows, completions           how many rows were answered, and how often in all
+    outcomes                    outcome -> how many completions, in the order in which rules are judged
+    outcome_intervals           outcome -> 95 % Wilson interval of its share, which takes completions for independent
+    average, interval           mean score, and its 95 % bootstrap interval over rows
+    pass_rate, pass_interval    share that passes, and its 95 % Wilson interval
+    solved                      share with the best possible score
+    rewards, reward             component -> its mean, where it applies (null where it never does); the mean of their weighted sum
+    weights                     component -> its weight in that sum
+    failures, first_failure     what user code did in the place of judging -> how often; what the first of them said (null without any)
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stages.config import Config
+from stages.guard.failures import first_message
+from stages.job import Job, Result
+from stages.problems.base import Judgement, Problem, passes
+
+FILE = "score.json"
+
+
+class ScoreConfig(Config):
+    """Nothing to set."""
+
+
+def run(job: Job) -> Result:
+    """Write `score.json`. Raises BadInput with file and line for a row or completion that cannot be used."""
+    from stages.problems import catalog, files
+
+    assert job.problem is not None, "whoever asks for a score names a problem"
+    problem = catalog.load(job.problem)
+    rows = files.rows(problem, Path(job.inputs["rows"]))
+    answered = files.answers(Path(job.inputs["completions"]), rows)
+    judgements = problem.judge([answer for _, answer in answered])
+    found = summarise(problem, [row for row, _ in answered], judgements)
+    Path(job.out, FILE).write_text(json.dumps(found, indent=1))
+    return Result(outputs={"score": FILE}, metrics={"average": found["average"]})
+
+
+def summarise(problem: Problem, rows: Sequence[int], judgements: Sequence[Judgement]) -> dict[str, Any]:
+    """The numbers; `rows` says which row each judgement is of."""
+    from stages.estimates import grouped_interval, wilson_interval
+
+    count = len(judgements)
+    scores = [judgement.score for judgement in judgements]
+    passed = sum(passes(problem, judgement) for judgement in judgements)
+    outcomes = Counter(judgement.outcome for judgement in judgements)
+    return {
+        "rows": len(set(rows)),
+        "completions": count,
+        "outcomes": {name: outcomes[name] for name in problem.outcomes},
+        "outcome_intervals": {name: wilson_interval(outcomes[name], count) for name in problem.outcomes},
+        "average": sum(scores) / count,
+        "interval": grouped_interval(scores, rows),
+        "pass_rate": passed / count,
+        "pass_interval": wilson_interval(passed, count),
+        "solved": sum(judgement.solved for judgement in judgements) / count,
+        "rewards": {name: _mean(judgements, name) for name in problem.reward_weights},
+        "reward": sum(_weighted(problem, judgement) for judgement in judgements) / count,
+        "weights": dict(problem.reward_weights),
+        "failures": dict(Counter(judgement.failure for judgement in judgements if judgement.failure)),
+        "first_failure": first_message(problem),
+    }
+
+
+def _mean(judgements: Sequence[Judgement], component: str) -> float | None:
+    values = [value for judgement in judgements if (value := judgement.rewards.get(component)) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _weighted(problem: Problem, judgement: Judgement) -> float:
+    """As TRL sums them: a component that does not apply adds nothing."""
+    return sum(weight * (judgement.rewards.get(name) or 0.0) for name, weight in problem.reward_weights.items())

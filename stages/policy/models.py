@@ -1,0 +1,136 @@
+"""Policies on disk and in memory: a directory that `from_pretrained` loads, safetensors only, no code from it ever run.
+
+A published policy carries two chat templates: the serving template, which yields the response prefix, and the training template beside it
+(see `stages.tokens.prefix`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import DistributedType
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from stages.errors import BadInput
+from stages.job import HUB, Dtype, Execution, Finding, Format, Job
+from stages.policy import lora
+from stages.runtime import ranks
+from stages.tokens import chat, prefix
+
+SAFE_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja"]
+
+
+def local_path(source: str, weights: bool = True) -> str:
+    """The directory of a model; one on the hub is fetched at its revision first, so that whoever loads it again gets the same. Without `weights`,
+    only what a tokenizer needs is fetched."""
+    if not source.startswith(HUB):
+        return source
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = source.removeprefix(HUB).partition("@")
+    patterns = SAFE_PATTERNS if weights else [pattern for pattern in SAFE_PATTERNS if pattern != "*.safetensors"]
+    return snapshot_download(repo, revision=revision or None, allow_patterns=patterns)
+
+
+def pick_device(execution: Execution) -> torch.device:
+    """The device a job runs on. Raises BadInput where a GPU is asked for and there is none, or fewer than processes."""
+    if execution.device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("launch.device: cuda was asked for, but torch sees no GPU; set launch.device to auto or cpu")
+    if torch.cuda.is_available() and execution.device != "cpu" and execution.processes > torch.cuda.device_count():
+        raise BadInput(
+            f"launch.processes: {execution.processes} were asked for, but torch sees {torch.cuda.device_count()} GPUs; lower it"
+        )
+    use_gpu = execution.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda", ranks.local_rank()) if use_gpu else torch.device("cpu")
+
+
+def load_policy(
+    path: str, dtype: Dtype, device: torch.device | None = None, adapters: lora.Lora | None = None
+) -> PreTrainedModel:
+    """A model in the given precision, on the CPU or on `device`; its frozen weights in 4 bits where `adapters` say so."""
+    held: dict[str, Any] = {"quantization_config": quantized} if (quantized := lora.quantization(adapters)) else {}
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        path, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, **held
+    )
+    return model.to(device) if device else model
+
+
+def refuse_vision(path: str) -> None:
+    """Raise BadInput for a model that also sees images: its words cannot be weighted as text."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if getattr(config, "vision_config", None) is not None:
+        raise BadInput(
+            f"{config.model_type} is a vision model, and token weights are for text; use the text model of its family"
+        )
+
+
+def load_tokenizer(path: str, format: Format | None = None) -> PreTrainedTokenizerBase:
+    """A tokenizer that can pad on the left, with the Format's chat template where that names one. Raises BadInput when it has none."""
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, padding_side="left")
+    if format is not None and format.chat_template is not None:
+        tokenizer.chat_template = format.chat_template
+    if tokenizer.chat_template is None:
+        raise BadInput(
+            f"the tokenizer in {path} has no chat template; add a chat_template.jinja to it, or set format.chat_template"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+KEPT = 0.9
+"""Share of an adapter's update that has to survive the merge; below it there is a warning."""
+
+
+def publish(trainer: Any, tokenizer: PreTrainedTokenizerBase, job: Job) -> tuple[Finding, ...]:
+    """Write what a trainer has made to `job.out`, whole: an adapter is merged into the policy it was trained on, and kept beside it.
+
+    All processes call it; the first one writes. Weights that are spread over processes (FSDP, DeepSpeed) are gathered first.
+    """
+    assert job.format is not None, "the plan gives every stage that trains a Format"
+    spread = trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if spread else None
+    if not ranks.first():
+        return ()
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped if spread else trainer.model)
+    if job.lora is None:
+        save_policy(model, tokenizer, job.format, Path(job.out), state)
+        return ()
+    lora.save_adapter(model, Path(job.out, lora.ADAPTER), state, job.inputs["policy"])
+    whole, kept = lora.merged(load_policy(local_path(job.inputs["policy"]), job.dtype), Path(job.out, lora.ADAPTER))
+    _end_turns_alike(model, whole)
+    save_policy(whole, tokenizer, job.format, Path(job.out))
+    return tuple(_lost_in_the_merge(job, kept))
+
+
+def _end_turns_alike(trained: Any, whole: Any) -> None:
+    """A trainer aligns the model's special tokens with the tokenizer's; the policy that was loaded again has its old ones."""
+    for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        setattr(whole.config, name, getattr(trained.config, name))
+        setattr(whole.generation_config, name, getattr(trained.generation_config, name))
+
+
+def _lost_in_the_merge(job: Job, kept: float) -> Iterator[Finding]:
+    if kept < KEPT:
+        yield Finding(
+            rule="merge_rounding",
+            severity="warn",
+            stage=job.name,
+            evidence={"kept": kept},
+            advice=f"{job.dtype} could hold only {kept:.0%} of what the adapter has learnt when it was merged into the policy; train in float32, or with a higher learning rate",
+            override="model.dtype=float32",
+        )
+
+
+def save_policy(
+    model: Any, tokenizer: PreTrainedTokenizerBase, format: Format, out: Path, state: dict[str, Any] | None = None
+) -> None:
+    """Write a self-contained policy, a PreTrainedModel, whose serving template yields the Format's prefix. Other named templates of its tokenizer are
+    left out: they would not yield it."""
+    model.save_pretrained(out, state_dict=state)
+    training = chat.training_template(tokenizer)
+    tokenizer.chat_template = {"default": prefix.serving_template(training, format), chat.TRAINING: training}
+    tokenizer.save_pretrained(out)

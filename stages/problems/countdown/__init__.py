@@ -1,0 +1,1 @@
+"""The countdown problem: reach a number with the given ones."""

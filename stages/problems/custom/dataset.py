@@ -1,0 +1,194 @@
+"""Rows of a dataset and TRL-style rewards by name, seen from the stage. The rewards are called in guarded worker processes (`stages.problems.custom.rewards_worker`).
+
+A batch of answers is one call; where it fails, its answers are asked for one at a time, so that only the culprit is lost. Not where the number of rewards
+is wrong: which reward belongs to which answer is then unknown, and a constant `[1.0]` would have the right length for one.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+from stages.errors import BadInput, TooFew
+from stages.guard.pool import Guard, Reply
+from stages.job import SPLITS, Split
+from stages.problems import files
+from stages.problems.base import Answer, Judgement, Row, allotted
+from stages.problems.custom.python_file import are_rewards, failed, outcome_of, too_few
+from stages.problems.custom.row import OwnRow, own_row
+from stages.problems.custom.settings import DatasetProblem
+
+OUTCOMES = ("failed", "unscored", "wrong", "partial", "passed")
+"""failed: it could not be judged; unscored: the first reward does not apply to the row; wrong: score 0; partial: some score below 1."""
+BATCH = 16
+"""Answers of one call."""
+TEXTS = ("prompt", "gold")
+"""Settings whose column holds text in every row; an answer may be anything."""
+OURS = ("prompt", "prompts", "completions", "completion_ids", "id", "trainer_state", "log_extra", "log_metric")
+"""What a reward is given under these names is not a column."""
+
+
+class Dataset:
+    """A Problem."""
+
+    def __init__(self, settings: DatasetProblem) -> None:
+        self.outcomes, self.settings = OUTCOMES, settings
+        self.reward_weights = {reward.component: reward.weight for reward in settings.components}
+        rewards = [
+            {
+                "component": reward.component,
+                "name": reward.name,
+                "path": str(Path(reward.file).absolute()) if reward.file else None,
+                "arguments": reward.arguments,
+            }
+            for reward in settings.components
+        ]
+        self.guard = Guard("rewards", {"name": "problem.rewards", "rewards": rewards}, settings.limits())
+
+    @cached_property
+    def _all(self) -> list[OwnRow]:
+        """Every row once; the rewards are imported before, because that may be refused."""
+        self.guard.about()
+        found = (
+            files.rows(self, Path(self.settings.dataset))
+            if self.settings.is_file
+            else map(self.row, _of_hub(self.settings))
+        )
+        return list({row.id: cast(OwnRow, row) for row in found}.values())
+
+    @cached_property
+    def _columns(self) -> list[str]:
+        """Of any row: what a reward is given must not depend on which rows stand beside it."""
+        return sorted({name for row in self._all for name in row.values} - {*OURS})
+
+    def rows(self, split: Split, start: int, stop: int, seed: int) -> list[Row]:
+        """The rows of a split; training rows in the order that the seed names. Raises TooFew where there are fewer."""
+        order = list(self._all)
+        self._refuse_missing(self._columns)
+        random.Random(seed if split == "train" else split).shuffle(order)
+        found = list(islice(allotted(iter(order), split), start, stop))
+        if len(found) < stop - start:
+            counts = {each: sum(1 for _ in allotted(iter(order), each)) for each in SPLITS}
+            raise TooFew(too_few(self.settings.dataset, split, stop, counts))
+        return list(found)
+
+    def _refuse_missing(self, columns: Collection[str]) -> None:
+        """Raise BadInput for a reward that cannot be called with these columns."""
+        there = [*columns, *(["solution"] if self.settings.answer else [])]
+        for component, needed in self.guard.about()["needs"].items():
+            if missing := [name for name in needed if name not in there]:
+                raise BadInput(
+                    f"problem.rewards: {component} takes {', '.join(missing)}, which is no column of {self.settings.dataset}; there is"
+                    f" {', '.join(there) or 'nothing'}: {_mend(missing, self.settings)}"
+                )
+
+    def row(self, columns: Mapping[str, Any]) -> OwnRow:
+        """Raises BadInput for a line that lacks a column that the recipe names."""
+        for role in ("prompt", "answer", "gold"):
+            column = getattr(self.settings, role)
+            if column is not None and columns.get(column) is None:
+                raise BadInput(
+                    f"problem.{role}: a row of {self.settings.dataset} has no {column!r}; it has {', '.join(columns) or 'nothing'}"
+                )
+            if column is not None and role in TEXTS and not isinstance(columns[column], str):
+                raise BadInput(
+                    f"problem.{role}: {column!r} of {self.settings.dataset} is {type(columns[column]).__name__}, expected text"
+                )
+        return own_row(columns, self.settings.prompt)
+
+    def demonstration(self, row: Row, rng: random.Random) -> str:
+        """Raises BadInput: a dataset has none."""
+        raise BadInput(f"{self.settings.dataset}: a dataset problem has no demonstrations; give the sft stage a .jsonl")
+
+    def baselines(self, row: Row, rng: random.Random) -> Mapping[str, str]:
+        """What the column `gold` says; nothing where the recipe names none."""
+        return {"gold": str(row.columns()[self.settings.gold])} if self.settings.gold else {}
+
+    def judge(self, answers: Sequence[Answer]) -> list[Judgement]:
+        """Raises TooManyFailures."""
+        self.guard.about()
+        batches = [answers[i : i + BATCH] for i in range(0, len(answers), BATCH)]
+        try:
+            first = self.guard.map("judge", [self._asked(batch) for batch in batches])
+            again = [answer for batch, reply in zip(batches, first, strict=True) if _narrows(reply) for answer in batch]
+            self.guard.note(len(answers) - len(again))
+            for batch, reply in zip(batches, first, strict=True):
+                if reply.failure and not _narrows(reply):
+                    self.guard.blame(reply, len(batch), len(again))
+            single = iter(self.guard.map("judge", [self._asked([answer]) for answer in again], counted=True))
+        finally:
+            self.guard.sweep()
+        return [
+            self._judgement(reply)
+            for batch, whole in zip(batches, first, strict=True)
+            for reply in (islice(single, len(batch)) if _narrows(whole) else _apart(whole, len(batch)))
+        ]
+
+    def _asked(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """What the rewards of a batch are called with."""
+        rows = [answer.row.columns() for answer in answers]
+        names = dict.fromkeys([*self._columns, *(name for row in rows for name in row if name not in OURS)])
+        self._refuse_missing(names)
+        columns = {name: [row.get(name) for row in rows] for name in names}
+        if self.settings.answer:
+            columns["solution"] = [row[self.settings.answer] for row in rows]
+        return {
+            "prompts": [[{"role": "user", "content": answer.row.prompt}] for answer in answers],
+            "completions": [[{"role": "assistant", "content": answer.text}] for answer in answers],
+            "completion_ids": [list(answer.ids) for answer in answers],
+            "columns": columns,
+        }
+
+    def _judgement(self, reply: Reply) -> Judgement:
+        if reply.failure:
+            return failed(self.reward_weights, reply.failure)
+        if not (isinstance(reply.value, list) and reply.value and are_rewards(reply.value[0], self.reward_weights)):
+            return failed(self.reward_weights, "crash")
+        first = reply.value[0][next(iter(self.reward_weights))]
+        score = min(1.0, max(0.0, first or 0.0))
+        outcome = "unscored" if first is None else outcome_of(score, self.passed(score), True)
+        return Judgement(score, outcome, self.passed(score), True, reply.value[0])
+
+    def passed(self, score: float) -> bool:
+        """The first reward is at its best."""
+        return score >= 1
+
+
+def _mend(missing: Sequence[str], settings: DatasetProblem) -> str:
+    if "solution" in missing and not settings.answer:
+        return "name the column with the reference answer as problem.answer"
+    return "take one of these, or give it a default"
+
+
+def _narrows(reply: Reply) -> bool:
+    """Whether the answers of a batch that failed are asked for one at a time."""
+    return reply.failure not in (None, "wrong_length")
+
+
+def _apart(reply: Reply, count: int) -> list[Reply]:
+    """The reply of a batch, an answer at a time."""
+    if reply.failure:
+        return [reply] * count
+    whole = isinstance(reply.value, list) and len(reply.value) == count
+    return [Reply([value]) for value in reply.value] if whole else [Reply(None)] * count
+
+
+def _of_hub(settings: DatasetProblem) -> Iterator[dict[str, Any]]:
+    """The rows of a dataset on the hub, as JSON values. Raises BadInput when it cannot be read."""
+    import datasets
+
+    try:
+        found = datasets.load_dataset(
+            settings.dataset, settings.config, split=settings.split, revision=settings.revision
+        )
+    except Exception as error:
+        raise BadInput(
+            f"problem.dataset: {settings.dataset} cannot be read: {' '.join(str(error).split())[:300]}"
+        ) from None
+    for row in found:
+        yield json.loads(json.dumps(row, default=str))

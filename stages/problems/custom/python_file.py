@@ -1,0 +1,144 @@
+"""A problem in one Python file, seen from the stage: every function of the file is called in a guarded worker process (`stages.problems.custom.python_file_worker`)."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from stages.errors import BadInput, TooFew
+from stages.guard.pool import Guard, Reply
+from stages.job import Split
+from stages.problems.base import Answer, Judgement, Row
+from stages.problems.custom.row import own_row
+from stages.problems.custom.settings import FileProblem
+
+OUTCOMES = ("failed", "malformed", "wrong", "partial", "passed")
+"""failed: it could not be judged; malformed: `well_formed` said no; wrong: score 0; partial: some score that does not pass."""
+ROWS_LIMIT = 600.0
+"""Seconds that making the rows of one range may take."""
+SEEDS = 2**53
+
+
+class OwnFile:
+    """A Problem."""
+
+    def __init__(self, settings: FileProblem) -> None:
+        self.outcomes = OUTCOMES
+        self.name = Path(settings.file).name
+        spec = {"name": self.name, "path": str(Path(settings.file).absolute())}
+        self.guard = Guard("file", spec, settings.limits())
+        self._passed: dict[float, bool] = {}
+
+    @cached_property
+    def _about(self) -> dict[str, Any]:
+        return self.guard.about()
+
+    @property
+    def reward_weights(self) -> Mapping[str, float]:
+        """The file's REWARDS."""
+        return self._about["weights"]
+
+    def rows(self, split: Split, start: int, stop: int, seed: int) -> list[Row]:
+        """Raises TooFew when the file has fewer."""
+        asked = {"split": split, "start": start, "stop": stop, "seed": seed}
+        said = self.guard.one("rows", asked, ROWS_LIMIT)
+        if "counts" in said:
+            raise TooFew(too_few(self.name, split, stop, said["counts"]))
+        return [own_row(columns) for columns in said["rows"]]
+
+    def row(self, columns: Mapping[str, Any]) -> Row:
+        """Raises BadInput for a line without a prompt."""
+        if not isinstance(columns.get("prompt"), str):
+            raise BadInput(f"a row of {self.name} has {', '.join(columns) or 'nothing'}, expected a text under prompt")
+        return own_row(columns)
+
+    def demonstration(self, row: Row, rng: random.Random) -> str:
+        """Raises BadInput when the file has none."""
+        if "demonstration" not in self._about["has"]:
+            raise BadInput(
+                f"{self.name} has no demonstration(row, rng), which an sft stage with data: demonstrations needs; write it, or give the stage a .jsonl"
+            )
+        return self.guard.one("demonstration", {"row": row.columns(), "seed": rng.randrange(SEEDS)})
+
+    def baselines(self, row: Row, rng: random.Random) -> Mapping[str, str]:
+        """What the file knows; nothing where it has no `baselines`."""
+        if "baselines" not in self._about["has"]:
+            return {}
+        return self.guard.one("baselines", {"row": row.columns(), "seed": rng.randrange(SEEDS)})
+
+    def judge(self, answers: Sequence[Answer]) -> list[Judgement]:
+        """Each in a call of its own. Raises TooManyFailures."""
+        _ = self._about
+        asked = [{"row": dict(answer.row.columns()), "completion": answer.text} for answer in answers]
+        try:
+            replies = self.guard.map("judge", asked, counted=True)
+        finally:
+            self.guard.sweep()
+        return [self._judgement(reply) for reply in replies]
+
+    def _judgement(self, reply: Reply) -> Judgement:
+        if reply.failure:
+            return failed(self.reward_weights, reply.failure)
+        if not _sound(reply.value, self.reward_weights):
+            return failed(self.reward_weights, "crash")
+        score, well_formed, passed = (reply.value[name] for name in ("score", "well_formed", "passed"))
+        self._passed[score] = passed
+        outcome = outcome_of(score, passed, well_formed)
+        return Judgement(score, outcome, passed and score >= 1, well_formed, reply.value["rewards"])
+
+    def passed(self, score: float) -> bool:
+        """The file's `passed`, which every judgement tells; asked for a score that none had. A score of 1 where it has none."""
+        if "passed" not in self._about["has"]:
+            return score >= 1
+        if score not in self._passed:
+            self._passed[score] = self.guard.one("passed", float(score))
+        return self._passed[score]
+
+
+def _sound(value: Any, components: Mapping[str, float]) -> bool:
+    """Whether it is what a worker says; user code that writes into the guard's pipe can say anything."""
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"score", "well_formed", "passed", "rewards"}
+        and is_finite(value["score"])
+        and 0 <= value["score"] <= 1
+        and isinstance(value["well_formed"], bool)
+        and isinstance(value["passed"], bool)
+        and are_rewards(value["rewards"], components)
+    )
+
+
+def are_rewards(value: Any, components: Mapping[str, float]) -> bool:
+    """Component -> number or None, for each component and nothing else."""
+    return (
+        isinstance(value, dict)
+        and value.keys() == components.keys()
+        and all(one is None or is_finite(one) for one in value.values())
+    )
+
+
+def is_finite(value: Any) -> bool:
+    """A number that is one."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def outcome_of(score: float, passed: bool, well_formed: bool) -> str:
+    """The first rule that is broken."""
+    if not well_formed:
+        return "malformed"
+    return "passed" if passed else "partial" if score > 0 else "wrong"
+
+
+def failed(components: Mapping[str, float], failure: str) -> Judgement:
+    """Of an answer that user code could not judge."""
+    return Judgement(0.0, "failed", False, False, dict.fromkeys(components), failure)
+
+
+def too_few(name: str, split: Split, stop: int, counts: Mapping[str, int]) -> str:
+    """The complaint about a range that is longer than the source."""
+    there = ", ".join(f"{each} {count}" for each, count in counts.items())
+    return f"{name} has {counts[split]} {split} rows, but row {stop - 1} was asked for; it has {there}: ask for fewer, or give it more"

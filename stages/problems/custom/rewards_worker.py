@@ -1,0 +1,104 @@
+"""TRL-style rewards, in the worker process: functions of whole batches, by TRL's names or from a user's file.
+
+They are called as GRPOTrainer calls them: `prompts`, `completions` (both as messages), `completion_ids`, every column of the rows as a list, `trainer_state`
+(None here), `log_extra` and `log_metric` (which drop what they are given); the answer column also comes as `solution`. The stage's side is `stages.problems.custom.dataset`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from stages.errors import CallFailed, CodeRefused
+from stages.guard.user_process import Calls, settled
+from stages.problems.custom.python_file_worker import function, import_file, reward
+from stages.problems.custom.settings import ALIASES
+
+Reward = Callable[..., Any]
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def _drop(*_: Any, **__: Any) -> None:
+    """Nothing logs here; switchback logs every component itself."""
+
+
+ASKED = ("prompts", "completions", "completion_ids")
+TOLD = {"trainer_state": None, "log_extra": _drop, "log_metric": _drop}
+GIVEN = (*ASKED, *TOLD)
+"""What every reward is called with, beside the columns."""
+CHECKED_BY_MATH_VERIFY = ("accuracy_reward", "reasoning_accuracy_reward", "get_cosine_scaled_reward")
+
+
+def load(spec: dict[str, Any]) -> tuple[dict[str, Any], Calls]:
+    """Import what the spec's `rewards` name. Raises CodeRefused."""
+    functions = {one["component"]: _load(one) for one in spec["rewards"]}
+    return {"needs": {name: _needs(found) for name, found in functions.items()}}, {
+        "judge": lambda asked: _judge(functions, asked)
+    }
+
+
+def _needs(found: Reward) -> list[str]:
+    """The columns without which it cannot be called."""
+    return [
+        name
+        for name, taken in inspect.signature(found).parameters.items()
+        if taken.default is taken.empty and taken.kind in NAMED and name not in GIVEN
+    ]
+
+
+def _load(one: dict[str, Any]) -> Reward:
+    if one["path"] is None:
+        return _of_trl(one["name"], one["arguments"])
+    name = Path(one["path"]).name
+    found = function(import_file(one["path"], name), name, one["component"])
+    if not any(taken.kind is taken.VAR_KEYWORD for taken in inspect.signature(found).parameters.values()):
+        raise CodeRefused(
+            f"{name}: {one['component']}{inspect.signature(found)} takes no **kwargs, as every TRL reward must; add them"
+        )
+    return found
+
+
+def _of_trl(name: str, arguments: dict[str, Any]) -> Reward:
+    import trl.rewards
+
+    theirs = ALIASES.get(name, name)
+    if theirs in CHECKED_BY_MATH_VERIFY and not importlib.util.find_spec("math_verify"):
+        raise CodeRefused(
+            f"the reward {name} needs math-verify, which is not installed; pip install 'switchback[math]'"
+        )
+    found = getattr(trl.rewards, theirs)
+    if not theirs.startswith("get_"):
+        if arguments:
+            raise CodeRefused(f"problem.rewards: {name} takes no arguments; remove them")
+        return found
+    try:
+        inspect.signature(found).bind(**arguments)
+        return found(**arguments)
+    except (TypeError, ValueError) as error:
+        raise CodeRefused(
+            f"problem.rewards: {name} of TRL is {theirs}{inspect.signature(found)}, but was given {arguments}: {error}"
+        ) from None
+
+
+def _judge(functions: dict[str, Reward], asked: dict[str, Any]) -> list[dict[str, float | None]]:
+    """{component: value} of each completion."""
+    values = {name: _called(name, found, asked) for name, found in functions.items()}
+    return [{name: values[name][i] for name in functions} for i in range(len(asked["completions"]))]
+
+
+def _called(name: str, found: Reward, asked: dict[str, Any]) -> list[float | None]:
+    given = {key: asked[key] for key in ASKED}
+    values = settled(found(**asked["columns"], **given, **TOLD))
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(values, (list, tuple)):
+        raise CallFailed(
+            "wrong_length", f"{name} returned {values!r:.80}, expected a list of {len(given['completions'])} numbers"
+        )
+    if len(values) != len(given["completions"]):
+        raise CallFailed(
+            "wrong_length", f"{name} returned {len(values)} rewards for {len(given['completions'])} completions"
+        )
+    return [reward(value, name) for value in values]

@@ -1,0 +1,1 @@
+"""The scheduling problem: choose and order events for the largest weighted duration."""

@@ -1,0 +1,55 @@
+"""The worker's running commentary: one JSON line a step in `metrics.jsonl`, which the launcher draws progress from and an artifact keeps.
+
+Every line has step, total and seconds since the start; training adds TRL's own metric names.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from stages.job import Job
+from stages.runtime import ranks
+from stages.runtime.workdir import WORDS
+
+FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends to one file for the life of a job. Of several processes, only the first one writes."""
+
+    def __init__(self, out: Path) -> None:
+        path = out / FILE if ranks.first() else Path(os.devnull)
+        self._start = time.monotonic() - _seconds_so_far(path)
+        self._file = path.open("a", buffering=1)
+
+    def write(self, step: int, total: int, values: dict[str, float] | None = None) -> None:
+        """One line. Values that JSON has no number for (nan, inf) become null."""
+        finite = {k: v if math.isfinite(v) else None for k, v in (values or {}).items()}
+        seconds = round(time.monotonic() - self._start, 3)
+        self._file.write(json.dumps({"step": step, "total": total, "seconds": seconds, **finite}) + "\n")
+
+
+def _seconds_so_far(path: Path) -> float:
+    """Of the log that a resumed stage goes on with."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return json.loads(lines[-1])["seconds"] if lines else 0.0
+
+
+def say(job: Job, text: str) -> None:
+    """Tell the user something, now. A line in the stage's log too."""
+    print(text, flush=True)
+    with Path(job.work, WORDS).open("a") as file:
+        file.write(json.dumps({"text": text}) + "\n")
+
+
+def latest(out: Path, wanted: Iterable[str]) -> dict[str, float]:
+    """The last value of each metric that was logged in a job's directory; nothing in a process that writes no log."""
+    found: dict[str, float] = {}
+    for line in map(json.loads, (out / FILE).read_text().splitlines()) if ranks.first() else ():
+        found |= {name: line[name] for name in wanted if line.get(name) is not None}
+    return found

@@ -1,0 +1,30 @@
+"""The directory of one step's work, as the launcher, the worker and garbage collection know it.
+
+<work root>/<first 12 digits of the key>/
+job.json    what to do                      result.json  what was made, written last
+error.json  what went wrong                 said.jsonl   what the stage has to say while it runs
+lock        held by the job and its children   run.lock  held by the run that makes the step
+out/        what will be published          logs/        one log an attempt
+checkpoint-<step>/, set-aside/, chunks/     what a stage resumes from (`checkpoints`, `chunks`)
+"""
+
+from __future__ import annotations
+
+RESULT, ERROR = "result.json", "error.json"
+LOCK = "lock"
+"""Held by a job and all its children, from its start to its end."""
+RUN_LOCK = "run.lock"
+"""Held by the run that makes a step, from its look into the registry to its publication."""
+WORDS = "said.jsonl"
+"""JSON lines {"text"}: what a stage has to say about itself while it runs."""
+BUSY = 75
+"""Exit code of a job that found another one in its directory. It touched nothing there."""
+PATIENCE = 10.0
+"""Seconds to wait for a directory that another job holds: a job whose launcher was killed needs a moment to end."""
+KEY_DIGITS = 12
+"""How much of a step's key names its directory."""
+
+
+def directory_name(key: str) -> str:
+    """The name of the directory of a step with this key."""
+    return key[:KEY_DIGITS]

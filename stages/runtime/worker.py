@@ -1,0 +1,182 @@
+"""One job, from its file to its result: take the directory's lock, check what the launcher promised, run the stage, write `result.json` last.
+
+A job for several processes starts them with torchrun, or with accelerate where a config file is given; each is `python -m stages --rank job.json`.
+What goes wrong is told by the exit code and one line in `error.json`: 2 for something the user gave, 1 for anything else. The traceback is in the log.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from stages.errors import BadInput, StageStopped, TooManyFailures
+from stages.job import Job, Result
+from stages.runtime import checkpoints, chunks, locks, ranks, stopping
+from stages.runtime.disk import replace
+from stages.runtime.metrics import say
+from stages.runtime.process import die_with_parent
+from stages.runtime.workdir import BUSY, ERROR, LOCK, PATIENCE, RESULT, WORDS
+
+TOLD = (BadInput, TooManyFailures)
+"""Errors whose line says all that a user needs; of others the class and the log help, too."""
+
+
+class Stage(Protocol):
+    """What the worker has to know of a kind of stage; `stages.kinds` has one for each."""
+
+    @property
+    def run(self) -> Callable[[Job], Result]:
+        """The function that does a job of this kind."""
+        ...
+
+    @property
+    def torch(self) -> bool:
+        """It needs torch, which takes seconds to import."""
+        ...
+
+    @property
+    def saves(self) -> bool:
+        """It writes checkpoints, so SIGTERM asks it for a last one."""
+        ...
+
+
+LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
+
+
+def main(path: str, stages: Mapping[str, Stage]) -> int:
+    """Run the job in a file, in as many processes as it is for; returns the exit code. `stages` says what runs each kind."""
+    job = Job.model_validate_json(Path(path).read_text())
+    work = Path(job.work)
+    with (work / LOCK).open("a+") as lock:
+        if not _take(lock):
+            print(
+                f"{job.name}: process {locks.holder(lock) or '?'} is already working in {work}; wait for it or stop it",
+                file=sys.stderr,
+            )
+            return BUSY
+        _empty(job)
+        if there := chunks.count(work):
+            say(job, f"resumed with {there} batches that were sampled already")
+        stopping.listen(job, saves=stages[job.kind].saves)
+        return (
+            _share_out(job, path) if job.execution.processes > 1 or job.execution.accelerate else attempt(job, stages)
+        )
+
+
+def main_of_rank(path: str, stages: Mapping[str, Stage]) -> int:
+    """One of the processes of a job whose directory is held and emptied; it dies with the one that started it."""
+    die_with_parent(os.getppid())
+    return attempt(Job.model_validate_json(Path(path).read_text()), stages)
+
+
+def attempt(job: Job, stages: Mapping[str, Stage]) -> int:
+    """The stage, and its result or what went wrong; returns the exit code."""
+    try:
+        result = _run(job, stages[job.kind])
+    except StageStopped as stopped:
+        print(f"{job.name}: {stopped}", file=sys.stderr)
+        return stopping.STOPPED
+    except Exception as error:
+        traceback.print_exc()
+        bad_input, whole = isinstance(error, BadInput), isinstance(error, TOLD)
+        message = " ".join(f"{error if whole else f'{type(error).__name__}: {error}'}".split())
+        if not (Path(job.work) / ERROR).exists():  # of several processes, what failed first is what went wrong
+            _write(Path(job.work) / ERROR, {"message": message, "bad_input": bad_input, "told": whole})
+        return 2 if bad_input else 1
+    if ranks.first():
+        _write(Path(job.work) / RESULT, result.model_dump(mode="json"))
+    return 0
+
+
+def _share_out(job: Job, path: str) -> int:
+    """Start the job's processes and wait for all of them."""
+    with tempfile.TemporaryDirectory(prefix="switchback-meeting-") as meeting:
+        command = [*_launcher(job, meeting), sys.executable, "-P", "-m", "stages", "--rank", path]
+        env = {"GLOO_SOCKET_IFNAME": "lo", **os.environ}
+        if job.execution.threads:
+            env["OMP_NUM_THREADS"] = str(job.execution.threads)
+        if job.execution.accelerate is None:
+            env |= {ranks.MEETING: meeting, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        code = subprocess.call(command, env=env, close_fds=False)  # they inherit the directory's lock
+    if code and (Path(job.work) / ERROR).exists():
+        return 2 if json.loads((Path(job.work) / ERROR).read_text())["bad_input"] else 1
+    return stopping.STOPPED if code and stopping.asked(job) else code
+
+
+def _launcher(job: Job, meeting: str) -> list[str]:
+    """torchrun, or accelerate where a config file says how; a command is to follow."""
+    processes = str(job.execution.processes)
+    if file := job.execution.accelerate:
+        accelerate = [sys.executable, "-P", "-m", "accelerate.commands.launch"]
+        return [*accelerate, "--config_file", file, "--num_processes", processes, "--no_python"]
+    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc-per-node", processes, "--no-python"]
+    by_file = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{meeting}/rendezvous", "--rdzv-conf", "store_type=file"]
+    return [*torchrun, *by_file, "--rdzv-id", "switchback", "--local-addr", "127.0.0.1"]
+
+
+def _run(job: Job, stage: Stage) -> Result:
+    """The stage itself, in the execution that the job asks for."""
+    if (world := ranks.world()) != job.execution.processes:
+        raise BadInput(
+            f"{job.name}: the job is for {job.execution.processes} processes, but the launcher started {world}"
+        )
+    if stage.torch:
+        _set_up(job)
+    start = time.monotonic()
+    result = stage.run(job)
+    seen = {"processes": world, "seconds": round(time.monotonic() - start, 3)}
+    return result.model_copy(update={"seen": seen | (_machinery(job) if stage.torch else {})})
+
+
+def _set_up(job: Job) -> None:
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if job.execution.threads:
+        torch.set_num_threads(job.execution.threads)
+    ranks.meet(on_gpu=torch.cuda.is_available() and job.execution.device != "cpu")
+
+
+def _machinery(job: Job) -> dict[str, Any]:
+    """What the stage ran on."""
+    import torch
+
+    on_gpu = torch.cuda.is_available() and job.execution.device != "cpu"
+    return {
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def _take(lock: IO[str]) -> bool:
+    """Hold the directory's lock until this process and all its children are gone; False when another job keeps it."""
+    if not locks.lock_within(lock, PATIENCE):
+        return False
+    locks.write_holder(lock)
+    os.set_inheritable(lock.fileno(), True)
+    return True
+
+
+def _empty(job: Job) -> None:
+    """What an earlier attempt left would be published with it; only what says that it is whole is taken up again."""
+    shutil.rmtree(job.out, ignore_errors=True)
+    for name in (RESULT, ERROR, WORDS, stopping.FILE):
+        Path(job.work, name).unlink(missing_ok=True)
+    checkpoints.sweep(Path(job.work))
+    Path(job.out).mkdir(parents=True)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    replace(path, json.dumps(content, indent=1).encode())
