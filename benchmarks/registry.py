@@ -31,13 +31,13 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from pipeline.identity import key_of
-from pipeline.recipe import load
+from pipeline.plan.steps import Step, steps
+from pipeline.recipe.recipe import load
 from pipeline.registry import Artifact, File, Registry, Source
 from pipeline.registry.artifact import now
+from pipeline.registry.keys import key_of
 from pipeline.registry.registry import FORMAT
 from pipeline.registry.verify import verify
-from pipeline.steps import Step, steps
 from stages.job import MANIFEST
 from stages.runtime.disk import sync_tree
 

@@ -48,15 +48,15 @@ Contestant = tuple[Callable[[], object], Callable[[], object]]
 
 def hash_only(source: Path, store: Path) -> Contestant:
     """One sha256 pass over the files, one after the other."""
-    from pipeline.identity import digest_file
+    from pipeline.registry.keys import digest_file
 
     return lambda: [digest_file(path) for path in sorted(source.iterdir())], lambda: None
 
 
 def switchback(source: Path, store: Path) -> Contestant:
     """Registry.publish."""
-    from pipeline.identity import key_of
     from pipeline.registry import Artifact, Registry
+    from pipeline.registry.keys import key_of
 
     registry = Registry(store)
     registry.initialise()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from pipeline.identity import key_of
 from pipeline.registry import Artifact, Registry, Source
 from pipeline.registry.aliases import aliases
-from pipeline.registry.gc import DOUBTED
+from pipeline.registry.cleanup.gc import DOUBTED
+from pipeline.registry.keys import key_of
 from pipeline.registry.lineage import Ancestor, lineage
 from pipeline.registry.verify import verify
 

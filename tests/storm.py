@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pipeline.registry import Registry, runs
 from pipeline.registry.aliases import aliases, set_to
-from pipeline.registry.gc import clean
+from pipeline.registry.cleanup.gc import clean
 from stages.errors import BadInput
 from tests.artifacts import draft, make, wrong, wrong_alias
 

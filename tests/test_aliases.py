@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import NotComparable
-from pipeline.evaluations import bootstrap
-from pipeline.identity import key_of
-from pipeline.promote import Comparison, Refused, compare, promote
 from pipeline.registry import Artifact, Registry
 from pipeline.registry.aliases import aliases, current, history, look_up, remove, resolve, set_to
+from pipeline.registry.keys import key_of
 from pipeline.registry.pins import keep, let_go, pins
+from pipeline.results.evaluations import bootstrap
+from pipeline.results.promote import Comparison, Refused, compare, promote
 from stages.errors import BadInput
 from stages.job import Evaluation
 from tests.artifacts import draft, make, of

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from pipeline import ask, plan, recipe
-from pipeline.launch import Launcher
+from pipeline.launch.local import Launcher
+from pipeline.plan import plan
+from pipeline.recipe import recipe
 from pipeline.registry import Registry, runs
-from pipeline.run import job_of
+from pipeline.run import inspections
+from pipeline.run.job import job_of
 from stages.job import Execution
 from stages.problems import catalog
 from stages.rewards.audit.audit import with_one_change
@@ -177,7 +179,7 @@ def test_an_audit_says_how_far_it_is(only_rl, write, tmp_path):
     place, heard = Registry(tmp_path / "r"), list[dict[str, Any]]()
     one = next(one for one in plan.plan(recipe.load(write(only_rl)), place) if one.step.name == "rl1")
     with Launcher(preload=False) as launcher:
-        report = ask.audit(one, None, place, launcher, Execution(), heard.append)
+        report = inspections.audit(one, None, place, launcher, Execution(), heard.append)
     answers = sum(line.rows for line in report.baselines)
     assert [line["step"] for line in heard] == [*range(0, answers, 32), answers]
     assert {line["total"] for line in heard} == {answers}
@@ -240,7 +242,7 @@ def test_a_stage_that_says_so_is_not_audited(only_rl, write, tmp_path):
     path, registry = write(only_rl), Registry(tmp_path / "r")
     with Launcher(preload=False) as launcher:
         found = [
-            ask.audits(plan.plan(recipe.load(path, overrides), registry), registry, launcher, Execution())
+            inspections.audits(plan.plan(recipe.load(path, overrides), registry), registry, launcher, Execution())
             for overrides in ((), ("stages.rl1.audit=false",))
         ]
     assert [one.severity for one in found[0]][:1] == ["stop"] and found[1] == []

@@ -6,9 +6,11 @@ import json
 
 import pytest
 
-from pipeline import ask, plan, recipe
-from pipeline.launch import Launcher
+from pipeline.launch.local import Launcher
+from pipeline.plan import plan
+from pipeline.recipe import recipe
 from pipeline.registry import Registry
+from pipeline.run import inspections
 from stages.errors import BadInput
 from stages.job import Execution
 from tests.conftest import run_cli, stage
@@ -80,7 +82,7 @@ def changed(settings, changes, tmp_path):
 def asked(loaded, tmp_path, launcher):
     registry = Registry(tmp_path / "none")
     planned = plan.plan(loaded, registry)
-    found = [one for part in ask.beforehand(planned, registry, launcher, Execution()) for one in part]
+    found = [one for part in inspections.beforehand(planned, registry, launcher, Execution()) for one in part]
     assert not (tmp_path / "none").exists(), "nothing is written"
     return [finding.severity for finding in found]
 

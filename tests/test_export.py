@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline import export, model_card
 from pipeline.errors import Failed
+from pipeline.export import card, export
 from pipeline.registry import Registry, Source
 from pipeline.registry.aliases import set_to
 from stages.errors import BadInput
@@ -274,7 +274,7 @@ def test_json_tells_what_was_written(small, tmp_path):
 
 @pytest.mark.parametrize("text", ["plain", "```\nfence\n```", "`````"])
 def test_a_block_of_code_holds_whatever_is_in_it(text):
-    first, *inner, last = model_card.fenced(text).splitlines()
+    first, *inner, last = card.fenced(text).splitlines()
     assert "\n".join(inner) == text and first == last and first not in inner
 
 
@@ -282,6 +282,6 @@ def test_a_base_model_from_the_hub_is_named_as_the_hub_wants_it(tmp_path):
     registry = Registry(tmp_path / "registry")
     base = Source(id=None, output="policy", key="k", name="hf://org/model@abc")
     artifact = registry.publish(finished(tmp_path / "out"), draft(inputs={"policy": base}), OWNER).artifact
-    text = model_card.card(registry, artifact, "policy")
+    text = card.card(registry, artifact, "policy")
     assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "org/model"
     assert "`org/model@abc`" in text

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import recipe
-from pipeline.formats import different
+from pipeline.plan.steps import steps as steps_of
+from pipeline.recipe import recipe
+from pipeline.recipe.formats import different
 from pipeline.registry import Registry
-from pipeline.steps import steps as steps_of
 from stages.errors import BadInput
 from tests.conftest import TINY_BASE, run_cli, stage
 

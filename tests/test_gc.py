@@ -11,8 +11,9 @@ import pytest
 
 from pipeline.registry import Artifact, Registry, runs
 from pipeline.registry.aliases import remove, set_to
-from pipeline.registry.gc import DOUBTED, Survey, Tombstone, clean, survey, tombstone
+from pipeline.registry.cleanup.gc import DOUBTED, Survey, clean, survey
 from pipeline.registry.pins import keep, let_go, pins
+from pipeline.registry.tombstones import Tombstone, tombstone
 from tests.artifacts import draft, make, wrong
 from tests.conftest import printed_json, run_cli
 

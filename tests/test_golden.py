@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import recipe
+from pipeline.plan.steps import steps as steps_of
+from pipeline.recipe import recipe
 from pipeline.registry import Registry
-from pipeline.steps import steps as steps_of
 from stages.kinds import STAGES
 from stages.problems.catalog import PROBLEMS
 from stages.problems.scheduling.problem import Scheduling

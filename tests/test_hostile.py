@@ -12,8 +12,8 @@ import pytest
 from safetensors import SafetensorError, safe_open
 
 from pipeline.cli import exit_code
-from pipeline.identity import key_of
 from pipeline.registry import Artifact, Registry, UnsafeFile
+from pipeline.registry.keys import key_of
 from pipeline.registry.verify import verify
 from stages.errors import BadInput
 from tests.conftest import environment, tensors

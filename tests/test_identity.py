@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from pipeline import recipe
-from pipeline.identity import canonical, changes, key_of
+from pipeline.plan.steps import steps as steps_of
+from pipeline.recipe import recipe
 from pipeline.registry import Registry
-from pipeline.steps import steps as steps_of
+from pipeline.registry.keys import canonical, changes, key_of
 from stages.config import Config, part_of
 from stages.kinds import STAGES
 from tests.conftest import TINY, stage

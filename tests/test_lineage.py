@@ -8,8 +8,8 @@ import json
 import pytest
 
 from pipeline.cli import exit_code
-from pipeline.identity import digest_model, key_of
 from pipeline.registry import Artifact, Registry, Source
+from pipeline.registry.keys import digest_model, key_of
 from pipeline.registry.lineage import lineage, mermaid
 from tests.conftest import TINY_BASE, printed_json, run_cli, tensors
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.mirror import Mirror, bring_back, copies, copy_out, forget, mirrored
-from pipeline.registry.local import LocalStore
-from pipeline.registry.places import open_store
-from pipeline.registry.store import Store
+from pipeline.registry.stores.local import LocalStore
+from pipeline.registry.stores.open import open_store
+from pipeline.registry.stores.store import Store
+from pipeline.run.mirror import Mirror, bring_back, copies, copy_out, forget, mirrored
 from stages.runtime.checkpoints import COMPLETE, Entry, Record
 from stages.runtime.disk import digest_file
 from tests.conftest import SWITCHBACK, environment, run_cli, stage

@@ -21,9 +21,9 @@ from obstore.store import S3Store
 
 from pipeline.errors import Damaged
 from pipeline.registry import Artifact, File, Registry
-from pipeline.registry.local import LocalStore
-from pipeline.registry.places import open_store
-from pipeline.registry.store import JSON_LIMIT
+from pipeline.registry.stores.local import LocalStore
+from pipeline.registry.stores.open import open_store
+from pipeline.registry.stores.store import JSON_LIMIT
 from stages.errors import BadInput
 from tests.conftest import TINY, environment, run_cli, tensors
 from tests.object_server import ObjectServer

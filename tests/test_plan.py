@@ -6,9 +6,10 @@ import re
 
 import pytest
 
-from pipeline import plan, recipe
+from pipeline.plan import plan
+from pipeline.plan.steps import steps as steps_of
+from pipeline.recipe import recipe
 from pipeline.registry import Artifact, Registry
-from pipeline.steps import steps as steps_of
 from stages.errors import BadInput
 from tests.conftest import stage
 

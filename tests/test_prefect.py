@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.prefect_server import API_URL, SETTINGS, own_server
+from pipeline.flows.server import API_URL, SETTINGS, own_server
 from stages.runtime.process import descendants
 from tests.conftest import environment, run_cli
 

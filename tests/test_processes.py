@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import StageFailed
-from pipeline.launch import Launcher
+from pipeline.launch.local import Launcher
 from pipeline.registry import Registry, runs
 from stages.job import Execution, Job
 from stages.runtime.process import descendants, kill_marked, marked, started_at
@@ -83,8 +83,12 @@ def run(job):
 LAUNCH = """
 import sys, time
 from pathlib import Path
-from pipeline.launch import Launcher, StageFailed
+from pipeline.errors import StageFailed
+from pipeline.launch import Launcher
+from stages.config import Config
 from stages.job import Execution, Job
+from stages.kinds import STAGES, Stage
+STAGES['sleepy'] = Stage(Config, print, 1)
 work = Path(sys.argv[1])
 job = Job(kind='sleepy', name='sleepy', config={}, inputs={}, work=str(work), out=str(work / 'out'), problem=None, rows=None, format=None, seed=0,
           dtype='float32', execution=Execution())
@@ -101,9 +105,12 @@ def sleepy(tmp_path):
     """A directory whose worker knows one more kind, which starts a grandchild in its own session and sleeps; a launcher of it, by deadline."""
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nif '-m' in sys.orig_argv and 'stages' in sys.orig_argv:\n"
-        "    import stages, stages.config, stages.serve, sleepy\n"
-        "    stages.serve.PRELOAD = ()\n"
-        "    stages.STAGES['sleepy'] = stages.Stage(stages.config.Config, sleepy.run, 1)\n"
+        "    import sleepy\n"
+        "    from stages.config import Config\n"
+        "    from stages.kinds import STAGES, Stage\n"
+        "    from stages.runtime import server\n"
+        "    server.PRELOAD = ()\n"
+        "    STAGES['sleepy'] = Stage(Config, sleepy.run, 1)\n"
     )
     (tmp_path / "sleepy.py").write_text(SLEEPY)
     (tmp_path / "launch.py").write_text(LAUNCH)

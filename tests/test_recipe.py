@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import checks, recipe
+from pipeline.recipe import checks, recipe
 from stages.errors import BadInput
 from tests.conftest import ROOT, run_cli, stage
 

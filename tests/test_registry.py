@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import Unreadable
-from pipeline.identity import key_of
-from pipeline.registry import Artifact, Registry, Source, UnsafeFile, gc, runs
+from pipeline.registry import Artifact, Registry, Source, UnsafeFile, runs
 from pipeline.registry.aliases import set_to
+from pipeline.registry.cleanup import gc
+from pipeline.registry.keys import key_of
 from pipeline.registry.lineage import lineage
-from pipeline.registry.local import LocalStore
+from pipeline.registry.stores.local import LocalStore
 from pipeline.registry.verify import verify, verify_ids
 from stages.errors import BadInput
 from tests.conftest import tensors

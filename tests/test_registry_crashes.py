@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 
 from pipeline.registry import Artifact, Registry, runs
 from pipeline.registry.aliases import aliases, current, remove, set_to
-from pipeline.registry.gc import DOUBTED, Tombstone, clean, survey, tombstone
+from pipeline.registry.cleanup.gc import DOUBTED, clean, survey
 from pipeline.registry.pins import keep, let_go
+from pipeline.registry.tombstones import Tombstone, tombstone
 from stages.errors import BadInput
 from tests.artifacts import draft, finished, make, wrong
 from tests.conftest import SWITCHBACK, environment, run_cli

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from datasets import load_dataset
 
-from pipeline import checks
-from pipeline.recipe import Recipe
+from pipeline.recipe import checks
+from pipeline.recipe.recipe import Recipe
 from pipeline.registry import Registry
 from stages import rejection
 from stages.data import harvest as dataset

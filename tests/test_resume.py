@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 
-from pipeline.launch import Launcher
+from pipeline.launch.local import Launcher
 from pipeline.registry import Registry, runs
 from stages.job import Job
 from stages.runtime.disk import digest_file

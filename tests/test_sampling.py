@@ -321,9 +321,9 @@ def test_vllm_is_refused_where_it_is_missing_before_anything_runs(settings, writ
 
 
 def test_the_sampler_moves_the_keys_of_what_it_samples_and_no_others(settings, write, tmp_path):
-    from pipeline.recipe import Recipe
+    from pipeline.plan.steps import steps
+    from pipeline.recipe.recipe import Recipe
     from pipeline.registry import Registry
-    from pipeline.steps import steps
 
     def keys(**more):
         return {

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from pipeline import recipe
+from pipeline.recipe import recipe
 from stages.errors import BadInput
 from stages.problems.base import Answer
 from stages.problems.catalog import load

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import plan, recipe
 from pipeline.cli import exit_code
 from pipeline.errors import StageFailed
-from pipeline.identity import key_of
+from pipeline.plan import plan
+from pipeline.recipe import recipe
 from pipeline.registry import Artifact, Registry, Source, aliases
+from pipeline.registry.keys import key_of
 from pipeline.registry.verify import verify, verify_ids
-from pipeline.run import refuse_damaged
+from pipeline.run.step import refuse_damaged
 from tests.conftest import printed_json, run_cli, tensors
 
 STEPS = {

@@ -6,27 +6,27 @@ Exit codes: 0 done, 1 a stage failed, 2 bad input, 3 stopped by a gate or an aud
 from __future__ import annotations
 
 import errno
-import gc
+import gc as garbage
 import os
 import sys
 
 import typer
 
-from pipeline.cli import (
-    aliases,
-    artifacts,
-    audit,
-    cleaning,
-    diff,
-    export,
-    init,
-    lineage,
-    questions,
-    recipes,
-    run,
-    runs,
-    score,
-)
+from pipeline.cli.commands.recipe.audit import audit
+from pipeline.cli.commands.recipe.check import check
+from pipeline.cli.commands.recipe.init import init
+from pipeline.cli.commands.recipe.inspect import inspect
+from pipeline.cli.commands.recipe.plan import plan, schema
+from pipeline.cli.commands.recipe.probe import probe
+from pipeline.cli.commands.recipe.score import score
+from pipeline.cli.commands.registry.aliases import nouns, pin, pins, promote, unpin
+from pipeline.cli.commands.registry.artifacts import ls, verify
+from pipeline.cli.commands.registry.diff import diff
+from pipeline.cli.commands.registry.export import export, push
+from pipeline.cli.commands.registry.gc import gc
+from pipeline.cli.commands.registry.lineage import lineage
+from pipeline.cli.commands.run.run import resume, run
+from pipeline.cli.commands.run.runs import runs, show
 from pipeline.errors import Failed, Refused, RunInterrupted, Terminated
 from stages.errors import BadInput
 
@@ -45,13 +45,20 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for noun in (init, recipes, questions, audit, score, run, runs, artifacts, lineage, diff, export, aliases, cleaning):
-    noun.add_to(app)
+COMMANDS = (
+    *(init, check, plan, schema, inspect, probe, audit, score),
+    *(run, resume, runs, show),
+    *(ls, verify, lineage, diff, export, push, promote, pin, unpin, pins, gc),
+)
+"""In the order of `--help`."""
+for command in COMMANDS:
+    app.command()(command)
+app.add_typer(nouns, name="alias")
 
 
 def main() -> None:
     """The `switchback` command."""
-    gc.set_threshold(COLLECT_EVERY)
+    garbage.set_threshold(COLLECT_EVERY)
     sys.exit(exit_code(sys.argv[1:]))
 
 

@@ -18,8 +18,8 @@ from typing import Any
 from pydantic import Field
 
 from pipeline.registry.artifact import Artifact, now
-from pipeline.registry.records import read_as
 from pipeline.registry.registry import Registry
+from pipeline.registry.stores.store import read_as
 from stages.config import Frozen
 from stages.errors import BadInput
 
@@ -39,7 +39,7 @@ class Move(Frozen):
     """user@host."""
     reason: str
     evidence: dict[str, Any] = Field(default_factory=dict)
-    """What was measured (`pipeline.promote`); empty for a move without a comparison."""
+    """What was measured (`pipeline.results.promote`); empty for a move without a comparison."""
     at: str
     """UTC, ISO 8601."""
 

@@ -15,10 +15,11 @@ from typing import Annotated, Any
 
 from pydantic import Field, StringConstraints, TypeAdapter, ValidationError, model_validator
 
-from pipeline.identity import key_of
+from pipeline.registry.keys import key_of
 from stages.config import Frozen
 from stages.errors import BadInput, printable
 from stages.job import MANIFEST, Format
+from stages.runtime.disk import HashedFile
 
 SAFE_SUFFIXES = (".safetensors", ".json", ".jsonl", ".parquet", ".txt", ".md", ".jinja", ".model")
 """Kinds of file an artifact may hold. No pickle, ever."""
@@ -55,7 +56,7 @@ Moment = Annotated[str, StringConstraints(pattern=MOMENT)]
 Text = Annotated[str, StringConstraints(pattern=TEXT, max_length=4096)]
 
 
-class File(Frozen):
+class File(HashedFile):
     """One file of an artifact."""
 
     path: FilePath

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.errors import UnsafeFile
-from pipeline.registry import headers
+from pipeline.registry import safetensors_header
 from pipeline.registry.artifact import File, check_path, refuse_clashes
-from pipeline.registry.local import walk
+from pipeline.registry.stores.local import walk
 from stages.errors import printable
 from stages.job import MANIFEST
 from stages.runtime.disk import digest_files
@@ -42,4 +42,4 @@ def _unsafe(path: Path, size: int) -> str | None:
         with path.open("rb") as file:
             return file.read(length)
 
-    return headers.problem(first, size) if path.suffix == TENSORS else None
+    return safetensors_header.problem(first, size) if path.suffix == TENSORS else None

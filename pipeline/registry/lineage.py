@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pipeline.identity import abbreviated, key_of
 from pipeline.registry.artifact import Artifact, Source
-from pipeline.registry.gc import tombstone
+from pipeline.registry.keys import abbreviated, key_of
 from pipeline.registry.registry import Registry
+from pipeline.registry.tombstones import tombstone
 from pipeline.registry.verify import was_read
 from stages.config import Frozen
 from stages.errors import BadInput

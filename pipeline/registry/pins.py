@@ -13,9 +13,9 @@ from datetime import datetime, timedelta
 from pydantic import AwareDatetime
 
 from pipeline.registry.artifact import Artifact
-from pipeline.registry.records import read_as
 from pipeline.registry.registry import Registry
 from pipeline.registry.runs import alive
+from pipeline.registry.stores.store import read_as
 from stages.config import Frozen
 from stages.errors import BadInput
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from pipeline.registry.artifact import Artifact, is_id, now, parse
 from pipeline.registry.files import list_files
-from pipeline.registry.places import open_store
+from pipeline.registry.stores.open import open_store
 from stages.errors import BadInput, printable
 from stages.job import MANIFEST
 from stages.runtime.disk import write_through

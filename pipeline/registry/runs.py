@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.registry.artifact import now
 from pipeline.registry.registry import Registry
-from pipeline.registry.store import inside
+from pipeline.registry.stores.store import inside
 from stages.config import Frozen
 from stages.errors import BadInput, printable
 from stages.runtime.process import started_at

@@ -13,11 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from pipeline.errors import Damaged, Unreadable
-from pipeline.identity import key_of
-from pipeline.registry import headers
+from pipeline.registry import safetensors_header
 from pipeline.registry.aliases import aliases
 from pipeline.registry.artifact import Artifact, File, Source
 from pipeline.registry.files import TENSORS
+from pipeline.registry.keys import key_of
 from pipeline.registry.registry import Registry
 from stages.config import Frozen
 from stages.errors import BadInput, printable
@@ -166,7 +166,9 @@ def _inside(registry: Registry, name: str, file: File) -> str | None:
     if registry.store.digest(name) != file.sha256:
         return "its bytes are not those that were published"
     is_tensors = file.path.endswith(TENSORS)
-    return headers.problem(lambda length: registry.store.start(name, length), file.size) if is_tensors else None
+    return (
+        safetensors_header.problem(lambda length: registry.store.start(name, length), file.size) if is_tensors else None
+    )
 
 
 def _strays(artifact: Artifact, there: Mapping[str, int]) -> Iterator[str]:
@@ -179,7 +181,7 @@ def _strays(artifact: Artifact, there: Mapping[str, int]) -> Iterator[str]:
 def _of_manifest(registry: Registry, artifact: Artifact) -> Iterator[str]:
     """What is wrong with what an artifact says of itself."""
     try:
-        json.loads(registry.store.read(_manifest(artifact)) or b"", object_pairs_hook=headers.once)
+        json.loads(registry.store.read(_manifest(artifact)) or b"", object_pairs_hook=safetensors_header.once)
         if key_of(artifact.identity) != artifact.key:
             yield "its key is not that of its identity"
     except ValueError as error:

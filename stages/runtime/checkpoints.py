@@ -19,7 +19,7 @@ from pydantic import AfterValidator, ValidationError
 
 from stages.config import Frozen
 from stages.runtime import chunks
-from stages.runtime.disk import digest_files, replace, sync_tree
+from stages.runtime.disk import HashedFile, digest_files, replace, sync_tree
 
 COMPLETE = "complete.json"
 LOGS = "logs"
@@ -36,12 +36,10 @@ def _inside(path: str) -> str:
     return path
 
 
-class Entry(Frozen):
+class Entry(HashedFile):
     """One file of a checkpoint."""
 
     path: Annotated[str, AfterValidator(_inside)]
-    size: int
-    sha256: str
 
 
 class Record(Frozen):

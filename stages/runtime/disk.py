@@ -8,8 +8,20 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from stages.config import Frozen
+
 AT_ONCE = 8
 """Files that are hashed at once, where there are as many cores."""
+
+
+class HashedFile(Frozen):
+    """A file as a record remembers it."""
+
+    path: str
+    """Relative to what the record is of."""
+    size: int
+    """Bytes."""
+    sha256: str
 
 
 def digest_file(path: Path) -> str:

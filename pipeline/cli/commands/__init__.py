@@ -1,0 +1,1 @@
+"""The commands, a folder for each noun: a recipe, a run, the registry. Each module adds its own to the app."""

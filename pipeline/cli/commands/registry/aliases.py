@@ -1,0 +1,123 @@
+"""alias, promote, pin, unpin, pins: names that move, and what must stay."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from pipeline.cli.options import JsonOption, RegistryOption, open_registry, print_json
+from pipeline.cli.show.tables import show, table
+from pipeline.registry import aliases
+from pipeline.registry import pins as pinned
+from pipeline.results import promote as promotion
+
+Alias = Annotated[str, typer.Argument(help="An alias, such as prod.", show_default=False)]
+Id = Annotated[str, typer.Argument(help="An artifact, or an alias.", show_default=False)]
+Expect = Annotated[
+    int | None,
+    typer.Option(
+        "--expect", min=0, help="Move only from this entry of its history; 0: it never was.", show_default=False
+    ),
+]
+Reason = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why; it is remembered.", show_default=False)]
+Force = Annotated[bool, typer.Option("--force", help="Move even to what is worse, or cannot be compared; remembered.")]
+
+nouns = typer.Typer(help="Names that move from artifact to artifact, and remember each move.")
+
+
+@nouns.command(name="set")
+def set_to(alias: Alias, id: Id, expect: Expect = None, reason: Reason = "", registry: RegistryOption = None) -> None:
+    """Point an alias at an artifact."""
+    place = open_registry(registry)
+    _print(alias, aliases.set_to(place, alias, aliases.resolve(place, id), expect, reason))
+
+
+@nouns.command()
+def rm(alias: Alias, reason: Reason = "", registry: RegistryOption = None) -> None:
+    """Take an alias away; its history stays."""
+    _print(alias, aliases.remove(open_registry(registry), alias, reason))
+
+
+@nouns.command()
+def ls(registry: RegistryOption = None, json: JsonOption = False) -> None:
+    """List aliases and where they point."""
+    found = aliases.aliases(open_registry(registry))
+    if json:
+        print_json([{"alias": alias, **_said(move)} for alias, move in found.items()])
+        return
+    made = table("alias", "artifact", "n", "who", "when", "why", right=("n",))
+    for alias, move in found.items():
+        made.add_row(alias, *_row(move))
+    show(made)
+
+
+@nouns.command()
+def history(alias: Alias, registry: RegistryOption = None, json: JsonOption = False) -> None:
+    """Show every move of an alias, oldest first."""
+    found = aliases.history(open_registry(registry), alias)
+    if json:
+        print_json([_said(move) for move in found])
+        return
+    made = table("artifact", "n", "who", "when", "why", right=("n",))
+    for move in found:
+        made.add_row(*_row(move))
+    show(made)
+
+
+def promote(id: Id, alias: Alias, reason: Reason = "", force: Force = False, registry: RegistryOption = None) -> None:
+    """Point an alias at a policy, unless it is credibly worse on validation rows than the one it points at (exit 3)."""
+    place = open_registry(registry)
+    _print(alias, promotion.promote(place, aliases.resolve(place, id), alias, reason, force))
+
+
+def pin(id: Id, reason: Reason = "", registry: RegistryOption = None) -> None:
+    """Keep an artifact, and what it was made from, from being cleaned."""
+    place = open_registry(registry)
+    artifact = aliases.resolve(place, id)
+    pinned.keep(place, artifact, reason)
+    print(f"{artifact.id} is pinned")
+
+
+def unpin(id: Id, registry: RegistryOption = None) -> None:
+    """Let go of an artifact that was pinned."""
+    place = open_registry(registry)
+    artifact = aliases.look_up(place, id)
+    pinned.let_go(place, artifact.id if artifact else id)
+    print(f"{artifact.id if artifact else id} is not pinned any more")
+
+
+def pins(registry: RegistryOption = None, json: JsonOption = False) -> None:
+    """List who holds which artifact: users, and runs that are using it."""
+    found = pinned.pins(open_registry(registry))
+    if json:
+        print_json([{"id": id, **pin.model_dump(mode="json")} for id, pin in found])
+        return
+    made = table("artifact", "owner", "when", "why")
+    for id, pin in found:
+        made.add_row(id, pin.owner, f"{pin.at:%Y-%m-%d %H:%M:%S}", escape(pin.reason))
+    show(made)
+
+
+def _print(alias: str, move: aliases.Move) -> None:
+    where = f"points at {move.artifact}" if move.artifact else "points nowhere"
+    print(f"{alias} {where} ({move.number}){_told(move)}")
+
+
+def _row(move: aliases.Move) -> tuple[str, ...]:
+    why = f"{move.reason}{_told(move)}".strip(" ;")
+    return (move.artifact or "-", str(move.number), escape(move.actor), move.at[:19].replace("T", " "), escape(why))
+
+
+def _told(move: aliases.Move) -> str:
+    """What was measured, for people."""
+    forced = "; forced" if move.evidence.get("forced") else ""
+    if "difference" in move.evidence:
+        measured = {name: value for name, value in move.evidence.items() if name != "forced"}
+        return f"{forced}; {promotion.Comparison.model_validate(measured)}"
+    return f"{forced}; {move.evidence['why']}" if "why" in move.evidence else ""
+
+
+def _said(move: aliases.Move) -> dict[str, object]:
+    return {"n": move.number, **move.model_dump(mode="json")}

@@ -1,0 +1,61 @@
+"""Options and printing that every command shares."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.plan import plan as planning
+from pipeline.plan.plan import Planned
+from pipeline.recipe import checks
+from pipeline.recipe.recipe import Recipe, load
+from pipeline.registry import Registry
+
+REGISTRY = "SWITCHBACK_REGISTRY"
+
+
+RecipeArgument = Annotated[Path, typer.Argument(help="Recipe file.", show_default=False)]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="PATH=VALUE",
+        help="Override a field, such as stages.rl1.kl.beta=0.01. May be given again.",
+        show_default=False,
+    ),
+]
+RegistryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--registry",
+        help=f"Registry: a directory, or a URL of an object store. Default: the recipe's, {REGISTRY}, ./registry.",
+        show_default=False,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def open_registry(option: str | None, recipe: Recipe | None = None) -> Registry:
+    """--registry, the recipe's, the environment's, ./registry: the first that is given. Relative paths count from the working directory."""
+    root = option or (recipe.registry if recipe else None) or os.environ.get(REGISTRY) or "registry"
+    return Registry(root)
+
+
+def print_json(content: Any) -> None:
+    """Indented, for people and programs."""
+    print(json.dumps(content, indent=2))
+
+
+def open_plan(
+    recipe: Path, overrides: list[str] | None, registry: str | None
+) -> tuple[Recipe, Registry, list[Planned]]:
+    """The recipe, its registry, and what a run of all stages would do. Raises BadInput for a recipe that cannot be run."""
+    loaded = load(recipe, overrides or ())
+    checks.check(loaded)
+    checks.refuse_unbuilt(loaded)
+    place = open_registry(registry, loaded)
+    return loaded, place, planning.plan(loaded, place)

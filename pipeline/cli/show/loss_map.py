@@ -1,0 +1,71 @@
+"""A loss map for people: on a terminal the row's own text, coloured by role and shaded by weight; when piped, a line a token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from pipeline.cli.show.tables import console
+from stages.data.mix import MARK
+
+STYLES = {"system": "magenta", "user": "cyan", "template": "bright_blue", "prefix": "yellow", "completion": "green"}
+"""Role -> colour of its tokens."""
+SHADES = (234, 235, 236, 238, 240)
+"""256-colour greys behind the text, from the least to the greatest weight; none for weight 0."""
+
+
+def show_map(stage: str, row: int, found: dict[str, Any]) -> None:
+    """The tokens, then what each role weighs, then the stage's numbers."""
+    terminal = console()
+    if terminal.is_terminal:
+        terminal.print(_text(found["tokens"]), end="\n\n")
+    else:
+        _lines(found["tokens"])
+    for role, style in STYLES.items():
+        _role(terminal, role, style, found["tokens"])
+    metrics = found["metrics"]
+    line = found["row"].removeprefix(MARK)
+    of_mix = f" (line {line} of its mix)" if line != found["row"] else ""
+    terminal.print(
+        f"{stage}, row {row} of {metrics['rows']:.0f}{of_mix}; over all rows: R_g {metrics['generation_ratio']:.2f} (completion / prompt tokens),"
+        f" prompt tokens carry {metrics['prompt_weight_share']:.1%} of the weight{_mix(metrics)}",
+        soft_wrap=True,
+    )
+
+
+def _mix(metrics: dict[str, float]) -> str:
+    """What general rows are of all rows, where there are any."""
+    if "mix_rows" not in metrics:
+        return ""
+    return f", the last {metrics['mix_rows']:.0f} rows, of the mix, {metrics['mix_weight_share']:.1%}"
+
+
+def _text(tokens: list[dict[str, Any]]) -> Text:
+    """What the policy reads and learns, as it is."""
+    text = Text()
+    greatest = max(token["weight"] for token in tokens) or 1.0
+    for token in tokens:
+        shade = SHADES[round(token["weight"] / greatest * (len(SHADES) - 1))]
+        on = f" on color({shade})" if token["weight"] else ""
+        text.append(token["text"].replace("\x1b", "␛"), f"{STYLES[token['role']]}{on}")
+    return text
+
+
+def _lines(tokens: list[dict[str, Any]]) -> None:
+    print(f"{'weight':<8} {'share':<9} {'role':<11} token")
+    for token in tokens:
+        print(f"{token['weight']:<8g} {token['share']:<9.4f} {token['role']:<11} {token['text']!r}")
+
+
+def _role(terminal: Console, role: str, style: str, tokens: list[dict[str, Any]]) -> None:
+    """One line, for a role that the row has."""
+    of_role = [(i, token) for i, token in enumerate(tokens) if token["role"] == role]
+    if of_role:
+        weights = sorted({token["weight"] for i, token in of_role if i}) or [
+            0.0
+        ]  # the first token of a row is never predicted
+        share = sum(token["share"] for _, token in of_role)
+        said = f"{len(of_role):>5} tokens, weight {', '.join(f'{w:g}' for w in weights)}, {share:.1%} of the row"
+        terminal.print(Text.assemble((f"{role:<11}", style), said))

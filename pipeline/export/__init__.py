@@ -1,0 +1,1 @@
+"""What leaves the registry: a plain directory, a repository on the hub, and the card of both."""

@@ -1,0 +1,120 @@
+"""The launcher's end of the serving worker (`stages.runtime.server`).
+
+Orders go out as JSON lines over its stdin, answers come back over its stdout. When this process ends, its end of stdin closes, and the worker
+kills every job.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import StageFailed
+from stages.runtime.process import adopt_orphans, kill_marked, kill_tree
+
+WORKER = [sys.executable, "-P", "-m", "stages"]
+"""The worker's command; -P, because no module of the working directory is ours."""
+
+
+IMPORT_PATIENCE, FORK_PATIENCE = 600.0, 60.0
+"""Seconds the worker may take to import torch and trl, and to fork a job."""
+
+
+MARK = "SWITCHBACK_LAUNCHER"
+"""Environment variable that every process of a launcher carries."""
+
+
+class ServingWorker:
+    """The other end of `stages.runtime.server`."""
+
+    def __init__(self, threads: int | None, preload: bool) -> None:
+        adopt_orphans()
+        self._mark = f"{MARK}={uuid.uuid4().hex}"
+        name, _, value = self._mark.partition("=")
+        env = {**os.environ, name: value, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        if threads:
+            env["OMP_NUM_THREADS"] = str(threads)
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
+        self._process = subprocess.Popen(
+            [*WORKER, "--serve" if preload else "--serve-bare", str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=env,
+            start_new_session=True,  # Ctrl-C on the terminal is the launcher's to handle
+        )
+        self._buffer = b""
+        self._ready = False
+        self.job: int | None = None  # pid of the one that runs
+
+    def start(self, job: Path, log: Path) -> None:
+        """Order a job; returns once it has been forked."""
+        if not self._ready:
+            self._wanted_answer(IMPORT_PATIENCE)
+            self._ready = True
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps({"job": str(job), "log": str(log)}).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._gone() from None
+        self.job = self._wanted_answer(FORK_PATIENCE)["pid"]
+
+    def status(self, seconds: float) -> int | None:
+        """The job's exit status (negative: the signal that killed it); None when it is still running after `seconds`."""
+        answer = self._answer(seconds)
+        if answer is None:
+            return None
+        self.job = None
+        return answer["status"]
+
+    def stop(self, seconds: float) -> None:
+        """Ask the job to stop (SIGTERM); returns when it has ended, or after `seconds`."""
+        if self.job:
+            with suppress(ProcessLookupError):
+                os.kill(self.job, signal.SIGTERM)
+            self.status(seconds)
+
+    def kill(self) -> None:
+        """Kill the job, all it started, and the worker."""
+        kill_tree(self._process.pid)
+        self._process.kill()
+        kill_marked(self._mark)
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            with suppress(BrokenPipeError):
+                stream.close()  # type: ignore[union-attr]
+
+    def _answer(self, seconds: float | None = None) -> dict[str, Any] | None:
+        """The next line the worker says; None when it says none in time. Raises StageFailed when it is gone."""
+        assert self._process.stdout is not None
+        while b"\n" not in self._buffer:
+            if not select.select([self._process.stdout], [], [], seconds)[0]:
+                return None
+            if not (read := os.read(self._process.stdout.fileno(), 4096)):
+                raise self._gone()
+            self._buffer += read
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return json.loads(line)
+
+    def _wanted_answer(self, seconds: float) -> dict[str, Any]:
+        if answer := self._answer(seconds):
+            return answer
+        raise StageFailed(f"the serving worker did not answer within {seconds:g} s")
+
+    def _gone(self) -> StageFailed:
+        return StageFailed(f"the serving worker is gone (exit {self._process.wait()}): {self._last_error()}")
+
+    def _last_error(self) -> str:
+        self._errors.seek(0)
+        said = self._errors.read().decode(errors="replace").strip().splitlines()
+        return said[-1] if said else "it said nothing; it may have been killed for want of memory"

@@ -1,0 +1,1 @@
+"""Recipe and registry -> steps with keys: which are reused, which run, and why."""

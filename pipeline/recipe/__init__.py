@@ -1,0 +1,1 @@
+"""What the user wrote, validated and frozen, and what can be judged of it without a GPU."""

@@ -1,0 +1,1 @@
+"""Garbage collection: what is needed, what is removed, and what removals left behind."""

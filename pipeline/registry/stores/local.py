@@ -1,0 +1,299 @@
+"""A store in a directory: files that are written once, by links and renames.
+
+`put` links a finished file to its name, which fails when the name is taken; `take_in` renames a finished directory, and from another file system copies it
+beside its place first, under a lock that the kernel frees with its holder.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import stat
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+from typing_extensions import override
+
+from pipeline.errors import Damaged, Unreadable
+from pipeline.registry.stores.store import JSON_LIMIT, PART, Stopped, Store, inside, never
+from stages.errors import BadInput, printable
+from stages.runtime import locks
+from stages.runtime.disk import HashedFile, digest_file, sync, sync_tree, write_through
+
+NO_FILE = (errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENAMETOOLONG)
+"""What opening says of a link, a socket, a directory or a name that cannot be."""
+PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}")
+"""What a file is called while it is put."""
+PUT_BELOW = ("keys", "refs", "pins", "tombstones", "runs")
+"""Where single files are put, besides the root itself; artifacts are taken in whole."""
+
+
+class LocalStore(Store):
+    """A directory of files that are written once."""
+
+    verifies = False
+
+    def __init__(self, root: Path) -> None:
+        """Raises BadInput when `root` cannot be a directory."""
+        self.root = root.absolute()
+        self.url, self.work = str(self.root), self.root / "work"
+        for parent in (self.root, *self.root.parents):
+            if parent.exists() and not parent.is_dir():
+                raise BadInput(
+                    f"registry: {parent} is a file, so {self.root} cannot be a directory; choose another path"
+                )
+
+    def path(self, name: str) -> Path:
+        """Where a name lies. Raises BadInput for one that would leave the root."""
+        return self.root / inside(name)
+
+    @override
+    def probe(self) -> None:
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
+        except OSError as error:
+            raise BadInput(
+                f"registry: {self.root} cannot be written: {error.strerror}; choose another directory"
+            ) from None
+
+    @override
+    def put(self, name: str, content: bytes) -> bool:
+        path = self.path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            write_through(partial, content)
+            os.link(partial, path)  # unlike a rename, fails when the name is taken
+        except FileExistsError:
+            return False
+        finally:
+            partial.unlink(missing_ok=True)
+        sync(path.parent)
+        return True
+
+    @override
+    def read(self, name: str) -> bytes | None:
+        try:
+            descriptor = os.open(self.path(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            if error.errno in NO_FILE:
+                raise BadInput(
+                    f"{self.url}/{printable(name)} cannot be read ({error.strerror}); what switchback wrote is a plain file, and no link"
+                ) from None
+            raise Unreadable(
+                f"{self.url}/{printable(name)} cannot be read ({error.strerror}); mend that and try again"
+            ) from None
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            os.close(descriptor)
+            raise BadInput(f"{self.url}/{printable(name)} is a directory or a device, where a file was expected")
+        with os.fdopen(descriptor, "rb") as file:
+            content = file.read(min(found.st_size, JSON_LIMIT) + 1)  # room for the limit costs as much as the reading
+        if len(content) > JSON_LIMIT:
+            raise BadInput(f"{self.url}/{name} has more than {JSON_LIMIT} bytes; it was not written by switchback")
+        return content
+
+    @override
+    def names(self, prefix: str) -> list[str]:
+        try:
+            with os.scandir(self.path(prefix)) as entries:
+                return sorted(entry.name for entry in entries if entry.name[0] != ".")
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    @override
+    def remove(self, name: str) -> None:
+        self.path(name).unlink(missing_ok=True)
+
+    @override
+    def take_in(self, directory: Path, name: str, manifest: str) -> None:
+        path = self._free_path(name)
+        sync_tree(directory)
+        try:
+            directory.rename(path)
+            sync(path.parent)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            self.copy_in(directory, name, manifest, never)
+            shutil.rmtree(directory)
+
+    @override
+    def copy_in(self, directory: Path, name: str, manifest: str, stopped: Stopped) -> None:
+        path = self._free_path(name)
+        with held(path.with_name(f".{path.name}")) as partial:
+            try:
+                copy_tree(directory, partial, stopped)
+                sync_tree(partial)
+                partial.rename(path)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+        sync(path.parent)
+
+    @override
+    def copy_out(self, name: str, files: Sequence[HashedFile], manifest: str, into: Path) -> None:
+        for file in files:
+            copy = into / file.path
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                shutil.copyfile(self.path(f"{name}/{file.path}"), copy)
+            if not copy.is_file() or (copy.stat().st_size, digest_file(copy)) != (file.size, file.sha256):
+                raise Damaged(f"{self.url}/{name}/{file.path} is gone or damaged: it is not what was put there")
+        shutil.copyfile(self.path(f"{name}/{manifest}"), into / manifest)
+
+    @override
+    def fetch(self, name: str, files: Sequence[HashedFile], manifest: str) -> Path:
+        return self.path(name)
+
+    @override
+    def files(self, name: str) -> dict[str, int]:
+        root = self.path(name)
+        return {path.relative_to(root).as_posix(): size for path, size in sorted(walk(root))}
+
+    @override
+    def digest(self, name: str) -> str:
+        try:
+            return digest_file(self.path(name))
+        except (FileNotFoundError, IsADirectoryError):
+            raise Damaged(f"{self.url}/{name} is gone") from None
+
+    @override
+    def start(self, name: str, length: int) -> bytes:
+        with self.path(name).open("rb") as file:
+            return file.read(length)
+
+    @override
+    def remove_tree(self, name: str, manifest: str) -> None:
+        path = self.path(name)
+        with _seized(path) as seized:
+            if seized:
+                (path / manifest).unlink(missing_ok=True)
+                shutil.rmtree(path, ignore_errors=True)
+
+    @override
+    def abandoned(self, prefix: str, manifest: str) -> list[str]:
+        directory = self.path(prefix)
+        found = sorted(path for path in directory.iterdir() if path.is_dir()) if directory.is_dir() else []
+        return [
+            f"{prefix}/{path.name}"
+            for path in found
+            if not (path / manifest).exists() or path.name[0] == "."
+            if _free(path)
+        ]
+
+    @override
+    def leftovers(self, before: datetime) -> list[str]:
+        inner = (path for top in PUT_BELOW for path in self.path(top).rglob(".*"))
+        mine = (
+            path for path in self.root.glob(".*") if PARTIAL.fullmatch(path.name)
+        )  # a user's own may lie beside them
+        partials = (path for path in (*mine, *inner) if path.is_file())
+        return sorted(str(path.relative_to(self.root)) for path in partials if _changed(path) < before.timestamp())
+
+    @override
+    def weight(self, name: str) -> int | None:
+        path = self.path(name)
+        files = [path] if path.is_file() else [inner for inner in path.rglob("*") if inner.is_file()]
+        return sum(file.lstat().st_size for file in files)
+
+    def _free_path(self, name: str) -> Path:
+        """Where a new directory is to lie. Raises FileExistsError when something is there."""
+        path = self.path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            raise FileExistsError(path)
+        return path
+
+
+def copy_tree(directory: Path, into: Path, stopped: Stopped) -> None:
+    """Copy all files below a directory. Raises InterruptedError soon after it is stopped."""
+    for path in sorted(directory.rglob("*")):
+        copy = into / path.relative_to(directory)
+        if path.is_dir():
+            copy.mkdir(exist_ok=True)  # a killed copy has left it
+        else:
+            with copy.open("wb") as out:
+                out.writelines(parts(path, stopped))
+
+
+def parts(path: Path, stopped: Stopped) -> Iterator[bytes]:
+    """A file's bytes, PART at a time. Raises InterruptedError soon after it is stopped."""
+    with path.open("rb") as file:
+        while part := file.read(PART):
+            if stopped():
+                raise InterruptedError(path)
+            yield part
+
+
+def _unlisted(error: OSError) -> None:
+    """A directory that is not there has no files; one that cannot be listed may have any."""
+    if not isinstance(error, FileNotFoundError):
+        raise Unreadable(f"{error.filename} cannot be listed ({error.strerror}); mend that and try again")
+
+
+def walk(root: Path) -> Iterator[tuple[Path, int]]:
+    """(path, bytes) of every file below a directory; -1 for what is no plain file: a link, to a directory too or the root itself, a pipe, a device.
+    Nothing is opened."""
+    if root.is_symlink():
+        yield root, -1
+        return
+    for directory, inner, names in os.walk(root, onerror=_unlisted):
+        for name in (*inner, *names):
+            path = Path(directory, name)
+            found = path.lstat()
+            if not stat.S_ISDIR(found.st_mode):
+                yield path, found.st_size if stat.S_ISREG(found.st_mode) else -1
+
+
+@contextmanager
+def held(directory: Path) -> Iterator[Path]:
+    """A new directory that is locked as long as this block lasts; the kernel frees it whatever ends its holder."""
+    while True:
+        directory.mkdir(exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            locks.lock(descriptor)
+            if directory.exists() and directory.stat().st_ino == os.fstat(descriptor).st_ino:
+                yield directory
+                return
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _seized(directory: Path) -> Iterator[bool]:
+    """Whether this block holds a directory's lock; False when somebody else does, or when the directory is gone."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        yield locks.try_lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _free(directory: Path) -> bool:
+    """Whether a directory is there and nobody holds its lock."""
+    with _seized(directory) as held:
+        return held
+
+
+def _changed(path: Path) -> float:
+    """When a file was last written, in seconds since 1970; for one that is gone, now."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return time.time()

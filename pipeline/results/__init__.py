@@ -1,0 +1,1 @@
+"""What published evaluations and findings say: comparisons, promotion, the summary of a run."""
