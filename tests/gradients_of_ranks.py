@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from tests.test_sft_loss import BY_ROLE, gradient
+from tests.stages.trl.test_sft_loss import BY_ROLE, gradient
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 WAYS = {

@@ -1,7 +1,7 @@
 """Work in progress: where it lies, and the lock by which one run at a time makes a step.
 
-    SWITCHBACK_WORK, else work/ in the registry
-        <first 12 digits of the key>/    one step's directory (`stages.runtime.workdir`)
+SWITCHBACK_WORK, else work/ in the registry
+<first 12 digits of the key>/    one step's directory (`stages.runtime.workdir`)
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from pipeline.plan import digest_cache
 from pipeline.registry import Registry
 from pipeline.registry.verify import verify
 from tests.conftest import TINY_BASE, run_cli, stage
-from tests.test_registry import OWNER, draft, finished
+from tests.pipeline.registry.test_registry import OWNER, draft, finished
 
 FALSE = "f" * 64
 """What no file's digest is: whoever gives it has read it from the cache."""

@@ -22,10 +22,10 @@ from stages.job import Job
 from tests.conftest import LEARNED, ROOT, environment, run_cli, stage
 from tests.mixed import COEFFICIENT, RATE, ROWS, trained
 from tests.models import make_model, make_tokenizer
-from tests.test_identity import keys
-from tests.test_mix import general
-from tests.test_ranks import TORCHRUN
-from tests.test_resume import MIDDLE
+from tests.pipeline.plan.test_identity import keys
+from tests.stages.data.test_mix import general
+from tests.stages.runtime.test_ranks import TORCHRUN
+from tests.stages.trl.test_resume import MIDDLE
 
 IN_PIECES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "steps_per_generation": 4}
 

@@ -10,8 +10,8 @@ import pytest
 from pipeline.registry import Registry
 from tests.conftest import run_cli
 from tests.hub_server import TOKEN, Commit, Hub, Repository, hub
-from tests.test_export import exported, harvest, newest
-from tests.test_registry import OWNER, draft, finished
+from tests.pipeline.export.test_export import exported, harvest, newest
+from tests.pipeline.registry.test_registry import OWNER, draft, finished
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from pipeline.registry import Registry
 from stages.job import Execution, Job
 from stages.runtime.process import kill_marked, marked
 from tests.conftest import ROOT, SWITCHBACK, environment, run_cli, stage
-from tests.test_processes import TOKEN, is_training, wait_for
-from tests.test_sft_loss import relative
+from tests.pipeline.launch.test_processes import TOKEN, is_training, wait_for
+from tests.stages.trl.test_sft_loss import relative
 
 TORCHRUN = [
     sys.executable,

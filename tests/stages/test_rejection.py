@@ -24,8 +24,8 @@ from stages.problems import catalog
 from stages.tokens import token_rows
 from tests.conftest import LEARNED, TINY_BASE, run_cli, stage
 from tests.models import make_tokenizer
-from tests.test_data import FORMAT
-from tests.test_preflight import job
+from tests.stages.data.test_sources import FORMAT
+from tests.stages.inspections.test_preflight import job
 
 TRAINING = {"source": "training", "samples": 8, "max_completion_length": 512}
 """What is the same as leaving out what source: training refuses."""

@@ -27,15 +27,15 @@ from pipeline.registry.stores.store import JSON_LIMIT
 from stages.errors import BadInput
 from tests.conftest import TINY, environment, run_cli, tensors
 from tests.object_server import ObjectServer
+from tests.pipeline.registry.test_registry import OWNER, draft, finished
 from tests.storm import storm
-from tests.test_registry import OWNER, draft, finished
 
 URL = "s3://bucket/team/registry"
 WEIGHTS = tensors("weights")
 MANIFEST = "artifact.json"
 PROCESSES = multiprocessing.get_context("forkserver")
 """Processes that have imported everything and used nothing: obstore does not survive a fork."""
-PROCESSES.set_forkserver_preload(["tests.test_objects"])
+PROCESSES.set_forkserver_preload(["tests.pipeline.registry.test_objects"])
 
 
 @pytest.fixture

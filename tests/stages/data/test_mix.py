@@ -22,10 +22,10 @@ from stages.job import Job, parse_rows
 from stages.sft import told
 from tests.conftest import ROOT, TINY, TINY_BASE, environment, run_cli, stage
 from tests.models import make_tokenizer
-from tests.test_data import FORMAT
-from tests.test_identity import keys
-from tests.test_preflight import job, rules
-from tests.test_resume import MIDDLE
+from tests.pipeline.plan.test_identity import keys
+from tests.stages.data.test_sources import FORMAT
+from tests.stages.inspections.test_preflight import job, rules
+from tests.stages.trl.test_resume import MIDDLE
 
 SETTINGS = {"kind": "sft", "mix": {"data": "general.jsonl", "share": 0.2}}
 

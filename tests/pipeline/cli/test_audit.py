@@ -20,7 +20,7 @@ from stages.job import Execution
 from stages.problems import catalog
 from stages.rewards.audit.audit import with_one_change
 from tests.conftest import ROOT, environment, printed_json, run_cli, stage
-from tests.test_questions import on_a_terminal
+from tests.stages.inspections.test_inspect_and_probe import on_a_terminal
 
 IMPOSSIBLE = "A 1\n"
 """A response prefix after which no answer has the right form, so that gold is worth nothing."""

@@ -21,7 +21,7 @@ from pipeline.registry.aliases import set_to
 from stages.errors import BadInput
 from stages.tokens import token_rows
 from tests.conftest import ROOT, SWITCHBACK, environment, run_cli, tensors
-from tests.test_registry import OWNER, draft, finished
+from tests.pipeline.registry.test_registry import OWNER, draft, finished
 
 
 def newest(registry: Registry, stage: str):

@@ -20,7 +20,7 @@ from pipeline.run.mirror import Mirror, bring_back, copies, copy_out, forget, mi
 from stages.runtime.checkpoints import COMPLETE, Entry, Record
 from stages.runtime.disk import digest_file
 from tests.conftest import SWITCHBACK, environment, run_cli, stage
-from tests.test_objects import PROCESSES, machine
+from tests.pipeline.registry.test_objects import PROCESSES, machine
 
 KEY = "0123456789ab"
 S3 = "s3://bucket/mirror"

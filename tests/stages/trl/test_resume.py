@@ -27,9 +27,9 @@ from stages.runtime.disk import digest_file
 from stages.trl.resume import random_state_kept
 from tests.conftest import LEARNED, ROOT, SWITCHBACK, environment, printed_json, run_cli, stage
 from tests.models import save
+from tests.pipeline.launch.test_processes import wait_for
 from tests.stage_crashes import digests
-from tests.test_grpo import trained
-from tests.test_processes import wait_for
+from tests.stages.test_grpo import trained
 
 LORA = {"r": 4, "alpha": 8.0, "dropout": 0.1, "targets": "all-linear"}
 SFT = {"rows": "train[0:64]", "epochs": 2.0, "rows_per_step": 16, "save_every": 2}
