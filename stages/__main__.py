@@ -15,21 +15,24 @@ def main(arguments: list[str]) -> int:
         from stages.guard import user_process  # before kinds: a process of user code loads no stage
 
         user_process.keep(*map(int, arguments[1:]))
+    from stages.inspections.kinds import INSPECTIONS
     from stages.kinds import STAGES
+
+    stages = {**STAGES, **INSPECTIONS}
 
     if len(arguments) == 2 and arguments[0] in ("--serve", "--serve-bare"):
         from stages.runtime.server import serve
 
-        serve(int(arguments[1]), STAGES, preload=arguments[0] == "--serve")
+        serve(int(arguments[1]), stages, preload=arguments[0] == "--serve")
         return 0
     from stages.runtime import worker
 
     if len(arguments) == 2 and arguments[0] == "--rank":
-        return worker.main_of_rank(arguments[1], STAGES)
+        return worker.main_of_rank(arguments[1], stages)
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print(USAGE, file=sys.stderr)
         return 2
-    return worker.main(arguments[0], STAGES)
+    return worker.main(arguments[0], stages)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,15 @@ from typing import TYPE_CHECKING
 from stages.config import Config, identity
 from stages.job import Evaluation, Job, Result, RowRange, Split
 from stages.problems.base import Row, passes
+from stages.stage import Stage
 
 if TYPE_CHECKING:
     from stages.data.rollouts import Player, Rollout
     from stages.runtime.metrics import MetricsLog
+
+
+EVALUATE = "evaluate"
+"""The kind of the step that follows every policy."""
 
 
 class Validation(Config):
@@ -147,3 +152,12 @@ def _write_rows(
         for row, best, group in zip(rows, greedy, sampled, strict=True):
             line = {"row": row.id, "prompt": row.prompt, "greedy": said(best), "samples": [said(one) for one in group]}
             file.write(json.dumps(line) + "\n")
+
+
+STAGE = Stage(
+    config=EvaluateConfig,
+    run=run,
+    version=3,
+    samples=lambda config: True,
+    ranges=lambda config: config.ranges,
+)

@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from stages.config import Config, execution, identity, resolved
 from stages.data.mix import Mix, count_of_step
-from stages.job import Job, Result
+from stages.errors import BadInput
+from stages.job import Job, Result, train_rows
 from stages.rewards.compose import Rewards, weights_of
+from stages.stage import Batch, Earlier, Inspected, Read, Stage
 from stages.training import TrainingConfig, accumulation, trl_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from stages.problems.base import Problem
+    from stages.tokens.token_rows import TokenRow
     from stages.trl.rewarding import RewardedGRPOTrainer
 
 LOGGED = (
@@ -60,6 +63,7 @@ class GrpoMix(Mix):
 class GrpoConfig(TrainingConfig):
     """Settings of a `grpo` stage."""
 
+    TRL_CLASS: ClassVar[str] = "GRPOConfig"
     TRANSLATED: ClassVar[dict[str, str]] = {
         **TrainingConfig.TRANSLATED,
         "group_size": "num_generations",
@@ -116,6 +120,28 @@ class GrpoConfig(TrainingConfig):
     def general_rows(self) -> int:
         """General rows of one step, over all processes and accumulation."""
         return count_of_step(self.prompts_per_step, self.mix.share) if self.mix else 0
+
+
+def reads(config: GrpoConfig) -> tuple[Read, ...]:
+    """Its mix."""
+    return (Read("mix", "mix.data", config.mix.data, None),) if config.mix else ()
+
+
+def batch(config: GrpoConfig) -> Batch:
+    """The completions of one step."""
+    size = config.prompts_per_step * config.group_size
+    return Batch(size, f"prompts_per_step={config.prompts_per_step} x group_size={config.group_size} (={size})")
+
+
+def check(config: GrpoConfig, earlier: Earlier, seed: int) -> None:
+    """Raise BadInput for rows that are no range of train rows, or fewer than a step takes."""
+    rows = train_rows(config.name, config.rows, seed)
+    count = rows.stop - rows.start
+    if count < config.prompts_per_step:
+        raise BadInput(
+            f"stages.{config.name}.rows: {rows} has {count} rows, fewer than one generation batch of prompts_per_step={config.prompts_per_step};"
+            " TRL would train 0 steps. Give it more rows, or lower prompts_per_step"
+        )
 
 
 def run(job: Job) -> Result:
@@ -212,3 +238,31 @@ def _kind(job: Job, config: GrpoConfig, tokenizer: PreTrainedTokenizerBase) -> C
     assert job.format is not None, "the plan gives grpo a Format"
     rows = sources.general_of_steps(job, job.format, tokenizer, config.general_rows, config.steps)
     return partial(MixedGRPOTrainer, general=General(rows, config.general_rows, config.mix.coefficient, job.seed))
+
+
+def preflight(job: Job, config: GrpoConfig, tokenizer: PreTrainedTokenizerBase, path: str) -> Inspected:
+    """Read the rows of its mix."""
+    from stages.data import sources
+
+    general: list[TokenRow] = []
+    if config.mix:
+        assert job.format is not None, "the plan gives every stage a Format"
+        general = sources.general_of_steps(job, job.format, tokenizer, config.general_rows, config.steps)
+    return Inspected(general=general, steps=config.steps)
+
+
+STAGE = Stage(
+    config=GrpoConfig,
+    run=run,
+    version=2,
+    trains=True,
+    saves=True,
+    makes=lambda config: ("policy", ROLLOUTS),
+    reads=reads,
+    rows=lambda config, earlier: config.rows,
+    rewards=lambda config: config.rewards,
+    audited=lambda config: config.audit,
+    batch=batch,
+    check=check,
+    preflight=preflight,
+)

@@ -113,6 +113,19 @@ def parse_rows(text: str, seed: int) -> RowRange:
     return RowRange(split=cast(Split, match[1]), start=int(match[2]), stop=int(match[3]), seed=seed)
 
 
+def train_rows(stage: str, text: str, seed: int) -> RowRange:
+    """`parse_rows` of a stage's `rows`. Raises BadInput for rows of another split than train."""
+    try:
+        rows = parse_rows(text, seed)
+    except BadInput as error:
+        raise BadInput(f"stages.{stage}.{error}") from None
+    if rows.split != "train":
+        raise BadInput(
+            f"stages.{stage}.rows: found {rows}, but stages work on train rows; {rows.split} rows are for evaluation only"
+        )
+    return rows
+
+
 class Job(Frozen):
     """Marching orders of one step. A stage is a function of this file and a directory."""
 

@@ -18,7 +18,9 @@ from pydantic import model_validator
 from stages.config import FromList, StageConfig, identity, resolved
 from stages.data.selection import Keep, Pool, candidate, control, funnel, select
 from stages.errors import BadInput
-from stages.job import Finding, Format, Job, Result
+from stages.grpo import ROLLOUTS, GrpoConfig
+from stages.job import Finding, Format, Job, Result, parse_rows, train_rows
+from stages.stage import Earlier, Inspected, Read, Stage
 
 if TYPE_CHECKING:
     from stages.problems.base import Problem, Row
@@ -69,6 +71,58 @@ class RejectionConfig(StageConfig):
                 raise ValueError(f"{name} has no effect with source: training, which samples nothing; remove it")
 
 
+def reads(config: RejectionConfig) -> tuple[Read, ...]:
+    """The log of its policy's training."""
+    return (Read("training", "policy", config.policy, ROLLOUTS),) if config.source != "fresh" else ()
+
+
+def rows(config: RejectionConfig, earlier: Earlier) -> str:
+    """Its own rows, else those that its policy was trained on. Raises BadInput where the policy was trained on none."""
+    if config.rows:
+        return config.rows
+    policy = earlier.get(config.policy)
+    if isinstance(policy, GrpoConfig):
+        return policy.rows
+    raise BadInput(
+        f"stages.{config.name}.rows is missing, and its policy {config.policy} is no grpo stage to take them from; say which rows to sample"
+    )
+
+
+def check(config: RejectionConfig, earlier: Earlier, seed: int) -> None:
+    """Raise BadInput for a log that its policy does not have, and for rows that are no range of train rows or not in the log."""
+    policy = earlier.get(config.policy)
+    if config.source != "fresh":
+        _has_a_log(config, policy)
+    rows(config, earlier)
+    if config.rows is None:
+        return
+    own = train_rows(config.name, config.rows, seed)
+    if config.source == "training" and isinstance(policy, GrpoConfig):
+        theirs = parse_rows(policy.rows, seed)
+        if not theirs.start <= own.start < own.stop <= theirs.stop:
+            raise BadInput(
+                f"stages.{config.name}.rows: found {own}, but {config.policy} is trained on {theirs}, and source: training has no others;"
+                " ask for some of these, or set source: both"
+            )
+
+
+def _has_a_log(config: RejectionConfig, policy: StageConfig | None) -> None:
+    """Raise BadInput unless a grpo stage logged what it sampled, at those steps and in its own Format."""
+    if not isinstance(policy, GrpoConfig):
+        raise BadInput(
+            f"stages.{config.name}.source: found {config.source!r}, but its policy {config.policy} is no grpo stage, which would have logged what it sampled; set source: fresh"
+        )
+    if config.training_steps and config.training_steps[1] > policy.steps:
+        raise BadInput(
+            f"stages.{config.name}.training_steps: found {list(config.training_steps)}, but {config.policy} has {policy.steps} steps;"
+            f" expected two of 1 to {policy.steps}"
+        )
+    if config.format is not None:
+        raise BadInput(
+            f"stages.{config.name}.format: the rollouts of {config.policy}'s training are dressed in its own Format; remove format, or set source: fresh"
+        )
+
+
 def run(job: Job) -> Result:
     """Write data/, rollouts/ and, where it is asked for, control/. Raises BadInput for a log that another tokenizer or Format made, or that has none of the rows."""
     from stages.data import harvest, rollouts
@@ -80,15 +134,17 @@ def run(job: Job) -> Result:
     config, out = RejectionConfig.model_validate(job.config), Path(job.out)
     assert job.rows is not None and job.problem is not None, "the plan gives rejection both"
     problem = catalog.load(job.problem)
-    rows = catalog.rows(problem, job.rows)
-    fresh = _fresh(job, config, rows) if config.source != "training" else {}
+    sampled_rows = catalog.rows(problem, job.rows)
+    fresh = _fresh(job, config, sampled_rows) if config.source != "training" else {}
     if not ranks.first():
         return Result(outputs={}, metrics={})
     tokenizer = models.load_tokenizer(models.local_path(job.inputs["policy"], weights=False), job.format)
     card = rollouts.card(tokenizer, job, config.temperature, config.max_completion_length)
-    logged, training = _logged(job, config, rows, card) if config.source != "fresh" else ({}, None)
-    missing = _missing(job, config, rows, logged) if config.source != "fresh" else ()
-    pools = [_pool(row, [*fresh.get(row.id, []), *logged.get(row.id, [])], config.keep, problem) for row in rows]
+    logged, training = _logged(job, config, sampled_rows, card) if config.source != "fresh" else ({}, None)
+    missing = _missing(job, config, sampled_rows, logged) if config.source != "fresh" else ()
+    pools = [
+        _pool(row, [*fresh.get(row.id, []), *logged.get(row.id, [])], config.keep, problem) for row in sampled_rows
+    ]
     sampled = harvest.Sampled(card["sampling"] if config.source != "training" else None, training)
     card = {**card, "sampling": sampled._asdict()}
     rollouts.write(out / "rollouts", harvest.told(pools), card)
@@ -195,3 +251,16 @@ def _metrics(pools: Sequence[Pool]) -> dict[str, float]:
         "score": sum(one.score for one in every) / max(1, len(every)),
         **{f"funnel/{rule}": count for rule, count in _funnel(pools).items()},
     }
+
+
+STAGE = Stage(
+    config=RejectionConfig,
+    run=run,
+    version=3,
+    makes=lambda config: ("data", CONTROL) if config.control else ("data",),
+    reads=reads,
+    rows=rows,
+    samples=lambda config: config.source != "training",
+    check=check,
+    preflight=lambda job, config, tokenizer, path: Inspected(),
+)

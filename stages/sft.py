@@ -16,15 +16,21 @@ from pydantic import model_validator
 from stages.config import Config, execution, identity, resolved
 from stages.data.mix import Mix
 from stages.errors import BadInput
-from stages.job import Finding, Job, Result
+from stages.job import Finding, Job, Result, train_rows
+from stages.rejection import CONTROL, RejectionConfig
+from stages.stage import ROWS, Batch, Earlier, Inspected, Read, Stage
 from stages.tokens.token_rows import ANSWERED, ROLES, TokenRow, lengths
-from stages.tokens.weights import Normaliser, prompt_share, total_weight
+from stages.tokens.weights import Normaliser, prompt_share, row_weights, total_weight
 from stages.training import TrainingConfig, accumulation, trl_arguments
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from stages.data.sources import Rows
 
 DEMONSTRATIONS = "demonstrations"
+DEFAULT_DEMONSTRATIONS = "train[0:1000]"
+"""The rows whose demonstrations are trained on where `rows` is not set."""
 
 
 class LossWeights(Config):
@@ -55,6 +61,7 @@ class Packing(Config):
 class SftConfig(TrainingConfig):
     """Settings of an `sft` stage."""
 
+    TRL_CLASS: ClassVar[str] = "SFTConfig"
     TRANSLATED: ClassVar[dict[str, str]] = {**TrainingConfig.TRANSLATED, "epochs": "num_train_epochs"}
 
     REFUSED: ClassVar[dict[str, str]] = {
@@ -132,6 +139,40 @@ class SftConfig(TrainingConfig):
         return self
 
 
+def reads(config: SftConfig) -> tuple[Read, ...]:
+    """Its data, where they are no demonstrations, and its mix."""
+    found: list[Read] = []
+    if config.data.endswith(ROWS):
+        found.append(Read("data", "data", config.data, None))
+    elif config.data != DEMONSTRATIONS:
+        name, _, output = config.data.partition(":")
+        found.append(Read("data", "data", name, output or "data", instead=(DEMONSTRATIONS,)))
+    if config.mix:
+        found.append(Read("mix", "mix.data", config.mix.data, None))
+    return tuple(found)
+
+
+def rows(config: SftConfig, earlier: Earlier) -> str | None:
+    """The rows whose demonstrations it trains on."""
+    if config.data != DEMONSTRATIONS:
+        return None
+    return config.rows or DEFAULT_DEMONSTRATIONS
+
+
+def check(config: SftConfig, earlier: Earlier, seed: int) -> None:
+    """Raise BadInput for an output that its rejection stage does not make, and for rows that are no range of train rows."""
+    name, colon, output = config.data.partition(":")
+    maker = earlier.get(name)
+    if colon and isinstance(maker, RejectionConfig):
+        where = f"stages.{config.name}.data"
+        if output != CONTROL:
+            raise BadInput(f"{where}: found {config.data}, but a stage trains on {name} or {name}:{CONTROL}")
+        if maker.control is None:
+            raise BadInput(f"{where}: there is no {config.data}; a rejection stage with control: random makes one")
+    if config.rows is not None:
+        train_rows(config.name, config.rows, seed)
+
+
 def run(job: Job) -> Result:
     """Train on the data and write the policy to `job.out`. Raises BadInput when there is no row to train on."""
     from datasets import Dataset
@@ -154,7 +195,7 @@ def run(job: Job) -> Result:
     models.refuse_vision(path)
     tokenizer = models.load_tokenizer(path, job.format)
     loaded = sources.load(job, job.format, tokenizer, config.mix)
-    rows = loaded.all
+    trained = loaded.all
     micro, steps = accumulation(config.rows_per_step, job)
     arguments = trl_arguments(
         job,
@@ -163,12 +204,12 @@ def run(job: Job) -> Result:
         SFTConfig,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=steps,
-        **sequences(config, rows),
+        **sequences(config, trained),
     )
     trainer = WeightedSFTTrainer(
         model=models.load_policy(path, job.dtype, adapters=job.lora),
         args=arguments,
-        train_dataset=Dataset.from_list([token_rows.labelled(row) for row in rows]),
+        train_dataset=Dataset.from_list([token_rows.labelled(row) for row in trained]),
         processing_class=tokenizer,
         peft_config=lora.peft_config(job.lora) if job.lora else None,
         weights=config.weights,
@@ -181,7 +222,7 @@ def run(job: Job) -> Result:
     resume.train(trainer, job, config, checkpoint, expected)
     findings = (*ragged(job, config, packed), *models.publish(trainer, tokenizer, job))
     if ranks.first():
-        loss_map.write(out, loss_map.of_row(rows[0], config.weights, tokenizer))
+        loss_map.write(out, loss_map.of_row(trained[0], config.weights, tokenizer))
     metrics = {
         "steps": expected,
         "sequences": packed,
@@ -241,3 +282,68 @@ def ratio(rows: Sequence[TokenRow], weights: dict[str, float]) -> dict[str, floa
         "generation_ratio": answered / prompt if prompt else 0.0,
         "prompt_weight_share": prompt_share(rows, weights),
     }
+
+
+def preflight(job: Job, config: SftConfig, tokenizer: PreTrainedTokenizerBase, path: str) -> Inspected:
+    """Read the rows, as far as they are there. Raises BadInput for rows that cannot be trained on."""
+    from stages.data import sources
+    from stages.policy import models
+
+    models.refuse_vision(path)
+    assert job.format is not None, "the plan gives every sft step a Format"
+    if job.problem is None and "data" not in job.inputs:  # another stage makes them, and has not run
+        if config.mix:
+            sources.look_at_general(job, job.format, tokenizer)
+        return Inspected()
+    loaded = sources.load(job, job.format, tokenizer, config.mix)
+    sequences(config, loaded.all)
+    if not any(weight for row in loaded.all for weight in row_weights(row, config.weights)):
+        raise BadInput(
+            f"{job.name}: no token of its {len(loaded.all)} rows has a weight above 0, so nothing would be trained; look at loss_weights"
+        )
+    steps = None if config.packing else optimiser_steps(config, len(loaded.all))
+    return Inspected(loaded.own, loaded.general, [*generation_ratio(job.name, config, loaded.all)], steps)
+
+
+def generation_ratio(stage: str, config: SftConfig, rows: Sequence[TokenRow]) -> Iterator[Finding]:
+    """Prompt weights that carry most of the loss, or that hardly can matter."""
+    evidence = ratio(rows, config.weights)
+    by_number = not any(getattr(config.loss_weights, role) for role in ("system", "user", "template"))
+    prompt_is_weighted = evidence["prompt_weight_share"] > 0
+    if evidence["prompt_weight_share"] > 0.5:
+        yield Finding(
+            rule="prompt_weight_share",
+            severity="warn",
+            stage=stage,
+            evidence=evidence,
+            advice=f"prompt tokens carry {evidence['prompt_weight_share']:.0%} of the loss, so the stage mostly learns prompts; lower the prompt's weight",
+            override=f"stages.{stage}.prompt_loss_weight={0.5 * config.prompt_loss_weight:g}" if by_number else None,
+            source="arXiv 2401.13586",
+        )
+    if prompt_is_weighted and evidence["generation_ratio"] > 1:
+        yield Finding(
+            rule="generation_ratio",
+            severity="warn",
+            stage=stage,
+            evidence=evidence,
+            advice=f"completions are {evidence['generation_ratio']:.1f} times as long as prompts, and a prompt weight was seen to matter for short completions only (R_g < 1);"
+            " expect little of it",
+            source="arXiv 2401.13586 section 4",
+        )
+
+
+STAGE = Stage(
+    config=SftConfig,
+    run=run,
+    version=1,
+    trains=True,
+    saves=True,
+    makes=lambda config: ("policy",),
+    reads=reads,
+    rows=rows,
+    demonstrates=lambda config: config.data == DEMONSTRATIONS,
+    weighs_tokens=True,
+    batch=lambda config: Batch(config.rows_per_step, f"rows_per_step={config.rows_per_step}"),
+    check=check,
+    preflight=preflight,
+)

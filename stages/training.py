@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -12,7 +13,7 @@ from pydantic import AfterValidator, model_validator
 
 from stages.config import StageConfig, execution, identity, seconds
 from stages.errors import BadInput
-from stages.job import Job
+from stages.job import Finding, Job
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +44,9 @@ class TrainingConfig(StageConfig):
         "max_grad_norm": "max_grad_norm",
     }
     """Our field -> TRL's."""
+
+    TRL_CLASS: ClassVar[str]
+    """The class of TRL that takes the settings."""
 
     REFUSED: ClassVar[dict[str, str]] = {}
     """Further names of TRL that cannot be passed, and what to do instead."""
@@ -97,18 +101,30 @@ def accumulation(batch: int, job: Job) -> tuple[int, int]:
     return micro, batch // (micro * processes)
 
 
-TRL_CONFIGS = {"sft": "SFTConfig", "grpo": "GRPOConfig"}
-"""Kind of stage -> the TRL class that takes its settings."""
-
-
-def refuse_unknown_settings(stage: str, kind: str, settings: Iterable[str]) -> None:
+def refuse_unknown_settings(stage: str, config: TrainingConfig) -> None:
     """Raise BadInput for a name in a stage's `trl` that this version of TRL does not know."""
     import trl
 
-    config_class = getattr(trl, TRL_CONFIGS[kind])
-    if unknown := sorted(set(settings) - set(config_class.__dataclass_fields__)):
+    known = getattr(trl, config.TRL_CLASS).__dataclass_fields__
+    if unknown := sorted(set(config.trl) - set(known)):
         raise BadInput(
-            f"stages.{stage}.trl.{unknown[0]}: {config_class.__name__} of trl {trl.__version__} has no such setting"
+            f"stages.{stage}.trl.{unknown[0]}: {config.TRL_CLASS} of trl {trl.__version__} has no such setting"
+        )
+
+
+def only_warm_up(stage: str, config: TrainingConfig, steps: int) -> Iterator[Finding]:
+    """A training that ends within its warm-up, whose first step has a learning rate of 0."""
+    warm_up = config.warmup_steps
+    if warm_up < 1:
+        warm_up = math.ceil(steps * warm_up)
+    if steps <= warm_up:
+        yield Finding(
+            rule="only_warm_up",
+            severity="warn",
+            stage=stage,
+            evidence={"steps": steps, "warmup_steps": warm_up},
+            advice=f"{steps} optimiser steps do not go beyond the {warm_up:g} of the warm-up, whose first has a learning rate of 0; run more steps, or set warmup_steps to 0",
+            override=f"stages.{stage}.warmup_steps=0",
         )
 
 
@@ -119,7 +135,7 @@ def trl_arguments(job: Job, config: TrainingConfig, device: torch.device, config
     """
     import trl
 
-    refuse_unknown_settings(job.name, job.kind, config.trl)
+    refuse_unknown_settings(job.name, config)
     on_cpu = device.type == "cpu"
     settings = {
         "output_dir": job.work,

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 
 from pipeline.errors import Failed
-from pipeline.recipe.recipe import BASE
 from pipeline.registry import Artifact, Registry
 from pipeline.registry.lineage import Ancestor, lineage
 from pipeline.registry.verify import verify
 from stages.job import HUB, Evaluation, read_evaluation
 from stages.rejection import CONTROL
+from stages.stage import BASE
 
 if TYPE_CHECKING:
     from jinja2 import Environment

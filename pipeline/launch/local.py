@@ -97,7 +97,7 @@ class Launcher:
         assert self._worker is not None
         if self._worker.job is None or not job.execution.grace:
             return
-        if STAGES[job.kind].saves:
+        if job.kind in STAGES and STAGES[job.kind].saves:
             with suppress(OSError):  # the terminal may be gone
                 on_word(
                     f"asked to stop; saves at its next step, within {job.execution.grace:g} s (Ctrl-C: ends at once)"

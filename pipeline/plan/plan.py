@@ -8,12 +8,13 @@ from typing import Any, Literal, NamedTuple
 
 from pipeline.plan.steps import Step, base_of, steps
 from pipeline.recipe import checks
-from pipeline.recipe.recipe import BASE, Recipe
+from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.validation_errors import nearest
 from pipeline.registry import Artifact, Registry
 from pipeline.registry.keys import abbreviated, changes
 from stages.config import Frozen
 from stages.errors import BadInput
+from stages.stage import BASE
 
 
 class Planned(Frozen):

@@ -10,24 +10,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.plan.digest_cache import digest_once
-from pipeline.recipe import checks, formats
-from pipeline.recipe.recipe import BASE, Box, DatasetProblem, FileProblem, ProblemSettings, Recipe
+from pipeline.recipe import formats
+from pipeline.recipe.recipe import Box, DatasetProblem, FileProblem, ProblemSettings, Recipe
 from pipeline.registry import Registry
 from pipeline.registry.aliases import resolve
 from pipeline.registry.keys import Payload, digest_file, digest_model, key_of
 from stages.config import Config, Frozen, identity_values
 from stages.errors import BadInput
-from stages.evaluate import EvaluateConfig
-from stages.grpo import GrpoConfig
+from stages.evaluate import EVALUATE, EvaluateConfig
 from stages.job import Dtype, Format, Lora, RowRange, Sampler, parse_rows
 from stages.kinds import STAGES
 from stages.problems.catalog import PROBLEMS
 from stages.problems.custom.settings import ALIASES, RewardSettings
-from stages.rejection import RejectionConfig
-from stages.sft import SftConfig
+from stages.stage import BASE
 
-TRAINED = ("sft", "grpo")
-"""Kinds that make a policy; what they train (lora) is part of their key."""
 EVALUATION_SEED = 0
 """Every policy of every seed is evaluated on the same rows with the same seed."""
 REPLICATE_STRIDE = 10_007
@@ -53,7 +49,7 @@ class Step(Frozen):
 
     name: str
     kind: str
-    config: dict[str, Any]
+    config: Config
     inputs: dict[str, InputRef]
     problem: dict[str, Any] | None
     rows: RowRange | None
@@ -71,7 +67,12 @@ class Step(Frozen):
     @property
     def makes_policy(self) -> bool:
         """Whether an evaluate step follows."""
-        return self.kind in TRAINED
+        return STAGES[self.kind].trains
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether it is the evaluation of a policy."""
+        return self.kind == EVALUATE
 
 
 class Base(NamedTuple):
@@ -99,100 +100,86 @@ def steps(recipe: Recipe, registry: Registry, base: Base | None = None) -> list[
 
 
 def _step(recipe: Recipe, base: Base, base_format: Format, stage: Box, made: dict[str, Step]) -> Step:
-    """One box of the recipe; `base_format` is the base's Format."""
-    inputs = {"policy": base.ref if stage.policy == BASE else _output(made[stage.policy], "policy")}
-    text = checks.rows_of(recipe, stage)
-    data = None
-    if isinstance(stage, SftConfig) and text is None:
-        name, output = checks.data_of(stage)
-        maker = made.get(name)
-        inputs["data"] = _output(maker, output) if maker else _file(stage.data)
-        data = (maker.name, maker.format) if maker else None
-    if isinstance(stage, RejectionConfig) and stage.source != "fresh":
-        inputs["training"] = _output(made[stage.policy], "rollouts")
-    if isinstance(stage, SftConfig | GrpoConfig) and stage.mix:
-        inputs["mix"] = _file(stage.mix.data)
-    policy_format = base_format if stage.policy == BASE else made[stage.policy].format
-    format = formats.of_stage(stage.name, stage.format, policy_format, data)
-    rows = parse_rows(text, recipe.seed) if text else None
-    problem = None if "data" in inputs else recipe.problem
-    payload = _payload(
-        stage.kind, stage, inputs, base, format, problem, rows, recipe.sampler, recipe.seed, stage.replicate
-    )
-    return Step(
-        name=stage.name,
+    """One stage of the recipe; `base_format` is the base's Format."""
+    kind = STAGES[stage.kind]
+    policy = made.get(stage.policy)
+    inputs = {"policy": _output(policy, "policy") if policy else base.ref}
+    for read in kind.reads(stage):
+        inputs[read.role] = _output(made[read.source], read.output) if read.output else _file(read.source)
+    maker = made.get(inputs["data"].step or "") if "data" in inputs else None
+    data = (maker.name, maker.format) if maker else None
+    format = formats.of_stage(stage.name, stage.format, policy.format if policy else base_format, data)
+    rows = kind.rows(stage, {other.name: other for other in recipe.stages})
+    work = _Work(
         kind=stage.kind,
-        config=stage.model_dump(mode="json"),
+        config=stage,
         inputs=inputs,
-        problem=problem.model_dump(mode="json") if problem else None,
-        rows=rows,
+        problem=None if "data" in inputs else recipe.problem,
+        rows=parse_rows(rows, recipe.seed) if rows else None,
         format=format,
-        seed=recipe.seed + REPLICATE_STRIDE * stage.replicate,
-        dtype=recipe.model.dtype,
-        lora=recipe.model.lora if stage.kind in TRAINED else None,
-        sampler=recipe.sampler,
-        deadline=stage.deadline or recipe.deadline,
-        identity=payload,
-        key=key_of(payload),
+        seed=recipe.seed,
+        replicate=stage.replicate,
     )
+    return _planned(stage.name, work, recipe, base, stage.deadline)
 
 
 def _evaluation(recipe: Recipe, base: Base, format: Format, policy: InputRef, of: str) -> Step:
     """The evaluate step of a policy."""
     config = EvaluateConfig(**dict(recipe.evaluate), validation=recipe.validation)
-    inputs = {"policy": policy}
-    payload = _payload(
-        "evaluate", config, inputs, base, format, recipe.problem, None, recipe.sampler, EVALUATION_SEED, 0
-    )
+    work = _Work(EVALUATE, config, {"policy": policy}, recipe.problem, None, format, EVALUATION_SEED, 0)
+    return _planned(f"{of}.{EVALUATE}", work, recipe, base, None)
+
+
+class _Work(NamedTuple):
+    """What a step computes, but for what is the same in all steps of a recipe."""
+
+    kind: str
+    config: Config
+    inputs: dict[str, InputRef]
+    problem: ProblemSettings | None
+    rows: RowRange | None
+    format: Format
+    seed: int
+    """The recipe's."""
+    replicate: int
+
+
+def _planned(name: str, work: _Work, recipe: Recipe, base: Base, deadline: float | None) -> Step:
+    payload = _payload(work, base, recipe.sampler)
     return Step(
-        name=f"{of}.evaluate",
-        kind="evaluate",
-        config=config.model_dump(mode="json"),
-        inputs=inputs,
-        problem=recipe.problem.model_dump(mode="json"),
-        rows=None,
-        format=format,
-        seed=EVALUATION_SEED,
+        name=name,
+        kind=work.kind,
+        config=work.config,
+        inputs=work.inputs,
+        problem=work.problem.model_dump(mode="json") if work.problem else None,
+        rows=work.rows,
+        format=work.format,
+        seed=work.seed + REPLICATE_STRIDE * work.replicate,
         dtype=recipe.model.dtype,
-        lora=None,
+        lora=recipe.model.lora if STAGES[work.kind].trains else None,
         sampler=recipe.sampler,
-        deadline=recipe.deadline,
+        deadline=deadline or recipe.deadline,
         identity=payload,
         key=key_of(payload),
     )
 
 
-def _payload(
-    kind: str,
-    config: Config,
-    inputs: dict[str, InputRef],
-    base: Base,
-    format: Format,
-    problem: ProblemSettings | None,
-    rows: RowRange | None,
-    sampler: Sampler,
-    seed: int,
-    replicate: int,
-) -> Payload:
+def _payload(work: _Work, base: Base, sampler: Sampler) -> Payload:
     """Everything that decides what the step makes."""
+    kind = STAGES[work.kind]
     return {
-        "kind": kind,
-        "version": STAGES[kind].version,
-        "config": identity_values(config),
-        "inputs": {role: {"key": ref.key, "output": ref.output} for role, ref in inputs.items()},
-        "model": base.settings if kind in TRAINED else {"dtype": base.settings["dtype"]},
-        "problem": _problem_identity(problem) if problem else None,
-        "rows": rows.model_dump() if rows else None,
-        "format": formats.identity(format),
-        "sampler": sampler if _samples(kind, config) else None,
-        "seed": seed,
-        "replicate": replicate,
+        "kind": work.kind,
+        "version": kind.version,
+        "config": identity_values(work.config),
+        "inputs": {role: {"key": ref.key, "output": ref.output} for role, ref in work.inputs.items()},
+        "model": base.settings if kind.trains else {"dtype": base.settings["dtype"]},
+        "problem": _problem_identity(work.problem) if work.problem else None,
+        "rows": work.rows.model_dump() if work.rows else None,
+        "format": formats.identity(work.format),
+        "sampler": sampler if kind.samples(work.config) else None,
+        "seed": work.seed,
+        "replicate": work.replicate,
     }
-
-
-def _samples(kind: str, config: Config) -> bool:
-    """Whether the recipe's sampler is asked for anything."""
-    return kind not in TRAINED and getattr(config, "source", None) != "training"
 
 
 def base_of(recipe: Recipe, registry: Registry) -> Base:

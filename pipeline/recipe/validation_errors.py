@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from stages.config import Config
+from stages.kinds import recipe_kinds
 from stages.problems.catalog import PROBLEMS
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def complaint(error: ValidationError, data: Any) -> str:
         where, message = "problem.name", f"found {name!r}{nearest(name, list(PROBLEMS))}"
     elif first["type"] in ("union_tag_invalid", "union_tag_not_found"):
         kind = found.get("kind") if isinstance(found, dict) else found
-        where, message = f"{where}.kind", f"found {kind!r}{nearest(str(kind), ['sft', 'grpo', 'rejection'])}"
+        where, message = f"{where}.kind", f"found {kind!r}{nearest(str(kind), recipe_kinds())}"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return " ".join(f"{f'{where}: ' if where else ''}{message}{more}".split())
 

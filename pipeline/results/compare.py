@@ -17,6 +17,7 @@ from pipeline.registry.keys import changes
 from pipeline.results.evaluations import of_policy, settings
 from stages.config import Frozen
 from stages.errors import BadInput
+from stages.evaluate import EVALUATE
 from stages.job import SPLITS, Evaluation, read_evaluation
 
 SHOWN = 3
@@ -91,7 +92,7 @@ def _format(artifact: Artifact) -> dict[str, Any]:
 
 def _evaluations(registry: Registry, a: Artifact, b: Artifact) -> tuple[Artifact | None, Artifact | None]:
     """The evaluations of two policies: the newest two with equal settings, else the newest of each. An evaluation stands for itself."""
-    ours, theirs = ([one] if one.kind == "evaluate" else of_policy(registry, one) for one in (a, b))
+    ours, theirs = ([one] if one.kind == EVALUATE else of_policy(registry, one) for one in (a, b))
     for mine in ours:
         for other in theirs:
             if settings(mine) == settings(other):
@@ -121,7 +122,7 @@ def _samples(
     registry: Registry, a: Artifact, b: Artifact, evaluations: tuple[Artifact | None, Artifact | None]
 ) -> Iterator[Sample]:
     """The first rows that came out differently."""
-    if a.kind == b.kind == "rejection":
+    if {"data", "rollouts"} <= a.outputs.keys() & b.outputs.keys():
         ours, theirs = _kept(registry, a), _kept(registry, b)
     elif evaluations[0] and evaluations[1]:
         ours, theirs = _greedy(registry, evaluations[0]), _greedy(registry, evaluations[1])

@@ -11,6 +11,7 @@ from pipeline.registry import Artifact, Registry
 from pipeline.registry.verify import verify
 from stages.config import Frozen
 from stages.errors import BadInput
+from stages.evaluate import EVALUATE
 from stages.job import Split, read_evaluation
 
 OF_THE_POLICY = ("inputs", "format")
@@ -32,7 +33,7 @@ class Difference(Frozen):
 
 def of_policy(registry: Registry, policy: Artifact) -> list[Artifact]:
     """The evaluate artifacts of a policy that may be used, newest first."""
-    found = (one for one in registry.artifacts() if one.kind == "evaluate" and _is_of(one, policy))
+    found = (one for one in registry.artifacts() if one.kind == EVALUATE and _is_of(one, policy))
     return [one for one in found if registry.usable(one)][::-1]
 
 

@@ -6,11 +6,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.recipe.recipe import BASE
 from pipeline.registry import Registry, runs
 from stages.config import Frozen
 from stages.errors import BadInput
+from stages.evaluate import EVALUATE
 from stages.job import Evaluation, Split, read_evaluation
+from stages.stage import BASE
 
 
 class StageSummary(Frozen):
@@ -44,7 +45,7 @@ def summarise(registry: Registry, run: str, split: Split = "held_out") -> RunSum
     """Raises BadInput when there is no such run, or when a file of an evaluation is not what was published."""
     done = {event["step"]: event for event in runs.events(registry, run) if event["event"] == "step"}
     planned = runs.planned(registry, run)
-    boxes = [(step["step"], step["kind"]) for step in planned["steps"] if step["kind"] != "evaluate"]
+    boxes = [(step["step"], step["kind"]) for step in planned["steps"] if step["kind"] != EVALUATE]
     base = StageSummary(
         name=BASE,
         kind=BASE,

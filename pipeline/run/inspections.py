@@ -16,17 +16,17 @@ from typing import Any
 from pipeline.errors import StageFailed
 from pipeline.launch.local import Launcher, OnMetrics
 from pipeline.plan.plan import Planned
+from pipeline.plan.steps import Step
 from pipeline.registry import Artifact, Registry
 from pipeline.run.job import job_of, place_of
 from stages.errors import BadInput
 from stages.inspections import probe as probe_job
 from stages.inspections import score as score_job
 from stages.job import Execution, Finding, Job
+from stages.kinds import STAGES
 from stages.rewards.audit import audit as audit_job
+from stages.rewards.compose import Rewards
 from stages.tokens import loss_map as loss_map_file
-
-CHECKED = ("sft", "grpo", "rejection")
-"""Kinds of step that a preflight looks at."""
 
 
 def preflight(
@@ -44,8 +44,8 @@ def preflight(
 def checkable(planned: Sequence[Planned]) -> list[str]:
     """Steps that a preflight looks at before anything runs: all that train or sample, and one evaluation for all, which have the same rows."""
     to_run = [one.step for one in planned if one.action == "run"]
-    evaluations = [step.name for step in to_run if step.kind == "evaluate"]
-    return [*evaluations[:1], *(step.name for step in to_run if step.kind in CHECKED)]
+    evaluations = [step.name for step in to_run if step.evaluates]
+    return [*evaluations[:1], *(step.name for step in to_run if not step.evaluates)]
 
 
 def beforehand(
@@ -80,11 +80,11 @@ def audit(
 ) -> audit_job.Report:
     """What the rewards of a grpo step pay for, on the first of its rows or on those of a file. Its policy need not be there. Raises BadInput for another kind of
     step, and for rows that cannot be read."""
-    if one.step.kind != "grpo":
+    if (rewards := rewards_of(one.step)) is None:
         raise BadInput(f"{one.step.name} is of kind {one.step.kind}; an audit looks at the rewards of a grpo stage")
     like = job_of(one.step.model_copy(update={"inputs": {}}), {}, registry, execution)
     inputs = {"rows": str(rows.absolute())} if rows else {}
-    with _question("audit", {"weights": one.step.config["rewards"]["weights"]}, like, inputs) as job:
+    with _question("audit", {"weights": rewards.weights}, like, inputs) as job:
         launcher.launch(job, on_metrics=on_metrics)
         return audit_job.Report.model_validate_json(Path(job.out, audit_job.FILE).read_text())
 
@@ -93,7 +93,7 @@ def audits(planned: Sequence[Planned], registry: Registry, launcher: Launcher, e
     """What an audit has to say about the grpo steps that are about to run, once for those with the same rewards."""
     different = dict[str, Planned]()
     for one in planned:
-        if one.action == "run" and one.step.kind == "grpo" and one.step.config["audit"]:
+        if one.action == "run" and STAGES[one.step.kind].audited(one.step.config):
             different.setdefault(_paid_by(one), one)
     reports = [audit(one, None, registry, launcher, execution) for one in different.values()]
     return [finding for report in reports for finding in report.findings]
@@ -101,9 +101,14 @@ def audits(planned: Sequence[Planned], registry: Registry, launcher: Launcher, e
 
 def _paid_by(one: Planned) -> str:
     """What decides a step's rewards, but for its rows."""
-    return json.dumps(
-        [one.step.problem, one.step.config["rewards"], one.step.format.model_dump(mode="json")], sort_keys=True
-    )
+    rewards = rewards_of(one.step)
+    settings = rewards.model_dump(mode="json") if rewards else None
+    return json.dumps([one.step.problem, settings, one.step.format.model_dump(mode="json")], sort_keys=True)
+
+
+def rewards_of(step: Step) -> Rewards | None:
+    """The rewards that a step is trained by; None for a kind that has none."""
+    return STAGES[step.kind].rewards(step.config)
 
 
 def loss_map(
@@ -111,14 +116,14 @@ def loss_map(
 ) -> dict[str, Any]:
     """The loss map of a row of an sft step. Raises BadInput for another kind of step, for data that are not made yet, and for no such row."""
     step = one.step
-    if step.kind != "sft":
+    if not STAGES[step.kind].weighs_tokens:
         raise BadInput(f"{step.name} is of kind {step.kind}; inspect shows what an sft stage trains on")
     if (source := step.inputs.get("data")) and not _is_there(source.step, planned):
         raise BadInput(
             f"{step.name} trains on {source.step}, which has not been made yet; run it first, with --until {source.step}"
         )
     like = stand_in(one, planned, registry, Execution())
-    with _question("inspect", {"stage": step.config, "row": row}, like, like.inputs) as job:
+    with _question("inspect", {"stage": step.config.model_dump(mode="json"), "row": row}, like, like.inputs) as job:
         result = launcher.launch(job)
         return {**json.loads(Path(job.out, loss_map_file.FILE).read_text()), "metrics": result.metrics}
 

@@ -37,7 +37,7 @@ def job_of(step: Step, made: Mapping[str, Artifact], registry: Registry, executi
     return Job(
         kind=step.kind,
         name=step.name,
-        config=step.config,
+        config=step.config.model_dump(mode="json"),
         inputs=inputs,
         sources={role: _told(source) for role, source in sources_of(step, made, registry).items()},
         work=str(work),

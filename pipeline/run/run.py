@@ -14,7 +14,7 @@ from pipeline.launch.local import Launcher
 from pipeline.plan.plan import ALL, Planned, Selection, said
 from pipeline.plan.steps import Step
 from pipeline.recipe import recipe as recipes
-from pipeline.recipe.recipe import BASE, Recipe
+from pipeline.recipe.recipe import Recipe
 from pipeline.registry import Artifact, Registry, runs
 from pipeline.registry.workdir import work_root
 from pipeline.results import findings
@@ -26,6 +26,7 @@ from pipeline.run.observer import Observer
 from pipeline.run.step import run_step
 from stages.errors import BadInput
 from stages.job import Finding, read_evaluation
+from stages.stage import BASE
 
 
 def run(
@@ -87,7 +88,7 @@ def _conduct(
             made[one.step.name] = artifact
             seconds = 0.0 if reused else artifact.provenance.get("seconds", 0.0)
             runs.record(registry, id, "step", step=one.step.name, artifact=artifact.id, reused=reused, seconds=seconds)
-            if one.step.kind == "evaluate" and not reused:
+            if one.step.evaluates and not reused:
                 _tell(one.step, planned, made, registry, observer)
             return artifact, reused
 

@@ -158,7 +158,7 @@ def _draft(step: Step, job: Job, result: Result, sources: dict[str, Source], run
         files=(),
         inputs=sources,
         format=result.format,
-        config={**step.config, "execution": job.execution.model_dump()},
+        config={**job.config, "execution": job.execution.model_dump()},
         identity=step.identity,
         metrics=result.metrics,
         provenance={"run": run, "host": socket.gethostname(), **result.seen, **_said(result)},

@@ -14,10 +14,10 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from stages.errors import BadInput, StageStopped, TooManyFailures
 from stages.job import Job, Result
@@ -26,28 +26,10 @@ from stages.runtime.disk import replace
 from stages.runtime.metrics import say
 from stages.runtime.process import die_with_parent
 from stages.runtime.workdir import BUSY, ERROR, LOCK, PATIENCE, RESULT, WORDS
+from stages.stage import Stage
 
 TOLD = (BadInput, TooManyFailures)
 """Errors whose line says all that a user needs; of others the class and the log help, too."""
-
-
-class Stage(Protocol):
-    """What the worker has to know of a kind of stage; `stages.kinds` has one for each."""
-
-    @property
-    def run(self) -> Callable[[Job], Result]:
-        """The function that does a job of this kind."""
-        ...
-
-    @property
-    def torch(self) -> bool:
-        """It needs torch, which takes seconds to import."""
-        ...
-
-    @property
-    def saves(self) -> bool:
-        """It writes checkpoints, so SIGTERM asks it for a last one."""
-        ...
 
 
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")

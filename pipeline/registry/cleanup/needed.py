@@ -9,6 +9,7 @@ from pipeline.registry.aliases import aliases
 from pipeline.registry.artifact import Artifact
 from pipeline.registry.pins import counts, pins
 from pipeline.registry.registry import Registry
+from stages.evaluate import EVALUATE
 
 
 def needed(
@@ -47,5 +48,5 @@ def _with_evaluations(artifacts: list[Artifact], by_id: dict[str, Artifact], why
     bases = {source.key for id in why if id in by_id for source in by_id[id].inputs.values() if source.id is None}
     for one in artifacts:
         policy = one.inputs.get("policy")
-        if one.kind == "evaluate" and policy and (policy.id in why or (policy.id is None and policy.key in bases)):
+        if one.kind == EVALUATE and policy and (policy.id in why or (policy.id is None and policy.key in bases)):
             why.setdefault(one.id, f"the evaluation of {policy.id or policy.name}")

@@ -14,6 +14,7 @@ from pipeline.recipe import recipe
 from pipeline.registry import Registry
 from pipeline.registry.keys import canonical, changes, key_of
 from stages.config import Config, part_of
+from stages.inspections.kinds import INSPECTIONS
 from stages.kinds import STAGES
 from tests.conftest import TINY, stage
 
@@ -172,7 +173,7 @@ def rename(settings, old, new):
 
 
 def test_every_config_of_every_kind_is_marked():
-    for kind, known in STAGES.items():
+    for kind, known in {**STAGES, **INSPECTIONS}.items():
         for name in known.config.model_fields:
             assert part_of(known.config, name), f"{kind}.{name} is neither identity nor execution"
 

@@ -75,7 +75,7 @@ def audit(
 
 def _named(planned: list[Planned], stage: str | None) -> Planned:
     """The step to look at. Raises BadInput where there is none."""
-    there = {one.step.name: one for one in planned if one.step.kind == "grpo"}
+    there = {one.step.name: one for one in planned if inspections.rewards_of(one.step) is not None}
     if not there:
         raise BadInput("the recipe has no grpo stage, so nothing is trained by rewards; add one to audit them")
     if stage is not None and stage not in there:

@@ -19,6 +19,7 @@ from pipeline.launch.local import Launcher
 from pipeline.plan.plan import Planned
 from pipeline.run import inspections
 from stages.errors import BadInput
+from stages.kinds import STAGES
 
 Stage = Annotated[str, typer.Option("--stage", metavar="STAGE", help="An sft stage.", show_default=False)]
 Row = Annotated[int, typer.Option("--row", min=0, help="Which of its rows, from 0.")]
@@ -44,7 +45,7 @@ def inspect(
 
 
 def _named(planned: list[Planned], stage: str) -> Planned:
-    if found := next((one for one in planned if one.step.name == stage and one.step.kind != "evaluate"), None):
+    if found := next((one for one in planned if one.step.name == stage and not one.step.evaluates), None):
         return found
-    names = [one.step.name for one in planned if one.step.kind == "sft"]
+    names = [one.step.name for one in planned if STAGES[one.step.kind].weighs_tokens]
     raise BadInput(f"no stage is named {stage}; the sft stages are {', '.join(names) or 'none'}")
