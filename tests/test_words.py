@@ -11,10 +11,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 import yaml
 
+from pipeline.cli import app
 from tests.conftest import ROOT
 
 PACKAGES = ("pipeline", "stages", "prompts")
@@ -261,6 +264,41 @@ def test_the_architecture_page_has_a_line_for_each_room_and_each_exception():
     assert not missing, missing
 
 
+def commands(text: str) -> list[list[str]]:
+    """The command lines of switchback on a page, as words: whole lines of code, and spans."""
+    lines = [line for line in text.splitlines() if line.startswith("    switchback ")] + code_spans(text)
+    return [line.split(" #")[0].split() for line in lines if line.split()[:1] == ["switchback"]]
+
+
+def wrong_commands(root: Path, top: Any) -> list[str]:
+    """`page: command` of each that `--help` does not know, and of each option that its command does not have."""
+    found: list[str] = []
+    asked = [(page, words) for page in pages(root) for words in commands(page.read_text())]
+    for page, words in asked:
+        command, rest = top, words[1:]
+        while rest and hasattr(command, "commands"):
+            command, *rest = command.commands.get(rest[0]), *rest[1:]
+        known = {option for parameter in command.params for option in parameter.opts} if command else set()
+        options = {word.strip("[]") for word in rest if word.lstrip("[").startswith("--")}
+        if command is None or options - known:
+            found.append(f"{page.relative_to(root)}: {' '.join(words)}")
+    return found
+
+
+def test_commands_and_options_on_the_pages_exist():
+    assert wrong_commands(ROOT, typer.main.get_command(app)) == []
+
+
+def test_a_command_that_is_not_there_is_noticed(tmp_path):
+    """The test above can fail."""
+    (tmp_path / "README.md").write_text(
+        "`switchback alias set prod ID [--expect N]`\n\n    switchback plan r.yaml --only x  # --not\n"
+        "    switchback plan r.yaml --not\n    switchback fly\n"
+    )
+    wrong = ["README.md: switchback plan r.yaml --not", "README.md: switchback fly"]
+    assert wrong_commands(tmp_path, typer.main.get_command(app)) == wrong
+
+
 def test_the_tree_of_the_readme_is_the_one_on_disk():
     drawn = tree((ROOT / "README.md").read_text())
     assert rooms(ROOT) <= drawn
@@ -306,6 +344,27 @@ def clumsy(text: str) -> list[str]:
     """Sentences that are long, hold a semicolon, or start with a relative clause."""
     starts = ("What ", "Who ", "Whoever ", "Whatever ", "Nothing ")
     return [one for one in sentences(text) if ";" in one or one.startswith(starts) or len(one.split()) > LONGEST]
+
+
+def banned_in_prose(root: Path) -> list[str]:
+    """`page: sentence` of each that holds a banned word. Decisions and the changelog are records and stay."""
+    pattern = re.compile(rf"\b({'|'.join(BANNED)})\b", re.IGNORECASE)
+    found = [page for page in pages(root) if page.name != HISTORY and page.parent.name != "decisions"]
+    said = ((page, one) for page in found for one in sentences(page.read_text()))
+    return [f"{page.relative_to(root)}: {one}" for page, one in said if pattern.search(one)]
+
+
+def test_pages_hold_no_banned_word():
+    found = banned_in_prose(ROOT)
+    assert not found, "\n".join(found)
+
+
+def test_a_banned_word_on_a_page_is_noticed(tmp_path):
+    """The test above can fail. Code and names of tests are not prose."""
+    for name in ("README.md", "CHANGELOG.md", "docs/decisions/0001-it.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("Mend it. Amend `told`.\n\n    told\n")
+    assert banned_in_prose(tmp_path) == ["README.md: Mend it."]
 
 
 @pytest.mark.parametrize("page", PLAIN)
