@@ -22,7 +22,6 @@ from typing import IO, Any
 
 from stages.runtime import worker
 from stages.runtime.process import adopt_orphans, die_with_parent, kill_tree, outlive_parent
-from stages.stage import Stage
 
 PRELOAD = (
     "trl.trainer.sft_trainer",
@@ -34,7 +33,7 @@ PRELOAD = (
 STDIN = 0
 
 
-def serve(launcher: int, stages: Mapping[str, Stage], preload: bool = True) -> None:
+def serve(launcher: int, stages: Mapping[str, worker.Runs], preload: bool = True) -> None:
     """Answer orders until stdin ends. `launcher` is the pid of the process that holds the other end; `stages` says what runs each kind."""
     die_with_parent(launcher)  # while it imports, it does not listen
     adopt_orphans()
@@ -52,7 +51,7 @@ def serve(launcher: int, stages: Mapping[str, Stage], preload: bool = True) -> N
         kill_tree(os.getpid())
 
 
-def _answer_orders(answers: IO[str], stages: Mapping[str, Stage]) -> None:
+def _answer_orders(answers: IO[str], stages: Mapping[str, worker.Runs]) -> None:
     """One job after another, until stdin ends."""
     print(json.dumps({"ready": os.getpid()}), file=answers)
     while line := _read_line():
@@ -74,7 +73,7 @@ def _read_line() -> bytes:
     return line
 
 
-def _fork(order: dict[str, Any], answers: int, stages: Mapping[str, Stage]) -> int:
+def _fork(order: dict[str, Any], answers: int, stages: Mapping[str, worker.Runs]) -> int:
     """Start the job; returns its pid. In the child this never returns."""
     server = os.getpid()
     if pid := os.fork():

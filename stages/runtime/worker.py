@@ -14,10 +14,10 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from stages.errors import BadInput, StageStopped, TooManyFailures
 from stages.job import Job, Result
@@ -26,16 +26,34 @@ from stages.runtime.disk import replace
 from stages.runtime.metrics import say
 from stages.runtime.process import die_with_parent
 from stages.runtime.workdir import BUSY, ERROR, LOCK, PATIENCE, RESULT, WORDS
-from stages.stage import Stage
 
 TOLD = (BadInput, TooManyFailures)
 """Errors whose line says all that a user needs; of others the class and the log help, too."""
 
 
+class Runs(Protocol):
+    """What the worker asks of a kind of stage. `stages.stage.Stage` has it, and this room imports no kind."""
+
+    @property
+    def run(self) -> Callable[[Job], Result]:
+        """The function that does a job of this kind."""
+        ...
+
+    @property
+    def torch(self) -> bool:
+        """The kind needs torch."""
+        ...
+
+    @property
+    def saves(self) -> bool:
+        """The kind writes checkpoints, so SIGTERM asks it for a last one."""
+        ...
+
+
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
 
 
-def main(path: str, stages: Mapping[str, Stage]) -> int:
+def main(path: str, stages: Mapping[str, Runs]) -> int:
     """Run the job in a file, in as many processes as it is for; returns the exit code. `stages` says what runs each kind."""
     job = Job.model_validate_json(Path(path).read_text())
     work = Path(job.work)
@@ -55,13 +73,13 @@ def main(path: str, stages: Mapping[str, Stage]) -> int:
         )
 
 
-def main_of_rank(path: str, stages: Mapping[str, Stage]) -> int:
+def main_of_rank(path: str, stages: Mapping[str, Runs]) -> int:
     """One of the processes of a job whose directory is held and emptied; it dies with the one that started it."""
     die_with_parent(os.getppid())
     return attempt(Job.model_validate_json(Path(path).read_text()), stages)
 
 
-def attempt(job: Job, stages: Mapping[str, Stage]) -> int:
+def attempt(job: Job, stages: Mapping[str, Runs]) -> int:
     """The stage, and its result or what went wrong; returns the exit code."""
     try:
         result = _run(job, stages[job.kind])
@@ -106,7 +124,7 @@ def _launcher(job: Job, meeting: str) -> list[str]:
     return [*torchrun, *by_file, "--rdzv-id", "switchback", "--local-addr", "127.0.0.1"]
 
 
-def _run(job: Job, stage: Stage) -> Result:
+def _run(job: Job, stage: Runs) -> Result:
     """The stage itself, in the execution that the job asks for."""
     if (world := ranks.world()) != job.execution.processes:
         raise BadInput(
