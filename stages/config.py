@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Strict, Tag, model_validator
 
@@ -43,12 +43,21 @@ class Config(Frozen):
 
     model_config = ConfigDict(strict=True)
 
+    LATER: ClassVar[tuple[str, ...]] = ()
+    """Fields of a later version. An empty one, as recipes of earlier versions hold it, is dropped."""
+
     @model_validator(mode="before")
     @classmethod
     def _known_names(cls, data: Any) -> Any:
         """Name the nearest known field where a name is not known."""
+        if not isinstance(data, dict):
+            return data
+        for name in cls.LATER:
+            if data.get(name):
+                raise ValueError(f"{name} comes in a later version of switchback; remove it to run this recipe")
         known = list(cls.model_fields)
-        for name in data if isinstance(data, dict) else ():
+        data = {name: value for name, value in data.items() if name not in cls.LATER}
+        for name in data:
             if name not in known:
                 close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
                 hint = f"did you mean {close[0]}?" if close else f"there is {', '.join(known)}"
@@ -140,7 +149,9 @@ RESERVED_NAMES = ("base", "policy", "demonstrations", "evaluate")
 
 
 class StageConfig(Config):
-    """What every box of a recipe has."""
+    """What every stage of a recipe has."""
+
+    LATER: ClassVar[tuple[str, ...]] = ("gate",)
 
     name: str = execution(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$")
     """What the box is called; other boxes refer to it, and its artifacts start with it. Renaming it re-runs nothing."""
@@ -152,5 +163,3 @@ class StageConfig(Config):
     """Seconds (or "90m", "2h") after which the stage is killed and fails. Off: none, or the recipe's."""
     format: FormatSettings | None = resolved(None)
     """Dress text in another way than the policy was trained with, from here on. Off: as its policy."""
-    gate: dict[str, float] | None = execution(None)
-    """What the stage's evaluation must reach before the next stage starts. Off: none."""

@@ -49,7 +49,7 @@ class Kl(Config):
 
     beta: float = identity(0.001, ge=0)
     """Coefficient of the KL term. 0 = off: no reference is loaded and no KL is logged. 0.001 is often enough; raise it when KL explodes."""
-    reference: str = identity("policy")
+    reference: Literal["policy"] = identity("policy")
     """What to stay close to: `policy`, the policy this stage starts from."""
 
 

@@ -169,6 +169,8 @@ class Finding(Frozen):
     severity: Literal["note", "warn", "stop"]
     """`stop`: nothing is trained on it (exit 3). What cannot work at all is no finding: it is refused."""
     stage: str
+    subject: str | None = None
+    """The baseline or reward component that it is about, with which `advice` begins. None: it is about the stage."""
     step: int | None = None
     """Optimiser step; None for what is known before training."""
     evidence: dict[str, float]

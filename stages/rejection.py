@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import model_validator
 
 from stages.config import FromList, StageConfig, identity, resolved
+from stages.data.rollout_line import RolloutLine
 from stages.data.selection import Keep, Pool, candidate, control, funnel, select
 from stages.errors import BadInput
 from stages.grpo import ROLLOUTS, GrpoConfig
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 CONTROL, RANDOM = "control", "random"
 """The output that is drawn at random, which `data: harvest:control` reads; and how."""
-Line = dict[str, Any]
-"""A rollout, as `rollouts.line` has it."""
 
 
 class RejectionConfig(StageConfig):
@@ -147,7 +146,7 @@ def run(job: Job) -> Result:
     ]
     sampled = harvest.Sampled(card["sampling"] if config.source != "training" else None, training)
     card = {**card, "sampling": sampled._asdict()}
-    rollouts.write(out / "rollouts", harvest.told(pools), card)
+    rollouts.write(out / "rollouts", harvest.selected(pools), card)
     about = {**card, "keep": config.keep.model_dump(mode="json"), "source": config.source, "funnel": _funnel(pools)}
     picks = [[i for i, choice in enumerate(pool.choices) if choice.rank is not None] for pool in pools]
     harvest.write(out / "data", harvest.rows(tokenizer, job.format, pools, picks, sampled), about)
@@ -166,7 +165,7 @@ def run(job: Job) -> Result:
     )
 
 
-def _fresh(job: Job, config: RejectionConfig, rows: Sequence[Row]) -> dict[str, list[Line]]:
+def _fresh(job: Job, config: RejectionConfig, rows: Sequence[Row]) -> dict[str, list[RolloutLine]]:
     """Row -> what its policy answers now."""
     from stages.data import rollouts
     from stages.runtime.metrics import MetricsLog
@@ -183,7 +182,7 @@ def _fresh(job: Job, config: RejectionConfig, rows: Sequence[Row]) -> dict[str, 
 
 def _logged(
     job: Job, config: RejectionConfig, rows: Sequence[Row], card: Mapping[str, Any]
-) -> tuple[dict[str, list[Line]], dict[str, Any]]:
+) -> tuple[dict[str, list[RolloutLine]], dict[str, Any]]:
     """(row -> what was sampled while the policy was trained, how it was sampled)"""
     from stages.data import rollouts
 
@@ -194,9 +193,9 @@ def _logged(
             f"{job.name}: the rollouts of {job.sources['training']} were dressed in another Format than this stage's; remove the stage's format, or set source: fresh"
         )
     first, last = config.training_steps or (1, math.inf)
-    found: dict[str, list[Line]] = {}
+    found: dict[str, list[RolloutLine]] = {}
     for line in rollouts.read(directory):
-        if first <= line["step"] <= last:
+        if line["step"] is not None and first <= line["step"] <= last:
             found.setdefault(line["row"], []).append(line)
     if not any(row.id in found for row in rows):
         raise BadInput(
@@ -206,7 +205,7 @@ def _logged(
 
 
 def _missing(
-    job: Job, config: RejectionConfig, rows: Sequence[Row], logged: Mapping[str, list[Line]]
+    job: Job, config: RejectionConfig, rows: Sequence[Row], logged: Mapping[str, list[RolloutLine]]
 ) -> tuple[Finding, ...]:
     """How many of the rows the log has, where that is not all: a training may end before it has met every row."""
     there = sum(row.id in logged for row in rows)
@@ -225,7 +224,7 @@ def _missing(
     )
 
 
-def _pool(row: Row, lines: list[Line], keep: Keep, problem: Problem) -> Pool:
+def _pool(row: Row, lines: list[RolloutLine], keep: Keep, problem: Problem) -> Pool:
     group = [candidate(line, problem.reward_weights, problem.passed) for line in lines]
     return Pool(row, lines, group, select(group, keep))
 

@@ -1,6 +1,6 @@
 """The command line. One file per noun; each parses, calls, prints, exits. Imported by nobody.
 
-Exit codes: 0 done, 1 a stage failed, 2 bad input, 3 stopped by a gate or an audit, 130/143 signals. What went wrong is one line on stderr, never a traceback.
+Exit codes: 0 done, 1 a stage failed, 2 bad input, 3 stopped by an audit or a comparison, 130/143 signals. What went wrong is one line on stderr, never a traceback.
 """
 
 from __future__ import annotations

@@ -23,15 +23,16 @@ from pipeline.registry import Artifact
 PATIENCE = 2.0
 """Seconds that Prefect may take for its last words."""
 
-Do = Callable[[Planned], tuple[Artifact, bool] | None]
+RunStep = Callable[[Planned], tuple[Artifact, bool] | None]
+"""Makes a step: its artifact and whether it was reused; None where it was not selected."""
 
 
-def conduct(run: str, planned: list[Planned], do: Do) -> None:
+def run_flow(run: str, planned: list[Planned], run_step: RunStep) -> None:
     """Run the plan as a Prefect flow named for the run."""
 
     @task(name="step", task_run_name="{step}", cache_policy=NO_CACHE, persist_result=False)
     def step_task(step: str, inputs: list[dict[str, Any] | None]) -> State[Any]:
-        outcome = do(by_name[step])
+        outcome = run_step(by_name[step])
         if outcome is None:
             return Completed(name="NotSelected")
         artifact, reused = outcome
@@ -39,7 +40,7 @@ def conduct(run: str, planned: list[Planned], do: Do) -> None:
         return Completed(name="Reused" if reused else "Completed", message=artifact.id, data=made)
 
     @flow(name="switchback", flow_run_name=run, validate_parameters=False, persist_result=False)
-    def climb(steps: list[str]) -> None:
+    def recipe(steps: list[str]) -> None:
         results: dict[str, Any] = {}
         for step in steps:
             reads = [ref.step for ref in by_name[step].step.inputs.values() if ref.step]
@@ -50,7 +51,7 @@ def conduct(run: str, planned: list[Planned], do: Do) -> None:
     by_name = {one.step.name: one for one in planned}
     _leave_the_terminal()
     try:
-        climb(list(by_name))
+        recipe(list(by_name))
     finally:
         _say_what_is_left()
 

@@ -77,7 +77,7 @@ def freshen(recipe: Recipe, registry: Registry, name: str, selection: Selection 
             return recipe
 
 
-def said(one: Planned) -> dict[str, str | None]:
+def described(one: Planned) -> dict[str, str | None]:
     """A planned step as `plan --json` and a run's plan.json give it."""
     step, artifact = one.step, one.artifact.id if one.artifact else None
     what = {"step": step.name, "kind": step.kind, "key": step.key}
@@ -122,10 +122,10 @@ def reason(step: Step, artifacts: Sequence[Artifact]) -> str:
     diff, closest = min(diffs, key=lambda pair: len(pair[0]))
     if not diff:
         return f"{closest.id} is there, but the registry no longer gives it for this key"
-    return "; ".join(_said(diff, step)) + f" (against {closest.id})"
+    return "; ".join(_changes(diff, step)) + f" (against {closest.id})"
 
 
-def _said(diff: dict[str, tuple[Any, Any]], step: Step) -> Iterator[str]:
+def _changes(diff: dict[str, tuple[Any, Any]], step: Step) -> Iterator[str]:
     for field, (before, after) in diff.items():
         if field.startswith("inputs."):
             role = field.split(".")[1]

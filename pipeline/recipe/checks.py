@@ -1,13 +1,12 @@
 """Everything that can be judged about a recipe without an accelerator, a tokenizer or user code.
 
-`check` is the first thing `plan` and `run` do: what it lets through can be planned. `refuse_unbuilt` names the first field whose work comes later, so
-that nothing a recipe says is silently ignored. Both raise BadInput: what was found, what was expected, what to do.
+`check` is the first thing `plan` and `run` do: a recipe that passes can be planned. It raises BadInput: what was found, what was expected, what to do.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -17,7 +16,6 @@ from pipeline.recipe.recipe import Box, DatasetProblem, FileProblem, Recipe
 from pipeline.recipe.validation_errors import nearest
 from stages.config import RESERVED_NAMES, FormatSettings
 from stages.errors import BadInput
-from stages.grpo import GrpoConfig
 from stages.kinds import STAGES
 from stages.stage import BASE, ROWS
 
@@ -33,30 +31,6 @@ def check(recipe: Recipe) -> None:
         STAGES[stage.kind].check(stage, {earlier.name: earlier for earlier in recipe.stages[:i]}, recipe.seed)
         _batch_divides(stage, recipe)
     _files(recipe)
-
-
-def refuse_unbuilt(recipe: Recipe) -> None:
-    """Raise BadInput for the first field that parses but that this version cannot act on."""
-    for name, asked in UNBUILT.items():
-        if asked(recipe):
-            raise BadInput(
-                f"{name} comes in a later version of switchback and would have no effect here; remove it to run this recipe"
-            )
-    for stage in recipe.stages:
-        if stage.gate:
-            raise BadInput(
-                f"stages.{stage.name}.gate comes in a later version of switchback; remove it to run this recipe"
-            )
-        if isinstance(stage, GrpoConfig) and stage.kl.reference != "policy":
-            raise BadInput(
-                f"stages.{stage.name}.kl.reference: found {stage.kl.reference!r}, but this version only has 'policy'; remove it to run this recipe"
-            )
-
-
-UNBUILT: dict[str, Callable[[Recipe], bool]] = {
-    "track.wandb": lambda recipe: recipe.track.wandb is not None,
-}
-"""What parses and plans, and whether a recipe asks for it."""
 
 
 def _names(recipe: Recipe) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Union
 
 import yaml
 from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationError, model_validator
@@ -70,13 +70,6 @@ Problem = Annotated[
 ]
 
 
-class Track(Config):
-    """Where else to write what the files say."""
-
-    wandb: Literal["online", "offline"] | None = execution(None)
-    """Off: no W&B."""
-
-
 def _place(place: str) -> str:
     check(place)
     return place
@@ -102,7 +95,9 @@ else:
 
 
 class Recipe(Config):
-    """The whole climb."""
+    """A model, a problem, and the stages that train the one on the other."""
+
+    LATER: ClassVar[tuple[str, ...]] = ("track",)
 
     name: str = execution(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")
     """What runs of it are called."""
@@ -128,8 +123,6 @@ class Recipe(Config):
     """Processes, threads, device."""
     work: Work = execution(Work())
     """What becomes of work in progress."""
-    track: Track = execution(Track())
-    """Trackers."""
     deadline: Seconds | None = execution(None, gt=0)
     """Seconds (or "90m", "2h") that any one stage may take. Off: none."""
 
@@ -176,6 +169,14 @@ def problem(name: str, overrides: Sequence[str] = ()) -> ProblemSettings:
     except ValidationError as error:
         own = "" if name in PROBLEMS or name.endswith(".py") else " (or give the path of a .py file)"
         raise BadInput(f"{complaint(error, data)}{own}") from None
+
+
+def is_text_of(text: str, recipe: Recipe) -> bool:
+    """Whether a recorded recipe is this one; an earlier version may have written it otherwise."""
+    try:
+        return parse(text, "recorded recipe") == recipe
+    except BadInput:
+        return False
 
 
 def dump(recipe: Recipe) -> str:

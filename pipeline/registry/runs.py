@@ -10,6 +10,7 @@ import re
 import secrets
 import socket
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -119,15 +120,17 @@ def recipe_of(registry: Registry, run: str) -> str:
     raise BadInput(f"there is no run {run} in {registry.url}; switchback runs shows what there is")
 
 
-def unfinished(registry: Registry, recipe_name: str, recipe_yaml: str, selection: dict[str, Any]) -> str | None:
-    """The newest run of a recipe's name, where that was the same recipe and selection, did not come to its end and is not running. One without a first
+def unfinished(
+    registry: Registry, recipe_name: str, is_recipe: Callable[[str], bool], selection: dict[str, Any]
+) -> str | None:
+    """The newest run of a recipe's name, where that was the same recipe (`is_recipe` of its text) and selection, did not come to its end and is not running. One without a first
     event does not count: another process is starting it now, or was killed there."""
     of_recipe = re.compile(rf"{re.escape(recipe_name)}-\d{{8}}-\d{{6}}-[0-9a-f]{{4}}")
     newest_first = sorted(filter(of_recipe.fullmatch, registry.store.names("runs")), reverse=True)
     newest = next((run for run in newest_first if registry.store.last(f"runs/{run}/events")), None)
     if newest is None or state(registry, newest) in ("done", "running"):
         return None
-    same = recipe_of(registry, newest) == recipe_yaml and planned(registry, newest).get("selection") == selection
+    same = planned(registry, newest).get("selection") == selection and is_recipe(recipe_of(registry, newest))
     return newest if same else None
 
 

@@ -1,4 +1,4 @@
-"""Findings as people read them: those that differ in nothing but the name they begin with are one sentence. What is remembered and what is JSON keep each."""
+"""Findings as people read them: those that differ in their subject only become one sentence. Manifests and JSON keep each."""
 
 from __future__ import annotations
 
@@ -7,28 +7,31 @@ from collections.abc import Hashable, Sequence
 from pipeline.errors import Refused
 from stages.job import Finding
 
-NAMED = ("exploitable", "unearned", "constant", "absent", "sparse", "dominated", "disagree")
-"""Rules of an audit whose advice begins with the name of a baseline or of a component."""
-
 
 def merged(found: Sequence[Finding]) -> list[Finding]:
     """In the order of the first of each."""
     groups = dict[Hashable, list[Finding]]()
     for i, finding in enumerate(found):
-        groups.setdefault(_apart_from_name(finding) if finding.rule in NAMED else i, []).append(finding)
-    return [_one(group) for group in groups.values()]
+        group = i if finding.subject is None else _but_for_its_subject(finding)
+        groups.setdefault(group, []).append(finding)
+    return [_one_sentence(group) for group in groups.values()]
 
 
-def _apart_from_name(finding: Finding) -> Hashable:
-    return finding.stage, finding.severity, finding.rule, finding.override, finding.advice.partition(" ")[2]
+def _but_for_its_subject(finding: Finding) -> Hashable:
+    return finding.stage, finding.severity, finding.rule, finding.override, _predicate(finding)
 
 
-def _one(group: Sequence[Finding]) -> Finding:
+def _predicate(finding: Finding) -> str:
+    """The advice without the subject that it begins with."""
+    return finding.advice.removeprefix(f"{finding.subject} ")
+
+
+def _one_sentence(group: Sequence[Finding]) -> Finding:
     first = group[0]
     if len(group) == 1:
         return first
-    names, rest = [finding.advice.partition(" ")[0] for finding in group], first.advice.partition(" ")[2]
-    return first.model_copy(update={"advice": f"each of {', '.join(names)} {rest}"})
+    subjects = ", ".join(str(finding.subject) for finding in group)
+    return first.model_copy(update={"subject": None, "advice": f"each of {subjects} {_predicate(first)}"})
 
 
 def refuse(found: Sequence[Finding]) -> None:

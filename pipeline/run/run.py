@@ -1,137 +1,135 @@
-"""A run: plan, then step after step, with or without Prefect, and every step remembered.
+"""A Run: everything that lives as long as one invocation of `switchback run`, and what its steps do with it.
 
-`run` is what `switchback run` calls. It owns what lives as long as the run does: the launcher, and a Prefect server of its own where one is needed.
+Entering a Run starts it in the registry's log of runs and holds the base model. Its steps put artifacts into `made`. Leaving it ends the launcher
+with all processes, and writes the run's last event: done, failed or stopped. A run that is done releases its artifacts; any other keeps them held,
+so that it can be resumed.
 """
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
-from pipeline.errors import NotComparable
-from pipeline.flows.server import api_url, own_server
 from pipeline.launch.local import Launcher
-from pipeline.plan.plan import ALL, Planned, Selection, said
+from pipeline.plan.plan import ALL, Planned, Selection, described
 from pipeline.plan.steps import Step
-from pipeline.recipe import recipe as recipes
-from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.recipe import Recipe, dump
 from pipeline.registry import Artifact, Registry, runs
-from pipeline.registry.workdir import work_root
+from pipeline.registry.stores.store import Store
 from pipeline.results import findings
-from pipeline.results.evaluations import difference
-from pipeline.results.findings import refuse
-from pipeline.run import inspections
 from pipeline.run.mirror import open_mirror
 from pipeline.run.observer import Observer
-from pipeline.run.step import run_step
 from stages.errors import BadInput
-from stages.job import Finding, read_evaluation
-from stages.stage import BASE
+from stages.job import Execution, Finding
 
 
-def run(
-    recipe: Recipe,
-    planned: list[Planned],
-    registry: Registry,
-    observer: Observer,
-    use_prefect: bool,
-    selection: Selection = ALL,
-    resumes: str | None = None,
-) -> str:
-    """Run the plan, of which `selection` was asked for; returns the run's id. Raises StageFailed, BadInput or Refused; the run's last event says how it ended,
-    whatever it was. `resumes` is the run that this one goes on from."""
-    remembered = {
-        "base": planned[0].step.inputs["policy"].source,
-        "steps": [said(one) for one in planned],
-        "selection": selection._asdict(),
-        "directory": str(Path.cwd()),
-    }
-    id = runs.start(registry, recipe.name, recipes.dump(recipe), remembered, resumes)
-    try:
-        _conduct(id, recipe, planned, registry, observer, use_prefect)
-    except BaseException as error:
-        state = "failed" if isinstance(error, Exception) else "stopped"
-        runs.record(registry, id, state, message=str(error) or type(error).__name__)
-        raise
-    runs.record(registry, id, "done")
-    return id
+class Run:
+    """One run of a recipe; a context manager."""
 
+    def __init__(
+        self,
+        recipe: Recipe,
+        planned: Sequence[Planned],
+        registry: Registry,
+        observer: Observer,
+        selection: Selection = ALL,
+        resumes: str | None = None,
+    ) -> None:
+        """`selection` is what was requested of the plan; `resumes` is the run that this one continues."""
+        self.recipe, self.planned, self.registry, self.observer = recipe, planned, registry, observer
+        self.launcher = Launcher(recipe.launch.threads)
+        self.mirror: Store | None = None
+        """Gets a copy of the resume checkpoints; None: none."""
+        self.made: dict[str, Artifact] = {}
+        """Step -> its artifact."""
+        self.id = ""
+        """Known once it is entered."""
+        self._selection, self._resumes = selection, resumes
+        self._base: list[Artifact] = []
 
-def _conduct(
-    id: str, recipe: Recipe, planned: list[Planned], registry: Registry, observer: Observer, use_prefect: bool
-) -> None:
-    """Step after step; what the run has held is let go when all are done. A run that ends in another way holds on, to be resumed."""
-    made: dict[str, Artifact] = {}
-    base = _held_base(planned[0], registry, id)
-    mirror = open_mirror(recipe.work.mirror)
-    to_run = any(one.action == "run" for one in planned)
-    with ExitStack() as stack:
-        launcher = stack.enter_context(Launcher(recipe.launch.threads))
+    @property
+    def execution(self) -> Execution:
+        """How its jobs are run."""
+        return self.recipe.launch
 
-        def report(found: list[Finding]) -> None:
-            """Show what was found and remember it. Raises Refused for what nothing is to be trained on."""
-            for finding in findings.merged(found):
-                observer.found(finding)
-            if found:
-                runs.record(registry, id, "findings", findings=[finding.model_dump(mode="json") for finding in found])
-            refuse(found)
+    def __enter__(self) -> Run:
+        planned = {
+            "base": self.planned[0].step.inputs["policy"].source,
+            "steps": [described(one) for one in self.planned],
+            "selection": self._selection._asdict(),
+            "directory": str(Path.cwd()),
+        }
+        self.id = runs.start(self.registry, self.recipe.name, dump(self.recipe), planned, self._resumes)
+        with self._recording_its_end():
+            self._hold_base()
+            self.mirror = open_mirror(self.recipe.work.mirror)
+        return self
 
-        def do(one: Planned) -> tuple[Artifact, bool] | None:
-            """What happens at a step; the only thing that a conductor calls."""
-            if one.action == "skip":
-                observer.skipped(one.step)
-                return None
-            if one.action == "run" and inspections.waits_for_data(one, planned):
-                now = [other.model_copy(update={"artifact": made.get(other.step.name)}) for other in planned]
-                report(inspections.preflight(now, [one.step.name], registry, launcher, recipe.launch))
-            artifact, reused = run_step(one, made, registry, launcher, recipe.launch, observer, id, mirror)
-            made[one.step.name] = artifact
-            seconds = 0.0 if reused else artifact.provenance.get("seconds", 0.0)
-            runs.record(registry, id, "step", step=one.step.name, artifact=artifact.id, reused=reused, seconds=seconds)
-            if one.step.evaluates and not reused:
-                _tell(one.step, planned, made, registry, observer)
-            return artifact, reused
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.launcher.close()
+        if error is not None:
+            self._record_end(error)
+            return
+        with self._recording_its_end():
+            for artifact in (*self._base, *self.made.values()):
+                self.registry.release(artifact.id, self.id)
+        self.record("done")
 
-        with_prefect = use_prefect and bool(to_run or api_url())
-        if to_run:
-            launcher.warm_up()  # its imports and the server's start go side by side
-        if with_prefect:
-            stack.enter_context(own_server(work_root(registry) / "prefect"))
-        for found in inspections.beforehand(planned, registry, launcher, recipe.launch):
-            report(found)
-        if with_prefect:
-            from pipeline.flows.flow import conduct
+    def record(self, event: str, **what: Any) -> None:
+        """Write an event of the run's log."""
+        runs.record(self.registry, self.id, event, **what)
 
-            conduct(id, planned, do)
-        else:
-            for one in planned:
-                do(one)
-    for artifact in (*base, *made.values()):
-        registry.release(artifact.id, id)
+    def report(self, found: Sequence[Finding]) -> None:
+        """Show findings and record them. Raises Refused for one on which the run must not train."""
+        for finding in findings.merged(found):
+            self.observer.found(finding)
+        if found:
+            self.record("findings", findings=[finding.model_dump(mode="json") for finding in found])
+        findings.refuse(found)
 
+    def say(self, step: Step, text: str) -> None:
+        """Show and record a message of a step's job."""
+        self.observer.said(step, text)
+        with self._best_effort(step):
+            self.record("said", step=step.name, text=text)
 
-def _tell(
-    step: Step, planned: list[Planned], made: dict[str, Artifact], registry: Registry, observer: Observer
-) -> None:
-    """What an evaluation found, beside that of the policy that its stage started from."""
-    found = read_evaluation(registry.path(made[step.name], "held_out"))
-    stage = next((one.step for one in planned if one.step.name == step.inputs["policy"].step), None)
-    before = (stage.inputs["policy"].step or BASE) if stage else ""
-    gain = None
-    if other := made.get(f"{before}.evaluate"):
+    def beat(self, step: Step) -> None:
+        """Record that the run lives, so that garbage collection leaves its artifacts alone."""
+        with self._best_effort(step):
+            runs.beat(self.registry, self.id)
+
+    @contextmanager
+    def _best_effort(self, step: Step) -> Iterator[None]:
+        """A registry that cannot take a message of a run does not end the run."""
         try:
-            gain = difference(registry, made[step.name], other, "held_out")
-        except (BadInput, NotComparable) as error:
-            observer.said(step, f"not compared with {before}: {error}")
-    observer.evaluated(step, found, before, gain)
+            yield
+        except (BadInput, OSError) as error:
+            self.observer.said(step, f"could not be remembered: {error}; the stage goes on")
 
+    @contextmanager
+    def _recording_its_end(self) -> Iterator[None]:
+        """An exception in this block is the run's end."""
+        try:
+            yield
+        except BaseException as error:
+            self._record_end(error)
+            raise
 
-def _held_base(first: Planned, registry: Registry, run: str) -> list[Artifact]:
-    """The base model, where it is an artifact, held by the run. Raises BadInput when it is void."""
-    base = first.step.inputs["policy"].artifact
-    if base is None:
-        return []
-    artifact = registry.open(base)
-    if not registry.hold(artifact, run):
-        raise BadInput(f"model.artifact: {base} is void; choose another, or run its recipe to make it again")
-    return [artifact]
+    def _record_end(self, error: BaseException) -> None:
+        state = "failed" if isinstance(error, Exception) else "stopped"
+        self.record(state, message=str(error) or type(error).__name__)
+
+    def _hold_base(self) -> None:
+        """Hold the base model, where it is an artifact. Raises BadInput when it is void."""
+        base = self.planned[0].step.inputs["policy"].artifact
+        if base is None:
+            return
+        artifact = self.registry.open(base)
+        if not self.registry.hold(artifact, self.id):
+            raise BadInput(f"model.artifact: {base} is void; choose another, or run its recipe to make it again")
+        self._base.append(artifact)

@@ -8,103 +8,93 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from pipeline.errors import StageFailed
-from pipeline.launch.local import Launcher
 from pipeline.plan.plan import Planned
 from pipeline.plan.steps import Step
-from pipeline.registry import Artifact, Published, Registry, Source, UnsafeFile, runs
-from pipeline.registry.stores.store import Store
+from pipeline.registry import Artifact, Published, Registry, Source, UnsafeFile
 from pipeline.registry.verify import as_read, condemn
 from pipeline.registry.workdir import alone
 from pipeline.run.job import job_of, sources_of, work_of
 from pipeline.run.mirror import forget, mirrored
-from pipeline.run.observer import Observer
-from stages.errors import BadInput
-from stages.job import Execution, Finding, Job, Result
+from pipeline.run.run import Run
+from stages.job import Finding, Job, Result
 from stages.runtime import checkpoints
 from stages.runtime.metrics import FILE as METRICS
 from stages.runtime.workdir import directory_name
 
 
-def run_step(
-    planned: Planned,
-    made: Mapping[str, Artifact],
-    registry: Registry,
-    launcher: Launcher,
-    execution: Execution,
-    observer: Observer,
-    run: str,
-    mirror: Store | None = None,
-) -> tuple[Artifact, bool]:
-    """(the step's artifact, whether it was reused). `made` holds the artifacts of the steps before it; `mirror` gets its resume checkpoints.
+class Made(NamedTuple):
+    """A step's artifact, and where it is from."""
+
+    artifact: Artifact
+    reused: bool
+    """The registry had it already, or another run was first."""
+
+
+def make(planned: Planned, run: Run) -> Made:
+    """Find the step's artifact in the registry, or run its job and publish what it made. `run.made` holds the artifacts of the steps before it.
 
     Raises StageFailed when the stage did not end well, BadInput when it refused what it was given.
     """
     step = planned.step
-
-    def said(text: str) -> None:
-        observer.said(step, text)
-        with _not_the_end(observer, step):
-            runs.record(registry, run, "said", step=step.name, text=text)
-
-    def beat() -> None:
-        with _not_the_end(observer, step):
-            runs.beat(registry, run)
-
-    if artifact := _held(registry, step, run):
-        forget(mirror, directory_name(step.key), said)
-        observer.reused(step, artifact)
-        return artifact, True
-    sources, work = sources_of(step, made, registry), work_of(step, registry)
-    with alone(work, lambda pid: observer.waiting(step, pid), beat):
-        if artifact := _held(registry, step, run) or registry.recover(step.key, step.name, run):
-            checkpoints.clear(work)
-            forget(mirror, work.name, said)
-            observer.reused(step, artifact)  # another run has made it since
-            return artifact, True
-        refuse_damaged(step, sources, registry)
-        job = job_of(step, made, registry, execution)
-        observer.started(step, planned.why)
-        with mirrored(mirror, work.name, work, job.execution.grace, said) as look:
-
-            def tick() -> None:
-                look()
-                beat()
-
-            result = launcher.launch(job, step.deadline, lambda line: observer.logged(step, line), said, tick)
-        for finding in result.findings:
-            observer.found(finding)
-        artifact, lost = publish(step, job, result, sources, registry, run)
-        checkpoints.clear(work)
-        forget(mirror, work.name, said)
+    if artifact := _held(step, run):
+        return _reuse(step, artifact, run)
+    work = work_of(step, run.registry)
+    with alone(work, lambda pid: run.observer.waiting(step, pid), lambda: run.beat(step)):
+        if artifact := _held(step, run) or run.registry.recover(step.key, step.name, run.id):
+            checkpoints.clear(work)  # another run has made it since
+            return _reuse(step, artifact, run)
+        artifact, lost = _run_and_publish(planned, work, run)
     if lost is not None:  # a maker on another machine was first
         for finding in differences(artifact, lost):
-            observer.found(finding)
-        observer.reused(step, artifact)
-        return artifact, True
-    observer.finished(step, artifact)
-    return artifact, False
+            run.observer.found(finding)
+        run.observer.reused(step, artifact)
+        return Made(artifact, reused=True)
+    run.observer.finished(step, artifact)
+    return Made(artifact, reused=False)
 
 
-@contextmanager
-def _not_the_end(observer: Observer, step: Step) -> Iterator[None]:
-    """A registry that does not take what is only said about a run does not end it."""
-    try:
-        yield
-    except (BadInput, OSError) as error:
-        observer.said(step, f"could not be remembered: {error}; the stage goes on")
+def _reuse(step: Step, artifact: Artifact, run: Run) -> Made:
+    forget(run.mirror, directory_name(step.key), lambda text: run.say(step, text))
+    run.observer.reused(step, artifact)
+    return Made(artifact, reused=True)
 
 
-def _held(registry: Registry, step: Step, run: str) -> Artifact | None:
+def _run_and_publish(planned: Planned, work: Path, run: Run) -> Published:
+    """The step's job, in a work directory that this run holds."""
+    step = planned.step
+    sources = sources_of(step, run.made, run.registry)
+    refuse_damaged(step, sources, run.registry)
+    job = job_of(step, run.made, run.registry, run.execution)
+    run.observer.started(step, planned.why)
+
+    def say(text: str) -> None:
+        run.say(step, text)
+
+    with mirrored(run.mirror, work.name, work, job.execution.grace, say) as look:
+
+        def tick() -> None:
+            look()
+            run.beat(step)
+
+        result = run.launcher.launch(job, step.deadline, lambda line: run.observer.logged(step, line), say, tick)
+    for finding in result.findings:
+        run.observer.found(finding)
+    published = publish(step, job, result, sources, run)
+    checkpoints.clear(work)
+    forget(run.mirror, work.name, say)
+    return published
+
+
+def _held(step: Step, run: Run) -> Artifact | None:
     """What the registry has for a step, held by this run; None when it has nothing."""
-    found = registry.find(step.key)
-    return found if found and registry.hold(found, run) else None
+    found = run.registry.find(step.key)
+    return found if found and run.registry.hold(found, run.id) else None
 
 
 def refuse_damaged(step: Step, sources: Mapping[str, Source], registry: Registry) -> None:
@@ -132,16 +122,14 @@ def differences(winner: Artifact, lost: Artifact) -> Iterator[Finding]:
         )
 
 
-def publish(
-    step: Step, job: Job, result: Result, sources: dict[str, Source], registry: Registry, run: str
-) -> Published:
+def publish(step: Step, job: Job, result: Result, sources: dict[str, Source], run: Run) -> Published:
     """Check what the worker says it made, and hand it to the registry."""
     out = Path(job.out)
     for name, path in result.outputs.items():
         if not (out / path).exists():
             raise StageFailed(f"{step.name}: it says that {name} lies at {path}, but nothing is there")
     try:
-        return registry.publish(out, _draft(step, job, result, sources, run), run)
+        return run.registry.publish(out, _draft(step, job, result, sources, run.id), run.id)
     except (UnsafeFile, ValidationError) as error:
         raise StageFailed(f"{step.name}: {' '.join(str(error).split())}") from None
 
@@ -161,10 +149,12 @@ def _draft(step: Step, job: Job, result: Result, sources: dict[str, Source], run
         config={**job.config, "execution": job.execution.model_dump()},
         identity=step.identity,
         metrics=result.metrics,
-        provenance={"run": run, "host": socket.gethostname(), **result.seen, **_said(result)},
+        provenance={"run": run, "host": socket.gethostname(), **result.seen, **_findings(result)},
     )
 
 
-def _said(result: Result) -> dict[str, Any]:
-    """What the stage had to say about itself, where it had something."""
-    return {"findings": [finding.model_dump(mode="json") for finding in result.findings]} if result.findings else {}
+def _findings(result: Result) -> dict[str, Any]:
+    """The stage's findings about itself, where it has any."""
+    if not result.findings:
+        return {}
+    return {"findings": [finding.model_dump(mode="json") for finding in result.findings]}

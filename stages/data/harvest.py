@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
+from stages.data.rollout_line import SelectedLine
 from stages.data.selection import Choice, Keep, Pool
 from stages.job import Format
 from stages.tokens import token_rows
@@ -44,7 +45,7 @@ class Sampled(NamedTuple):
     """Those of a grpo stage's log; None where none were read."""
 
 
-def told(pools: Sequence[Pool]) -> Iterator[dict[str, Any]]:
+def selected(pools: Sequence[Pool]) -> Iterator[SelectedLine]:
     """Every rollout, and what became of it."""
     for pool in pools:
         for line, one, choice in zip(pool.lines, pool.candidates, pool.choices, strict=True):

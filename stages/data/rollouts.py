@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages import sampling
+from stages.data.rollout_line import RolloutLine
 from stages.job import Format, Job, RowRange
 from stages.policy import models
 from stages.problems import catalog
@@ -43,7 +44,7 @@ class Rollout:
     """It came to its turn end before it was cut."""
 
 
-def line(row: str, sample: int, rollout: Rollout, step: int | None = None) -> dict[str, Any]:
+def line(row: str, sample: int, rollout: Rollout, step: int | None = None) -> RolloutLine:
     """A rollout as a line of `rollouts.jsonl`, which grpo and rejection stages write and rejection reads. `step` is the optimiser step that sampled
     it; None for a policy that stood still."""
     judgement = rollout.judgement
@@ -77,7 +78,7 @@ def card(
     return {**prefix.card(tokenizer, prefix.seen_format(job.format, tokenizer)), "sampling": sampling}
 
 
-def write(directory: Path, lines: Iterable[dict[str, Any]], card: dict[str, Any]) -> None:
+def write(directory: Path, lines: Iterable[RolloutLine], card: dict[str, Any]) -> None:
     """Rollouts, a JSON line each, and their card."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / FILE).open("w") as file:
@@ -91,10 +92,11 @@ def write_card(directory: Path, card: dict[str, Any]) -> None:
     (directory / CARD).write_text(json.dumps(card, indent=1))
 
 
-def read(directory: Path) -> Iterator[dict[str, Any]]:
+def read(directory: Path) -> Iterator[RolloutLine]:
     """The rollouts of a directory."""
     with (directory / FILE).open() as file:
-        yield from map(json.loads, file)
+        for line in file:
+            yield json.loads(line)
 
 
 def read_card(directory: Path) -> dict[str, Any]:

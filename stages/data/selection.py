@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import model_validator
 
 from stages.config import Config, FromList, identity
-from stages.problems.base import Row
+from stages.data.rollout_line import RolloutLine
+from stages.problems.base import Row, total
 
 NGRAM = 4
 """Tokens of the pieces that two completions are compared by."""
@@ -73,8 +74,9 @@ class Candidate:
     """The optimiser step it was sampled for; None for a policy that stood still, which is the newest."""
 
 
-def candidate(line: Mapping[str, Any], weights: Mapping[str, float], passed: Callable[[float], bool]) -> Candidate:
-    """From a line of `rollouts.jsonl` (`rollouts.line`)."""
+def candidate(line: RolloutLine, weights: Mapping[str, float], passed: Callable[[float], bool]) -> Candidate:
+    """From a line of `rollouts.jsonl`."""
+    reward = total(line["rewards"], weights)
     return Candidate(
         ids=tuple(line["ids"]),
         length=len(line["ids"]) - line["prefix"],
@@ -82,17 +84,11 @@ def candidate(line: Mapping[str, Any], weights: Mapping[str, float], passed: Cal
         finished=line["finished"],
         judged=line["failure"] is None,
         score=line["score"],
-        reward=weighted(line["rewards"], weights),
+        reward=float("-inf") if reward is None else reward,
         passed=line["failure"] is None and passed(line["score"]),
         sample=line["sample"],
         step=line["step"],
     )
-
-
-def weighted(rewards: Mapping[str, float | None], weights: Mapping[str, float]) -> float:
-    """The sum of the components that apply; minus infinity where none does."""
-    applied = [weight * value for name, weight in weights.items() if (value := rewards.get(name)) is not None]
-    return sum(applied) if applied else float("-inf")
 
 
 class Choice(NamedTuple):
@@ -109,8 +105,7 @@ class Pool:
     """The rollouts of a row, and what became of each."""
 
     row: Row
-    lines: list[dict[str, Any]]
-    """As `rollouts.line` has them."""
+    lines: list[RolloutLine]
     candidates: list[Candidate]
     choices: list[Choice]
 

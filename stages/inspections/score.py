@@ -9,7 +9,8 @@ A question and no stage: nothing is published. Needs no model and no torch. `job
     average, interval           mean score, and its 95 % bootstrap interval over rows
     pass_rate, pass_interval    share that passes, and its 95 % Wilson interval
     solved                      share with the best possible score
-    rewards, reward             component -> its mean, where it applies (null where it never does); the mean of their weighted sum
+    rewards, reward             component -> its mean, where it applies (null where it never does); the mean of their weighted sum,
+                                over the completions to which a component applies
     weights                     component -> its weight in that sum
     failures, first_failure     what user code did in the place of judging -> how often; what the first of them said (null without any)
 """
@@ -18,14 +19,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from stages.config import Config
 from stages.guard.failures import first_message
 from stages.job import Job, Result
-from stages.problems.base import Judgement, Problem, passes
+from stages.problems.base import Judgement, Problem, passes, total
 
 FILE = "score.json"
 
@@ -66,19 +67,17 @@ def summarise(problem: Problem, rows: Sequence[int], judgements: Sequence[Judgem
         "pass_rate": passed / count,
         "pass_interval": wilson_interval(passed, count),
         "solved": sum(judgement.solved for judgement in judgements) / count,
-        "rewards": {name: _mean(judgements, name) for name in problem.reward_weights},
-        "reward": sum(_weighted(problem, judgement) for judgement in judgements) / count,
+        "rewards": {
+            name: _mean(judgement.rewards.get(name) for judgement in judgements) for name in problem.reward_weights
+        },
+        "reward": _mean(total(judgement.rewards, problem.reward_weights) for judgement in judgements),
         "weights": dict(problem.reward_weights),
         "failures": dict(Counter(judgement.failure for judgement in judgements if judgement.failure)),
         "first_failure": first_message(problem),
     }
 
 
-def _mean(judgements: Sequence[Judgement], component: str) -> float | None:
-    values = [value for judgement in judgements if (value := judgement.rewards.get(component)) is not None]
-    return sum(values) / len(values) if values else None
-
-
-def _weighted(problem: Problem, judgement: Judgement) -> float:
-    """As TRL sums them: a component that does not apply adds nothing."""
-    return sum(weight * (judgement.rewards.get(name) or 0.0) for name, weight in problem.reward_weights.items())
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Of those that apply; None where none does."""
+    applied = [value for value in values if value is not None]
+    return sum(applied) / len(applied) if applied else None

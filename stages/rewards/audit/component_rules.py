@@ -7,7 +7,7 @@ from itertools import groupby
 from statistics import fmean
 
 from stages.job import Finding
-from stages.rewards.audit.facts import EXACT, Audited, warn
+from stages.rewards.audit.facts import EXACT, Audited, warn, warn_of
 
 SPARSE = 0.9
 """Share of the well-formed answers of the problem's own baselines for which a component is 0. A group of 8 in which one answer in ten earns something
@@ -23,11 +23,12 @@ def constant(audited: Audited) -> Iterator[Finding]:
     same = [name for name in audited.weights if audited.has_gold and _spread(audited.of(name)) == 0]
     for name in same:
         values = audited.of(name)
-        yield warn(
+        yield warn_of(
+            name,
             audited,
             "constant",
             {"value": values[0], "answers": len(values)},
-            f"{name} is {values[0]:g} for all {len(values)} answers, the best and the worst, so it teaches nothing; mend it or remove it",
+            f"is {values[0]:g} for all {len(values)} answers, the best and the worst, so it teaches nothing; mend it or remove it",
         )
     weighted = {name for name, weight in audited.weights.items() if weight}
     rewards = [one.reward for one in audited.played if one.reward is not None]
@@ -56,11 +57,12 @@ def absent(audited: Audited) -> Iterator[Finding]:
     judged = sum(one.judgement.failure is None for one in audited.played)
     for name in audited.weights if judged else ():
         if not audited.of(name):
-            yield warn(
+            yield warn_of(
+                name,
                 audited,
                 "absent",
                 {"answers": judged},
-                f"{name} is None for all {judged} answers that were judged, so it pays nothing; mend when it applies, or remove it",
+                f"is None for all {judged} answers that were judged, so it pays nothing; mend when it applies, or remove it",
             )
 
 
@@ -70,11 +72,12 @@ def sparse(audited: Audited) -> Iterator[Finding]:
         values = [value for value, one in audited.values(name) if one.own and one.judgement.well_formed]
         zeros = sum(value == 0 for value in values) / len(values) if values else 0.0
         if SPARSE < zeros < 1:
-            yield warn(
+            yield warn_of(
+                name,
                 audited,
                 "sparse",
                 {"zeros": zeros, "answers": len(values)},
-                f"{name} is 0 for {zeros:.0%} of the well-formed answers, so most groups learn nothing from it; give partial credit, or start from a"
+                f"is 0 for {zeros:.0%} of the well-formed answers, so most groups learn nothing from it; give partial credit, or start from a"
                 " policy that earns it sometimes",
             )
 
@@ -89,11 +92,12 @@ def dominated(audited: Audited) -> Iterator[Finding]:
     for name in weights:
         share = max(of_weight[name], of_variance.get(name, 0.0))
         if share > DOMINATED:
-            yield warn(
+            yield warn_of(
+                name,
                 audited,
                 "dominated",
                 {"of_weights": of_weight[name], "of_variance": of_variance.get(name, 0.0)},
-                f"{name} {_how_much(share)}, so the other components hardly count; weigh them, or remove them",
+                f"{_how_much(share)}, so the other components hardly count; weigh them, or remove them",
             )
 
 
@@ -113,19 +117,21 @@ def disagree(audited: Audited) -> Iterator[Finding]:
         found = rank_correlation([value for value, _ in pairs], [one.judgement.score for _, one in pairs])
         sign = -1 if audited.weights[name] < 0 else 1
         if found is not None and audited.weights[name] and sign * found < DISAGREE:
-            yield warn(
+            yield warn_of(
+                name,
                 audited,
                 "disagree",
                 {"rank_correlation": found, "answers": len(pairs)},
-                f"{_leads(name, sign, sign * found)} with the score (rank correlation {found:+.2f}), so it leads away from the task"
+                f"{_leads(sign, sign * found)} with the score (rank correlation {found:+.2f}), so it leads away from the task"
                 " where it can; look at what it pays for",
             )
 
 
-def _leads(name: str, sign: int, agrees: float) -> str:
+def _leads(sign: int, agrees: float) -> str:
+    """What a component does where the score rises; `sign` is that of its weight."""
     if sign > 0:
-        return f"{name} {'falls' if agrees < -DISAGREE else 'does not rise'}"
-    return f"{name} has a negative weight and {'rises' if agrees < -DISAGREE else 'does not fall'}"
+        return "falls" if agrees < -DISAGREE else "does not rise"
+    return f"has a negative weight and {'rises' if agrees < -DISAGREE else 'does not fall'}"
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:

@@ -81,6 +81,14 @@ class Audited(NamedTuple):
         return [value for value, _ in self.values(component)]
 
 
-def warn(audited: Audited, rule: str, evidence: dict[str, float], advice: str, override: str | None = None) -> Finding:
-    """A finding of a rule; `override` is the `--set` that mends it."""
-    return Finding(rule=rule, severity="warn", stage=audited.stage, evidence=evidence, advice=advice, override=override)
+def warn(audited: Audited, rule: str, evidence: dict[str, float], advice: str) -> Finding:
+    """A finding of a rule about the stage as a whole."""
+    return Finding(rule=rule, severity="warn", stage=audited.stage, evidence=evidence, advice=advice)
+
+
+def warn_of(
+    subject: str, audited: Audited, rule: str, evidence: dict[str, float], predicate: str, override: str | None = None
+) -> Finding:
+    """A finding of a rule about a baseline or a component: `subject` and `predicate` make the advice. `override` is the `--set` that follows it."""
+    found = warn(audited, rule, evidence, f"{subject} {predicate}")
+    return found.model_copy(update={"subject": subject, "override": override})

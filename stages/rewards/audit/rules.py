@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from stages.job import Finding
 from stages.rewards.audit.baselines import GOLD, HOSTILE
 from stages.rewards.audit.component_rules import absent, constant, disagree, dominated, sparse
-from stages.rewards.audit.facts import EXACT, Audited, Line, Played, warn
+from stages.rewards.audit.facts import EXACT, Audited, Line, Played, warn, warn_of
 
 EXPLOITABLE = 0.4
 """Reward share above score share. A training reward may lead the policy in steps (a right form is worth something), but one that pays nearly half of
@@ -37,34 +37,54 @@ def findings(audited: Audited) -> list[Finding]:
 
 def gold(audited: Audited) -> Iterator[Finding]:
     """Gold passes, nothing scores more, and nothing that scores less earns more; what scores as much and earns more is worth a word, too."""
-    of_row = {one.row: one for one in audited.played if one.name == GOLD}
-    others = [(one, of_row[one.row]) for one in audited.played if one.name != GOLD and one.row in of_row]
+    pairs = _beside_gold(audited)
+    golds = [one for one in audited.played if one.name == GOLD]
     fails = {
-        "do not pass": {row for row, one in of_row.items() if not one.passed},
-        "score less than another answer": {best.row for one, best in others if _more(_score(one), _score(best))},
+        "do not pass": {best.row for best in golds if not best.passed},
+        "score less than another answer": {best.row for one, best in pairs if _scores_more(one, best)},
         "earn less than an answer with a lower score": {
-            best.row for one, best in others if _more(one.reward, best.reward) and _more(_score(best), _score(one))
+            best.row for one, best in pairs if _earns_more(one, best) and _scores_more(best, one)
         },
     }
-    equals = {best.row for one, best in others if _more(one.reward, best.reward)}
     missed = set[int]().union(*fails.values())
-    if not (missed or equals):
+    if not missed:
+        fails = {"earn less than an answer that scores as much": {b.row for one, b in pairs if _earns_more(one, b)}}
+    if not any(fails.values()):
         return
-    stops = len(missed) > GOLD_MISSES * len(of_row) and len(missed) >= min(GOLD_ROWS, len(of_row))
-    fails = fails if missed else {"earn less than an answer that scores as much": equals}
-    said = ", ".join(f"{len(rows)} {what}" for what, rows in fails.items() if rows)
-    above = Counter(
-        one.name for one, best in others if _more(_score(one), _score(best)) or _more(one.reward, best.reward)
-    )
-    by = f" (most often {above.most_common(1)[0][0]})" if above else ""
-    mend = "training would lead away from the task: mend the reward, the score or the gold answers"
+    rows = len({best.row for best in golds})
+    stops = len(missed) > GOLD_MISSES * rows and len(missed) >= min(GOLD_ROWS, rows)
+    advice = "look at what is odd about these rows"
+    if stops:
+        advice = "training would lead away from the task: mend the reward, the score or the gold answers"
+    failed = ", ".join(f"{len(of_rows)} {what}" for what, of_rows in fails.items() if of_rows)
     yield Finding(
         rule="gold",
         severity="stop" if stops else "warn",
         stage=audited.stage,
-        evidence={"rows": len(of_row), "missed": len(missed), "share": len(missed) / len(of_row)},
-        advice=f"of {len(of_row)} gold answers, {said}{by}; {mend if stops else 'look at what is odd about these rows'}",
+        evidence={"rows": rows, "missed": len(missed), "share": len(missed) / rows},
+        advice=f"of {rows} gold answers, {failed}{_most_often(pairs)}; {advice}",
     )
+
+
+def _beside_gold(audited: Audited) -> list[tuple[Played, Played]]:
+    """Every other answer, with the gold one of its row."""
+    of_row = {one.row: one for one in audited.played if one.name == GOLD}
+    return [(one, of_row[one.row]) for one in audited.played if one.name != GOLD and one.row in of_row]
+
+
+def _most_often(pairs: Sequence[tuple[Played, Played]]) -> str:
+    """Which baseline beats gold on the most rows."""
+    above = Counter(one.name for one, best in pairs if _scores_more(one, best) or _earns_more(one, best))
+    return f" (most often {above.most_common(1)[0][0]})" if above else ""
+
+
+def _scores_more(one: Played, other: Played) -> bool:
+    return one.judgement.score > other.judgement.score + EXACT
+
+
+def _earns_more(one: Played, other: Played) -> bool:
+    """False where no component applies to one of the two."""
+    return one.reward is not None and other.reward is not None and one.reward > other.reward + EXACT
 
 
 def gold_prefix(audited: Audited) -> Iterator[Finding]:
@@ -97,11 +117,12 @@ def exploitable(audited: Audited) -> Iterator[Finding]:
         if not exploits(line):
             continue
         share = line.share or 0.0
-        yield warn(
+        yield warn_of(
+            line.name,
             audited,
             "exploitable",
             {"reward_share": share, "score": line.score, "gap": line.gap},
-            f"{line.name} earns {100 * share:.1f} of 100 reward and {100 * line.score:.1f} of 100 score, so training may settle for it;"
+            f"earns {100 * share:.1f} of 100 reward and {100 * line.score:.1f} of 100 score, so training may settle for it;"
             f" it is {_why_paid(audited, line)}",
             audited.mended.get(line.name),
         )
@@ -144,11 +165,12 @@ def unearned(audited: Audited) -> Iterator[Finding]:
             if line.name == "one_answer"
             else "the score can be had for nothing"
         )
-        yield warn(
+        yield warn_of(
+            line.name,
             audited,
             "unearned",
             {"score": line.score, "rows": line.rows},
-            f"{line.name} scores {100 * line.score:.1f} of 100: {why}; balance the rows, or make the score stricter",
+            f"scores {100 * line.score:.1f} of 100: {why}; balance the rows, or make the score stricter",
         )
 
 
@@ -206,11 +228,3 @@ RULES: tuple[Callable[[Audited], Iterator[Finding]], ...] = (
     failures,
     no_baselines,
 )
-
-
-def _score(one: Played) -> float:
-    return one.judgement.score
-
-
-def _more(a: float | None, b: float | None) -> bool:
-    return a is not None and b is not None and a > b + EXACT

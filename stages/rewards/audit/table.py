@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Literal, NamedTuple
 
 from stages.config import Frozen
-from stages.problems.base import Judgement, Problem, passes
+from stages.problems.base import Judgement, Problem, passes, total
 from stages.rewards.audit.baselines import GOLD, Baseline
 from stages.rewards.audit.facts import Line, Played
 
@@ -52,19 +52,12 @@ def play(
         judged += problem.judge([one.answer for one in asked[len(judged) : len(judged) + PART]])
     heard(len(judged))
     played = [
-        Played(one.name, one.own, one.row, judgement, passes(problem, judgement), _reward(judgement, weights))
+        Played(one.name, one.own, one.row, judgement, passes(problem, judgement), total(judgement.rewards, weights))
         for one, judgement in zip(asked, judged, strict=True)
     ]
     whole = _range(played, weights)
     lines = sorted(_lines(played, weights, whole), key=lambda line: (line.name != GOLD, -(line.reward or 0.0)))
     return Table(played, whole, tuple(lines))
-
-
-def _reward(judgement: Judgement, weights: Mapping[str, float]) -> float | None:
-    """The weighted sum of the components that apply, as training sums them."""
-    values = [(weight, judgement.rewards.get(name)) for name, weight in weights.items()]
-    applied = [weight * value for weight, value in values if value is not None]
-    return sum(applied) if applied else None
 
 
 def _range(played: Sequence[Played], weights: Mapping[str, float]) -> Range:

@@ -192,7 +192,7 @@ def test_an_audit_does_not_import_torch(settings, write, tmp_path):
     job = job.model_copy(
         update={"kind": "audit", "config": {}, "work": str(tmp_path / "w"), "out": str(tmp_path / "w" / "out")}
     )
-    code = "import sys\nfrom stages.kinds import STAGES\nfrom stages.runtime import worker\nprint(worker.main(sys.argv[1], STAGES), [m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    code = "import sys\nfrom stages.inspections.kinds import INSPECTIONS\nfrom stages.runtime import worker\nprint(worker.main(sys.argv[1], INSPECTIONS), [m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code, str(job.save())], cwd=ROOT, env=environment(), capture_output=True, text=True
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.recipe import checks, recipe
+from pipeline.recipe.recipe import Recipe, dump, is_text_of
 from stages.errors import BadInput
 from tests.conftest import ROOT, run_cli, stage
 
@@ -187,21 +188,29 @@ def test_bad_arguments_are_one_line(arguments, said, tmp_path):
 
 
 LATER = {
-    "track.wandb": "offline",
-    "stages.rl1.gate": {"pass_rate": 0.2},
-    "stages.rl1.kl": {"reference": "base"},
+    "track": ({"wandb": "offline"}, "recipe.yaml: track comes in a later version of switchback"),
+    "stages.rl1.gate": ({"pass_rate": 0.2}, "stages.rl1: gate comes in a later version of switchback"),
+    "stages.rl1.kl": ({"reference": "base"}, "stages.rl1.kl.reference: found 'base', expected 'policy'"),
 }
 
 
-@pytest.mark.parametrize("path, value", LATER.items(), ids=LATER.keys())
-def test_what_comes_later_parses_and_plans_and_run_refuses_it_in_one_line(path, value, settings, write, tmp_path):
+@pytest.mark.parametrize("path", LATER)
+def test_a_field_of_a_later_version_is_refused_in_one_line(path, settings, write, tmp_path):
+    value, message = LATER[path]
     set_(settings, path, value)
     file = write(settings)
-    assert run_cli("plan", file, "--registry", tmp_path / "r").returncode == 0
-    assert "later version" in one_line(
-        run_cli("run", file, "--registry", tmp_path / "r")
-    ) or "only has 'policy'" in one_line(run_cli("run", file, "--registry", tmp_path / "r"))
+    for command in ("plan", "check", "run"):
+        assert message in one_line(run_cli(command, file, "--registry", tmp_path / "r"))
     assert not (tmp_path / "r").exists()
+
+
+def test_an_empty_field_of_a_later_version_is_dropped(settings):
+    """Recipes that earlier versions recorded hold `track: {}` and, in artifacts, `gate: null`."""
+    plain = Recipe.model_validate(settings)
+    settings["track"] = {}
+    stage(settings, "rl1")["gate"] = None
+    assert Recipe.model_validate(settings) == plain
+    assert is_text_of(f"{dump(plain)}track: {{}}\n", plain) and not is_text_of("name: x\n", plain)
 
 
 def test_a_problem_of_ones_own_that_cannot_be_used_plans_and_is_refused_in_one_line(settings, write, tmp_path):
@@ -238,12 +247,11 @@ validation: {rows: 200}
 stages:
   - {name: warmup,  kind: sft,       policy: base,   data: demonstrations, prompt_loss_weight: 0.1, epochs: 3, rows_per_step: 32, learning_rate: 2.0e-5}
   - {name: rl1,     kind: grpo,      policy: warmup, rows: "train[0:1000]", steps: 200, prompts_per_step: 16, group_size: 8, max_completion_length: 512,
-     learning_rate: 1.0e-6, kl: {beta: 0.001, reference: policy}, gate: {pass_rate: 0.2}}
+     learning_rate: 1.0e-6, kl: {beta: 0.001, reference: policy}}
   - {name: harvest, kind: rejection, policy: rl1,    samples: 16, keep: {min_score: 0.99, per_prompt: 2, pass_rate: [0.05, 0.9]}}
   - {name: distill, kind: sft,       policy: base,   data: harvest}
   - {name: rl2,     kind: grpo,      policy: distill, rows: "train[1000:2000]", steps: 200}
 launch: {processes: 1}
-track: {wandb: offline}
 """)
     loaded = recipe.load(tmp_path / "r.yaml")
     checks.check(loaded)

@@ -267,27 +267,27 @@ def test_what_is_made_again_is_recovered_too(registry, tmp_path):
 
 
 def test_a_run_of_another_machine_that_is_silent_was_interrupted(registry):
-    run = runs.start(registry, "tiny", "recipe", {"steps": [], "selection": {}})
+    run = runs.start(registry, "tiny", "recipe".__eq__, {"steps": [], "selection": {}})
     event = registry.store.path(f"runs/{run}/events/000001.json")
     said = {**json.loads(event.read_text()), "host": "elsewhere"}
     event.write_text(json.dumps(said))
     assert runs.state(registry, run) == "running"
     event.write_text(json.dumps({**said, "at": (datetime.now(UTC) - timedelta(hours=4)).isoformat()}))
-    assert runs.state(registry, run) == "interrupted" and runs.unfinished(registry, "tiny", "recipe", {}) == run
+    assert runs.state(registry, run) == "interrupted" and runs.unfinished(registry, "tiny", "recipe".__eq__, {}) == run
     assert (
-        runs.unfinished(registry, "tiny", "another", {})
+        runs.unfinished(registry, "tiny", "another".__eq__, {})
         is None
-        is runs.unfinished(registry, "tiny", "recipe", {"only": "rl1"})
+        is runs.unfinished(registry, "tiny", "recipe".__eq__, {"only": "rl1"})
     )
 
 
 def test_a_run_that_another_process_is_just_starting_is_none_to_go_on_with(registry):
     """Between its plan and its first event a run is no run yet; `switchback run` beside it must not stumble over it."""
-    before = runs.start(registry, "tiny", "recipe", {"steps": [], "selection": {}})
+    before = runs.start(registry, "tiny", "recipe".__eq__, {"steps": [], "selection": {}})
     runs.record(registry, before, "failed", message="a test")
     starting = "tiny-99990101-000000-0000"
     registry.store.put_new(f"runs/{starting}/plan.json", {"recipe": "tiny", "steps": [], "selection": {}})
-    assert runs.unfinished(registry, "tiny", "recipe", {}) == before
+    assert runs.unfinished(registry, "tiny", "recipe".__eq__, {}) == before
     registry.store.put_new(f"runs/{before[:-4]}ffff/plan.json", {"recipe": "tiny"})
-    assert runs.unfinished(registry, "tiny", "recipe", {}) == before, "nor is one of the same second"
+    assert runs.unfinished(registry, "tiny", "recipe".__eq__, {}) == before, "nor is one of the same second"
     assert starting not in [run.run for run in runs.runs(registry)]

@@ -15,7 +15,7 @@ from pipeline.cli.show.progress import Progress
 from pipeline.plan import plan
 from pipeline.recipe import recipe
 from pipeline.registry import Registry
-from pipeline.run import run
+from pipeline.run.execute import execute
 from stages.tokens import token_rows
 from tests.conftest import LEARNED, ROOT, SWITCHBACK, environment, run_cli, stage
 
@@ -344,7 +344,7 @@ def test_every_step_tells_how_far_it_is(settings, write, tmp_path):
     loaded = recipe.load(write(settings))
     place = Registry(tmp_path / "r")
     with Ear() as ear:
-        run.run(loaded, plan.plan(loaded, place), place, ear, use_prefect=False)
+        execute(loaded, plan.plan(loaded, place), place, ear, use_prefect=False)
     last = {name: (step, total) for name, step, total in heard}
     assert last["warmup"] == (16, 16) and last["rl1"] == last["rl2"] == (2, 2)
     assert last["harvest"] == (16, 16) and last["base.evaluate"] == (24, 24)

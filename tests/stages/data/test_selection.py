@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.data.selection import Candidate, Keep, candidate, control, funnel, normalised, select, similarity, weighted
+from stages.data.selection import Candidate, Keep, candidate, control, funnel, normalised, select, similarity
+from stages.problems.base import total
 from stages.problems.scheduling.problem import Scheduling
 
 ANY = Keep(min_score=0, per_prompt=99, dedup="off")
@@ -93,8 +94,8 @@ def test_among_equal_scores_the_reward_decides_then_the_newest_policy_then_who_w
 
 
 def test_a_reward_is_the_weighted_sum_of_the_components_that_apply():
-    assert weighted({"a": 1.0, "b": 0.5, "c": None}, {"a": 0.1, "b": 2.0, "c": 9.0}) == pytest.approx(1.1)
-    assert weighted({"a": None}, {"a": 1.0}) == float("-inf")
+    assert total({"a": 1.0, "b": 0.5, "c": None}, {"a": 0.1, "b": 2.0, "c": 9.0}) == pytest.approx(1.1)
+    assert total({"a": None}, {"a": 1.0}) is None
     line = {"ids": [7, 7, 5, 6], "prefix": 2, "text": "", "finished": True, "failure": None, "score": 0.5,
             "rewards": {"format": 1.0, "sorted": 0.0, "score": 0.5}, "sample": 4, "step": 9}  # fmt: skip
     problem = Scheduling("compact")

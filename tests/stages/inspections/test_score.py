@@ -11,10 +11,14 @@ import pytest
 
 from pipeline.recipe import recipe
 from stages.errors import BadInput
+from stages.inspections.score import summarise
+from stages.problems import catalog
 from stages.problems.base import Answer
 from stages.problems.catalog import load
 from stages.problems.files import answers
 from stages.problems.files import rows as rows_of
+from stages.rewards.audit.baselines import Baseline
+from stages.rewards.audit.table import play
 from tests.conftest import ROOT, environment, printed_json, run_cli
 
 PROBLEM = load({"name": "scheduling"})
@@ -155,11 +159,11 @@ def test_neither_the_command_nor_its_worker_imports_torch(files):
     """Which is why it answers at once."""
     rows, completions = files
     code = (
-        "import sys, stages\nfrom stages.inspections.score import run\nfrom stages.job import Job, Execution\nfrom pathlib import Path\nfrom stages.kinds import STAGES\nfrom stages.runtime.worker import _run\n"
+        "import sys, stages\nfrom stages.inspections.score import run\nfrom stages.job import Job, Execution\nfrom pathlib import Path\nfrom stages.inspections.kinds import INSPECTIONS\nfrom stages.runtime.worker import _run\n"
         "work, rows, completions = sys.argv[1:]\nPath(work, 'out').mkdir()\n"
         "job = Job(kind='score', name='score', config={}, inputs={'rows': rows, 'completions': completions}, work=work, out=work + '/out',\n"
         "          problem={'name': 'scheduling'}, rows=None, format=None, seed=0, dtype='float32', execution=Execution())\n"
-        "_run(job, STAGES[job.kind])\nprint([name for name in ('torch', 'transformers', 'trl', 'prefect') if name in sys.modules])"
+        "_run(job, INSPECTIONS[job.kind])\nprint([name for name in ('torch', 'transformers', 'trl', 'prefect') if name in sys.modules])"
     )
     arguments = [sys.executable, "-c", code, rows.parent, rows, completions]
     done = subprocess.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True)
@@ -192,7 +196,7 @@ def test_a_problem_of_ones_own_is_scored_and_says_what_it_could_not_judge(tmp_pa
     shown = run_cli(*command).stdout
     assert "not judged: exception 1; the first said: mine.py:4: ValueError" in shown
     assert "over 2 rows; 1 of 3 completions could not be judged and count as 0)" in shown
-    assert "reward 66.7 (weighted sum x 100): right 50.0" in shown, "which is no share of anything"
+    assert "reward 100.0 (weighted sum x 100): right 50.0" in shown, "which is no share of anything"
 
 
 def test_where_nothing_could_be_judged_the_numbers_are_no_result(tmp_path):
@@ -211,3 +215,25 @@ def test_too_many_failures_are_one_line_without_a_class_or_a_log_and_leave_no_di
     assert "TooManyFailures" not in done.stderr and "mine.py:4: ValueError" in done.stderr and "log" not in done.stderr
     assert done.stderr.endswith("mend it and run again, or raise problem.max_failures\n")
     assert not list((tmp_path / "tmp").iterdir())
+
+
+SOMETIMES = """
+REWARDS = {'even': 1.0}
+def rows(rng):
+    for n in range(400): yield {'prompt': str(n), 'n': n}
+def rewards(row, completion): return {'even': float(completion == str(row['n'])) if row['n'] % 2 == 0 else None}
+def score(row, completion): return float(completion == str(row['n']))
+"""
+
+
+def test_audit_and_score_agree_on_a_component_that_does_not_always_apply(tmp_path):
+    """A row to which no component applies counts in neither."""
+    (tmp_path / "mine.py").write_text(SOMETIMES)
+    problem = catalog.load({"file": str(tmp_path / "mine.py"), "workers": 1})
+    rows = problem.rows("train", 0, 100, 0)
+    answers = [Answer(row, row.columns()["prompt"]) for row in rows]
+    judgements = problem.judge(answers)
+    assert 20 < sum(one.rewards["even"] is None for one in judgements) < 80
+    baselines = [Baseline("gold", True, i, answer) for i, answer in enumerate(answers)]
+    (line,) = play(problem, problem.reward_weights, baselines).lines
+    assert summarise(problem, range(100), judgements)["reward"] == line.reward == 1.0

@@ -7,13 +7,11 @@ from pipeline.cli.show.progress import Progress
 from pipeline.launch.local import Launcher
 from pipeline.plan import plan as planning
 from pipeline.plan.plan import Planned
-from pipeline.recipe import checks
 from pipeline.recipe.recipe import Model, Recipe, load
 from pipeline.registry import Registry
 from pipeline.results import findings
 from pipeline.results.findings import refuse
 from pipeline.run import inspections
-from stages.errors import BadInput
 
 
 def check(recipe: RecipeArgument, overrides: SetOption = None, registry: RegistryOption = None) -> None:
@@ -28,10 +26,6 @@ def check(recipe: RecipeArgument, overrides: SetOption = None, registry: Registr
     names = [stage.name for stage in loaded.stages]
     print(f"{recipe}: good; {len(names)} stage{'s' if len(names) > 1 else ''}: {', '.join(names)}")
     print(looked_at)
-    try:
-        checks.refuse_unbuilt(loaded)
-    except BadInput as error:
-        print(f"but run will refuse it: {error}")
 
 
 def _looked_at(recipe: Recipe, planned: list[Planned], place: Registry) -> str:

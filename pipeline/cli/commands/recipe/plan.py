@@ -42,7 +42,7 @@ def plan(
         loaded = planning.freshen(loaded, place, fresh, selection)
     planned = planning.plan(loaded, place, selection)
     if json:
-        print_json([planning.said(one) for one in planned])
+        print_json([planning.described(one) for one in planned])
     else:
         show(plan_table(planned))
 

@@ -17,10 +17,10 @@ from pipeline.cli.show.tables import run_table, show
 from pipeline.errors import RunInterrupted, Terminated
 from pipeline.plan import plan as planning
 from pipeline.recipe import checks
-from pipeline.recipe.recipe import Recipe, dump, load, parse
+from pipeline.recipe.recipe import Recipe, is_text_of, load, parse
 from pipeline.registry import Registry, runs
 from pipeline.results.summary import summarise
-from pipeline.run import run as climb
+from pipeline.run.execute import execute
 
 NoPrefect = Annotated[bool, typer.Option("--no-prefect", help="Run the same steps without a Prefect server.")]
 
@@ -42,16 +42,14 @@ def run(
     """Run a recipe; what is done already is reused."""
     loaded = load(recipe, overrides or ())
     checks.check(loaded)
-    checks.refuse_unbuilt(loaded)
     place = open_registry(registry, loaded)
     selection = planning.Selection(only, start, until)
     if fresh:
         loaded = planning.freshen(loaded, place, fresh, selection)
         replicate = next(stage.replicate for stage in loaded.stages if stage.name == fresh)
         print(f"{fresh}: replicate {replicate}; later runs use it with --set stages.{fresh}.replicate={replicate}")
-    _run(
-        loaded, place, selection, not no_prefect, runs.unfinished(place, loaded.name, dump(loaded), selection._asdict())
-    )
+    before = runs.unfinished(place, loaded.name, lambda text: is_text_of(text, loaded), selection._asdict())
+    _run(loaded, place, selection, not no_prefect, before)
 
 
 def resume(
@@ -67,7 +65,6 @@ def resume(
     if (directory := Path(remembered.get("directory", "."))).is_dir():
         os.chdir(directory)
     checks.check(loaded)
-    checks.refuse_unbuilt(loaded)
     _run(loaded, place, planning.Selection(**remembered.get("selection", {})), not no_prefect, run)
 
 
@@ -82,7 +79,7 @@ def _run(
         signal.signal(number, _terminate)
     try:
         with Progress() as progress:
-            id = climb.run(recipe, planned, place, progress, use_prefect, selection, resumes)
+            id = execute(recipe, planned, place, progress, use_prefect, selection, resumes)
     except KeyboardInterrupt:
         # typer would end without a line
         raise RunInterrupted("interrupted; run the same command to go on with what is done") from None

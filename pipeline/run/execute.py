@@ -1,0 +1,87 @@
+"""What `switchback run` calls: a plan is run step after step, with or without Prefect.
+
+Preflight and audits come first, so that a recipe that cannot work trains nothing. Prefect shows the steps and decides nothing.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from pipeline.errors import NotComparable
+from pipeline.flows.server import api_url, own_server
+from pipeline.plan.plan import ALL, Planned, Selection
+from pipeline.plan.steps import Step
+from pipeline.recipe.recipe import Recipe
+from pipeline.registry import Registry
+from pipeline.registry.workdir import work_root
+from pipeline.results.evaluations import difference
+from pipeline.run import inspections
+from pipeline.run.observer import Observer
+from pipeline.run.run import Run
+from pipeline.run.step import Made, make
+from stages.errors import BadInput
+from stages.job import read_evaluation
+from stages.stage import BASE
+
+
+def execute(
+    recipe: Recipe,
+    planned: list[Planned],
+    registry: Registry,
+    observer: Observer,
+    use_prefect: bool,
+    selection: Selection = ALL,
+    resumes: str | None = None,
+) -> str:
+    """Run the plan, of which `selection` was requested; returns the run's id. `resumes` is the run that this one continues.
+
+    Raises StageFailed, BadInput or Refused. The run's last event says how it ended, whatever was raised.
+    """
+    with Run(recipe, planned, registry, observer, selection, resumes) as run, ExitStack() as stack:
+        to_run = any(one.action == "run" for one in planned)
+        with_prefect = use_prefect and bool(to_run or api_url())
+        if to_run:
+            run.launcher.warm_up()  # its imports and the server's start go side by side
+        if with_prefect:
+            stack.enter_context(own_server(work_root(registry) / "prefect"))
+        for found in inspections.beforehand(planned, registry, run.launcher, run.execution):
+            run.report(found)
+        if with_prefect:
+            from pipeline.flows.flow import run_flow
+
+            run_flow(run.id, planned, lambda one: run_step(one, run))
+        else:
+            for one in planned:
+                run_step(one, run)
+    return run.id
+
+
+def run_step(one: Planned, run: Run) -> Made | None:
+    """Make or reuse a step's artifact, and record it; None for a step that was not selected."""
+    if one.action == "skip":
+        run.observer.skipped(one.step)
+        return None
+    if one.action == "run" and inspections.waits_for_data(one, run.planned):
+        now = [other.model_copy(update={"artifact": run.made.get(other.step.name)}) for other in run.planned]
+        run.report(inspections.preflight(now, [one.step.name], run.registry, run.launcher, run.execution))
+    made = make(one, run)
+    run.made[one.step.name] = made.artifact
+    seconds = 0.0 if made.reused else made.artifact.provenance.get("seconds", 0.0)
+    run.record("step", step=one.step.name, artifact=made.artifact.id, reused=made.reused, seconds=seconds)
+    if one.step.evaluates and not made.reused:
+        _show_evaluation(one.step, run)
+    return made
+
+
+def _show_evaluation(step: Step, run: Run) -> None:
+    """An evaluation's scores, and the gain over the policy that its stage started from."""
+    scores = read_evaluation(run.registry.path(run.made[step.name], "held_out"))
+    stage = next((one.step for one in run.planned if one.step.name == step.inputs["policy"].step), None)
+    before = (stage.inputs["policy"].step or BASE) if stage else ""
+    gain = None
+    if other := run.made.get(f"{before}.evaluate"):
+        try:
+            gain = difference(run.registry, run.made[step.name], other, "held_out")
+        except (BadInput, NotComparable) as error:
+            run.observer.said(step, f"not compared with {before}: {error}")
+    run.observer.evaluated(step, scores, before, gain)
