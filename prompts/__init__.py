@@ -10,7 +10,8 @@
     # user
     {{ prompt }}
 
-`# user` is a jinja2 template that sees the fields of a row. Editing a file moves the key of every step that uses it; renaming it does not.
+`# user` is a jinja2 template that sees the fields of a row. Editing a file moves the key of every step that uses it;
+renaming it does not.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Prompt:
     format: str
     """What a completion should look like, for people; "" when it is not said."""
     follow: str | None
-    """Found (re.search, response prefix included) in a completion that does what the prompt says; None when nothing is asked."""
+    """Found (re.search, response prefix included) in a completion that does what the prompt says; None when nothing is
+    asked."""
     system_prompt: str
     """Without surrounding blank space; "" for none."""
     user_template: str
@@ -51,7 +53,8 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Prompt:
-    """A prompt by name, or by the path of an .md file. Raises ValueError, one line, when it is not there or has another shape."""
+    """A prompt by name, or by the path of an .md file. Raises ValueError, one line, when it is not there or has another
+    shape."""
     path = Path(name) if name.endswith(".md") else HERE / f"{name}.md"
     if not name.endswith(".md") and name not in names():
         raise ValueError(f"no prompt named {name!r}; there are {', '.join(names())}, or give the path of an .md file")

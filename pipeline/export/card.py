@@ -2,8 +2,8 @@
 
     artifact + what the registry knows around it (lineage, evaluations, the run's recipe) -> facts -> cards/*.md.jinja -> text
 
-Nothing on a card is of this machine: no host, no user, and of a path only its last part. Scores stand with their interval, n, seeds and decoding,
-from the base to the artifact; the evaluations they are read from are verified first.
+Nothing on a card is of this machine: no host, no user, and of a path only its last part. Scores stand with their
+interval, n, seeds and decoding, from the base to the artifact; the evaluations they are read from are verified first.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 SPLITS = ("validation", "held_out")
 FUNNEL = "funnel/"
 MACHINE = ("registry", "work", "track", "launch")
-"""What of a recipe says where and with what means, and nothing about what was made; the execution that was seen is told apart."""
+"""What of a recipe says where and with what means, and nothing about what was made; the execution that was seen is told
+apart."""
 SHA256 = re.compile("[0-9a-f]{64}")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -44,7 +45,8 @@ class Scored(NamedTuple):
 
 
 def card(registry: Registry, artifact: Artifact, output: str) -> str:
-    """README.md of an artifact of which `output` (policy, data or control) is exported. Raises Failed where a score is no longer what was published."""
+    """README.md of an artifact of which `output` (policy, data or control) is exported. Raises Failed where a score is
+    no longer what was published."""
     top = lineage(registry, artifact)
     nodes = list(_nodes(top))
     facts = {
@@ -121,7 +123,8 @@ def _base(nodes: list[Ancestor]) -> Ancestor:
 
 
 def _front_matter(artifact: Artifact, output: str, nodes: list[Ancestor]) -> dict[str, Any]:
-    """What the hub reads. `base_model` and `datasets` are left out for what is not on the hub: it refuses any other name."""
+    """What the hub reads. `base_model` and `datasets` are left out for what is not on the hub: it refuses any other
+    name."""
     tags = ["switchback", "trl", artifact.kind, *(["lora"] if "adapter" in artifact.outputs else [])]
     if output != "policy":
         return {"tags": tags, "configs": [{"config_name": "default", "data_files": "rows.parquet"}]}
@@ -159,7 +162,8 @@ def _code(value: Any) -> str:
 
 
 def _scores(registry: Registry, nodes: list[Ancestor]) -> Iterator[Scored]:
-    """Newest evaluation of the base and of each policy on the way, both splits; nothing for a policy that was not evaluated."""
+    """Newest evaluation of the base and of each policy on the way, both splits; nothing for a policy that was not
+    evaluated."""
     for node in {(node.id, node.key): node for node in _upwards(nodes[0])}.values():
         names = {BASE, node.name} if node.id else {BASE}
         found = [one for name in sorted(names) for one in registry.artifacts(f"{name}.evaluate") if _is_of(one, node)]

@@ -2,11 +2,12 @@
 
     policy: what `from_pretrained` loads, the adapter in adapter/, README.md     data, control: its directory, README.md
 
-What is of the registry stays there: the manifest (it names hosts and runs; the card says what a reader needs of it), logs of metrics, loss maps,
-rollouts. A policy still shows what it was trained with: its serving template ends in the prefix, beside the training template, and a stage that
-starts from an export with another prefix is refused.
+What is of the registry stays there: the manifest (it names hosts and runs; the card says what a reader needs of it),
+logs of metrics, loss maps, rollouts. A policy still shows what it was trained with: its serving template ends in the
+prefix, beside the training template, and a stage that starts from an export with another prefix is refused.
 
-Every byte is hashed while it is copied, into a hidden directory that gets its name when all is right: DIR is whole, or not there.
+Every byte is hashed while it is copied, into a hidden directory that gets its name when all is right: DIR is whole, or
+not there.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ CARD = "README.md"
 OURS = (MANIFEST, METRICS, LOSS_MAP, CARD)
 """Files beside a policy that are not the model."""
 EXPORTED = ("policy", "data", CONTROL)
-"""Outputs that can leave. One of the first two is what an artifact is for; the control of its data is asked for by name."""
+"""Outputs that can leave. One of the first two is what an artifact is for; the control of its data is asked for by
+name."""
 BESIDE = ("adapter",)
 """Outputs that go with a policy; each of its other outputs is an artifact's own."""
 BLOCK = 2**20
@@ -51,17 +53,19 @@ class Exported(NamedTuple):
 
 
 def named(registry: Registry, name: str) -> tuple[Artifact, str]:
-    """The artifact and the output that `ID` or `ID:output` names; an alias does as well. Raises BadInput where there is none."""
+    """The artifact and the output that `ID` or `ID:output` names; an alias does as well. Raises BadInput where there is
+    none."""
     id, colon, output = name.partition(":")
     artifact = resolve(registry, id)
     return artifact, output_of(artifact, output if colon else None)
 
 
 def export(registry: Registry, artifact: Artifact, directory: Path, output: str | None = None) -> Exported:
-    """Write an output of an artifact, or its policy or data, to a directory that is not there, or empty. Nothing is left behind when it fails; killed
-    outright, it leaves a hidden `.<name>.<hex>.partial` beside it.
+    """Write an output of an artifact, or its policy or data, to a directory that is not there, or empty. Nothing is
+    left behind when it fails; killed outright, it leaves a hidden `.<name>.<hex>.partial` beside it.
 
-    Raises BadInput when the directory cannot be had, the artifact does not hold it, or is void; Failed when a file is not what was published.
+    Raises BadInput when the directory cannot be had, the artifact does not hold it, or is void; Failed when a file is
+    not what was published.
     """
     output = output_of(artifact, output)
     if not registry.usable(artifact):
@@ -75,11 +79,13 @@ def export(registry: Registry, artifact: Artifact, directory: Path, output: str 
 
 
 def output_of(artifact: Artifact, asked: str | None = None) -> str:
-    """Which output is exported: the one that is asked for, else policy, or data. Raises BadInput for an artifact that does not have it."""
+    """Which output is exported: the one that is asked for, else policy, or data. Raises BadInput for an artifact that
+    does not have it."""
     there = [output for output in EXPORTED if output in artifact.outputs]
     if not there:
         raise BadInput(
-            f"{artifact.id} is of kind {artifact.kind} and holds neither a policy nor data; switchback ls shows what there is"
+            f"{artifact.id} is of kind {artifact.kind} and holds neither a policy nor data; switchback ls shows what "
+            "there is"
         )
     if asked is not None and asked not in there:
         raise BadInput(
@@ -157,7 +163,8 @@ def _copy(artifact: Artifact, source: Path, target: Path, file: File) -> None:
 
 def _damaged(artifact: Artifact, file: File, what: str) -> Failed:
     return Failed(
-        f"{artifact.id}/{file.path}: {what}; nothing was exported. switchback verify {artifact.id} lets it be made again"
+        f"{artifact.id}/{file.path}: {what}; nothing was exported. switchback verify {artifact.id} lets it be made "
+        "again"
     )
 
 

@@ -2,8 +2,9 @@
 
     target + artifact -> repository (made private unless asked otherwise) -> export in a temporary directory -> one commit named after the artifact
 
-The commit is all or nothing, and stands on the state that was looked at: what somebody else commits meanwhile is not written over. Weights, settings
-and templates of an earlier push that are not in this one go with it, because `from_pretrained` would read them; any other file stays.
+The commit is all or nothing, and stands on the state that was looked at: what somebody else commits meanwhile is not
+written over. Weights, settings and templates of an earlier push that are not in this one go with it, because
+`from_pretrained` would read them; any other file stays.
 """
 
 from __future__ import annotations
@@ -75,11 +76,12 @@ def push(
     revision: str | None = None,
     output: str | None = None,
 ) -> Pushed:
-    """Export an artifact, or one output of it, and commit it to the hub. `revision` is a branch, made when it is not there. The repository is made first, so one that is new
-    stays behind, empty, when the artifact turns out to be damaged.
+    """Export an artifact, or one output of it, and commit it to the hub. `revision` is a branch, made when it is not
+    there. The repository is made first, so one that is new stays behind, empty, when the artifact turns out to be
+    damaged.
 
-    Raises BadInput for a bad target, without a token, for a name or token that the hub refuses, and for a repository that is public while `public` was
-    not said; Failed for a damaged artifact, and when the hub fails.
+    Raises BadInput for a bad target, without a token, for a name or token that the hub refuses, and for a repository
+    that is public while `public` was not said; Failed for a damaged artifact, and when the hub fails.
     """
     repo, output = repository(target), output_of(artifact, output)
     token = _token()

@@ -1,7 +1,8 @@
-"""The Prefect flow: it reads as the recipe, step after step. One task a step, called in the main thread, so that Ctrl-C and SIGTERM reach it.
+"""The Prefect flow: it reads as the recipe, step after step. One task a step, called in the main thread, so that Ctrl-C
+and SIGTERM reach it.
 
-Prefect shows and schedules; it decides nothing. Its caching stays off, because it cannot know that a checkpoint is gone: the registry decides, and
-publishing happens in the task's body. A task's result is small JSON.
+Prefect shows and schedules; it decides nothing. Its caching stays off, because it cannot know that a checkpoint is
+gone: the registry decides, and publishing happens in the task's body. A task's result is small JSON.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def conduct(run: str, planned: list[Planned], do: Do) -> None:
 
 
 def _say_what_is_left() -> None:
-    """Logs and events are sent in batches by threads, which at exit would try for a minute to reach a server that has been stopped."""
+    """Logs and events are sent in batches by threads, which at exit would try for a minute to reach a server that has
+    been stopped."""
     for worker in (APILogWorker, EventsWorker):
         worker.drain_all(timeout=PATIENCE)
 

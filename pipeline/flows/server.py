@@ -1,4 +1,5 @@
-"""A Prefect server of a run's own, where PREFECT_API_URL names none: loopback, a free port, its own kept home, no telemetry, gone with the run.
+"""A Prefect server of a run's own, where PREFECT_API_URL names none: loopback, a free port, its own kept home, no
+telemetry, gone with the run.
 
 Imports no Prefect. The server is killed with this process, however that dies; its home keeps the history of runs for
 `PREFECT_HOME=<registry>/work/prefect prefect server start`.

@@ -2,8 +2,9 @@
 
     refs/<alias>/<n>.json        {artifact | null, prev, actor, reason, evidence, at}; append-only, the highest counts
 
-Entry n+1 is put where none may be, so of two movers who saw entry n one is told that it lost. Who moves an alias pins the artifact, reads the log of
-its key again, puts the entry and lets go: so an alias never points at what a clean-up beside it takes away (`gc`).
+Entry n+1 is put where none may be, so of two movers who saw entry n one is told that it lost. Who moves an alias pins
+the artifact, reads the log of its key again, puts the entry and lets go: so an alias never points at what a clean-up
+beside it takes away (`gc`).
 """
 
 from __future__ import annotations
@@ -122,7 +123,8 @@ def resolve(registry: Registry, name: str) -> Artifact:
 
 
 def refuse_stage(registry: Registry, name: str) -> None:
-    """Raise BadInput, with the id that was probably meant, for a name that only a stage has: which of its artifacts is meant, nobody can tell."""
+    """Raise BadInput, with the id that was probably meant, for a name that only a stage has: which of its artifacts is
+    meant, nobody can tell."""
     if of_stage := [one for one in registry.artifacts() if one.stage == name]:
         newest = max(of_stage, key=lambda one: one.created)
         raise BadInput(f"{name} is a stage; give one of its artifacts, of which {newest.id} is the newest")
@@ -154,7 +156,10 @@ def _elsewhere(registry: Registry, alias: str, expect: int) -> str:
     if found is None:
         return f"{alias} was expected at {expect}, but it has never been set; leave --expect out, or give 0"
     where = f"at {found.number}, {found.artifact}," if found.artifact else f"at {found.number}, pointing nowhere,"
-    return f"{alias} was expected at {expect}, but is {where} moved by {found.actor} on {found.at}; look at it and give --expect {found.number}"
+    return (
+        f"{alias} was expected at {expect}, but is {where} moved by {found.actor} on {found.at}; look at it and give "
+        f"--expect {found.number}"
+    )
 
 
 def _entry(registry: Registry, alias: str, number: int) -> Move:
@@ -175,5 +180,6 @@ def _is_name(alias: str) -> bool:
 def _refuse_name(alias: str) -> None:
     if not _is_name(alias):
         raise BadInput(
-            f"{alias!r} cannot name an alias; take a to z, 0 to 9, '.', '_' and '-', 64 at most, that do not look like the id of an artifact"
+            f"{alias!r} cannot name an alias; take a to z, 0 to 9, '.', '_' and '-', 64 at most, that do not look like "
+            "the id of an artifact"
         )

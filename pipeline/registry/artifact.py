@@ -1,8 +1,9 @@
 """What the registry vouches for: an artifact, its files and where it comes from.
 
-A manifest may have been written by anybody, so everything in it is checked when it is read (`parse`): a path stays inside the artifact and names the same
-file on every file system, a digest is one, text cannot move a terminal's cursor, an output is among the files. Rules of single values are regular
-expressions that pydantic runs without Python, so that thousands of manifests are read in a fraction of a second.
+A manifest may have been written by anybody, so everything in it is checked when it is read (`parse`): a path stays
+inside the artifact and names the same file on every file system, a digest is one, text cannot move a terminal's cursor,
+an output is among the files. Rules of single values are regular expressions that pydantic runs without Python, so that
+thousands of manifests are read in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -126,7 +127,8 @@ class Artifact(Frozen):
 
 
 def parse(id: str, content: bytes) -> Artifact:
-    """The manifest in the directory of artifact `id`. Raises BadInput, one line with the id in it, for anything that is not one."""
+    """The manifest in the directory of artifact `id`. Raises BadInput, one line with the id in it, for anything that is
+    not one."""
     try:
         artifact = Artifact.model_validate_json(content)
         if b"NaN" in content or b"Infinity" in content:  # most likely in text
@@ -140,7 +142,8 @@ def parse(id: str, content: bytes) -> Artifact:
             return artifact
         said = f"it is that of {artifact.id or 'nothing that was published'}"
     raise BadInput(
-        f"{printable(id)}/{MANIFEST} is no manifest of this artifact: {said}; do not use it, or run switchback verify {printable(id)} so that it can be made again"
+        f"{printable(id)}/{MANIFEST} is no manifest of this artifact: {said}; do not use it, or run switchback verify "
+        f"{printable(id)} so that it can be made again"
     )
 
 
@@ -163,8 +166,8 @@ def check_path(path: str) -> str | None:
 
 
 def refuse_clashes(lines: str) -> None:
-    """Raise ValueError when two paths, a line each, are one on a file system that does not tell case or accents apart; when one is another's directory;
-    or when one is the manifest's."""
+    """Raise ValueError when two paths, a line each, are one on a file system that does not tell case or accents apart;
+    when one is another's directory; or when one is the manifest's."""
     folded = lines.lower() if lines.isascii() else _folded(lines)
     paths = folded.split("\n")[1:-1]
     if len({MANIFEST, *paths}) <= len(paths):

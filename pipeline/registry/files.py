@@ -1,4 +1,5 @@
-"""What files an artifact may hold: plain ones, of safe kinds, under names that mean the same everywhere, with tensors only where their header says so."""
+"""What files an artifact may hold: plain ones, of safe kinds, under names that mean the same everywhere, with tensors
+only where their header says so."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ TENSORS = ".safetensors"
 
 
 def list_files(directory: Path) -> tuple[File, ...]:
-    """Every file below a directory with size and digest. Raises UnsafeFile on a link, a pipe or a device, which is not opened; on a kind of file, a path or
-    two paths that are not allowed; and on tensors whose header does not describe them."""
+    """Every file below a directory with size and digest. Raises UnsafeFile on a link, a pipe or a device, which is not
+    opened; on a kind of file, a path or two paths that are not allowed; and on tensors whose header does not describe
+    them."""
     found = {path.relative_to(directory).as_posix(): size for path, size in sorted(walk(directory))}
     found.pop(MANIFEST, None)
     for path, size in found.items():

@@ -1,7 +1,7 @@
 """What a step's key is made of, and what makes two keys differ.
 
-A key is the SHA-256 of the canonical JSON of everything that decides the result. The encoding refuses what it could not write the same way
-twice; the hashed payload is stored beside the artifact, so a plan can name the field that changed.
+A key is the SHA-256 of the canonical JSON of everything that decides the result. The encoding refuses what it could not
+write the same way twice; the hashed payload is stored beside the artifact, so a plan can name the field that changed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ Payload = dict[str, Any]
 
 
 def canonical(value: Any) -> str:
-    """JSON with sorted keys and no spaces. Raises TypeError on anything but str, int, finite float, bool, None, list, tuple and str-keyed dict."""
+    """JSON with sorted keys and no spaces. Raises TypeError on anything but str, int, finite float, bool, None, list,
+    tuple and str-keyed dict."""
     _must_be_stable(value)
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
@@ -47,8 +48,8 @@ def digest_model(directory: Path, digest: Callable[[Path], str] = digest_file) -
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted field -> (before, after), for every field that differs; None where a side has none. Of a list of groups, such as rewards, only the fields that
-    differ, by position."""
+    """Dotted field -> (before, after), for every field that differs; None where a side has none. Of a list of groups,
+    such as rewards, only the fields that differ, by position."""
     old, new = (dict(_flat(_without_equal(one, other))) for one, other in ((before, after), (after, before)))
     names = [*old, *(name for name in new if name not in old)]
     return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}

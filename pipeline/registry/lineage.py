@@ -1,7 +1,8 @@
 """Where an artifact comes from: itself, then its inputs, down to the base model and the data.
 
-What was cleaned is still explained, from its tombstone; what is no longer the one that was read is said. An artifact that several read is followed where it
-is met first, and an artifact that claims to be its own ancestor is not followed again.
+What was cleaned is still explained, from its tombstone; what is no longer the one that was read is said. An artifact
+that several read is followed where it is met first, and an artifact that claims to be its own ancestor is not followed
+again.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     pins/<id>/<owner>.json       {owner, reason, at}
 
-A pin is put before the log of the artifact's key is read (`Registry.hold`), and taken away by its owner. What a dead owner left does not count any
-more, and the next clean-up takes it away: a run's pins count as long as the run lives (`runs.alive`), any other owner's for `LIFE`, a user's for ever.
+A pin is put before the log of the artifact's key is read (`Registry.hold`), and taken away by its owner. What a dead
+owner left does not count any more, and the next clean-up takes it away: a run's pins count as long as the run lives
+(`runs.alive`), any other owner's for `LIFE`, a user's for ever.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The registry: a directory per artifact, that `from_pretrained` loads; artifact.json is written last, so its existence means the artifact is whole.
+"""The registry: a directory per artifact, that `from_pretrained` loads; artifact.json is written last, so its existence
+means the artifact is whole.
 
     format.json
     artifacts/<stage>-<uuid8>/   files, artifact.json
@@ -46,12 +47,13 @@ class Registry:
     """Artifacts under one root."""
 
     def __init__(self, place: str | Path) -> None:
-        """Opens a registry at a path or a URL, or an empty place that becomes one with the first thing put there. Raises BadInput for one of
-        another format."""
+        """Opens a registry at a path or a URL, or an empty place that becomes one with the first thing put there.
+        Raises BadInput for one of another format."""
         self.store = open_store(str(place))
         if (found := self.store.get("format.json")) not in (None, FORMAT):
             raise BadInput(
-                f"registry: {self.url} has format {found}, this version of switchback reads {FORMAT}; use the version that wrote it"
+                f"registry: {self.url} has format {found}, this version of switchback reads {FORMAT}; use the version "
+                "that wrote it"
             )
         self._is_new = found is None
         self._named = set[str]()
@@ -67,7 +69,8 @@ class Registry:
             raise BadInput(f"there is no registry in {self.url}; give its directory or URL with --registry")
 
     def initialise(self) -> None:
-        """Make an empty place a registry. Raises BadInput for one that cannot be written, or that does not keep what a registry needs."""
+        """Make an empty place a registry. Raises BadInput for one that cannot be written, or that does not keep what a
+        registry needs."""
         if self._is_new:
             self.store.probe()
             self.store.put_new("format.json", FORMAT)
@@ -79,7 +82,8 @@ class Registry:
         return f"{self.url}/artifacts/{artifact.id}{inner}"
 
     def path(self, artifact: Artifact, output: str | None = None) -> Path:
-        """A local directory with the artifact, or where in it one of its outputs lies; from an object store it is fetched first."""
+        """A local directory with the artifact, or where in it one of its outputs lies; from an object store it is
+        fetched first."""
         directory = self.store.fetch(f"artifacts/{artifact.id}", artifact.files, MANIFEST)
         return directory / artifact.outputs[output] if output else directory
 
@@ -96,17 +100,20 @@ class Registry:
         raise BadInput(f"there is no artifact {printable(id)} in {self.url}; switchback ls shows what there is")
 
     def find(self, key: str) -> Artifact | None:
-        """Who made this key; None when nobody did, or when what was made is gone or void. Raises BadInput for a log or a manifest that is not one."""
+        """Who made this key; None when nobody did, or when what was made is gone or void. Raises BadInput for a log or
+        a manifest that is not one."""
         id = self.current(key)
         found = self.get(id) if id else None
         if found and found.key != key:
             raise BadInput(
-                f"{id}/{MANIFEST} is of key {found.key[:12]}, but is recorded for {key[:12]}; run switchback verify {id}"
+                f"{id}/{MANIFEST} is of key {found.key[:12]}, but is recorded for {key[:12]}; run switchback verify "
+                f"{id}"
             )
         return found
 
     def current(self, key: str) -> str | None:
-        """Id of the newest artifact in a key's log that was not said to be void since. Raises BadInput for a log with anything else in it."""
+        """Id of the newest artifact in a key's log that was not said to be void since. Raises BadInput for a log with
+        anything else in it."""
         log, void = f"keys/{key}", set[str]()
         for number in range(self.store.last(log), 0, -1):
             entry = self.store.get(f"{log}/{number:06d}.json")
@@ -117,8 +124,9 @@ class Registry:
         return None
 
     def artifacts(self, stage: str | None = None, strict: bool = False) -> list[Artifact]:
-        """All whole artifacts, or those of one stage, oldest first. One whose manifest is not one is left out, and said so in the log: somebody's bad
-        artifact must not keep others from being used. `strict`: BadInput is raised instead, for who takes what is not listed for gone."""
+        """All whole artifacts, or those of one stage, oldest first. One whose manifest is not one is left out, and said
+        so in the log: somebody's bad artifact must not keep others from being used. `strict`: BadInput is raised
+        instead, for who takes what is not listed for gone."""
         names = [name for name in self.store.names("artifacts") if stage is None or name.rpartition("-")[0] == stage]
         with unswept():
             found = self._all(names, strict)
@@ -140,7 +148,8 @@ class Registry:
         return [self._readable(name, lambda name: _parsed(name, there[name])) for name in names]
 
     def read(self, name: str) -> Artifact | None:
-        """What lies in a directory of the store's `artifacts`, whatever it is called; None without a manifest. Raises BadInput when that is not one."""
+        """What lies in a directory of the store's `artifacts`, whatever it is called; None without a manifest. Raises
+        BadInput when that is not one."""
         return _parsed(name, self.store.read(f"artifacts/{name}/{MANIFEST}"))
 
     def _readable(self, name: str, read: Callable[[str], Artifact | None]) -> Artifact | None:
@@ -153,11 +162,11 @@ class Registry:
             return None
 
     def publish(self, directory: Path, artifact: Artifact, owner: str) -> Published:
-        """Take a finished directory in, as this artifact with an id, date and files of its own; `directory` is gone afterwards. `owner` holds what is
-        returned, until it lets go (`release`).
+        """Take a finished directory in, as this artifact with an id, date and files of its own; `directory` is gone
+        afterwards. `owner` holds what is returned, until it lets go (`release`).
 
-        Whoever published the key first wins: the other's work is removed, and the winner's artifact is returned. Raises UnsafeFile for a file that must
-        not be published, before anything is moved.
+        Whoever published the key first wins: the other's work is removed, and the winner's artifact is returned. Raises
+        UnsafeFile for a file that must not be published, before anything is moved.
         """
         self.initialise()
         id = f"{artifact.stage}-{uuid.uuid4().hex[:8]}"
@@ -174,7 +183,8 @@ class Registry:
         return Published(winner, whole)
 
     def recover(self, key: str, stage: str, owner: str) -> Artifact | None:
-        """Record a stage's whole artifact whose maker was killed before it could write an entry of it, and hold it; None when there is none."""
+        """Record a stage's whole artifact whose maker was killed before it could write an entry of it, and hold it;
+        None when there is none."""
         if self.find(key):
             return None
         for found in self.artifacts(stage):
@@ -195,8 +205,9 @@ class Registry:
             self.store.append(f"keys/{artifact.key}", {"void": artifact.id, "reason": reason})
 
     def hold(self, artifact: Artifact, owner: str) -> bool:
-        """Pin an artifact that is about to be read; False, and no pin, when it is void or gone. Against a clean-up that runs beside it this is safe: the
-        pin is put before the log is read again, and the clean-up writes the log before it reads the pins again."""
+        """Pin an artifact that is about to be read; False, and no pin, when it is void or gone. Against a clean-up that
+        runs beside it this is safe: the pin is put before the log is read again, and the clean-up writes the log before
+        it reads the pins again."""
         self.pin(artifact.id, owner)
         if self.usable(artifact):
             return True
@@ -209,7 +220,8 @@ class Registry:
         return bool(about) and "artifact" in about[-1] and self.get(artifact.id) is not None
 
     def entries_about(self, artifact: Artifact) -> list[dict[str, Any]]:
-        """What the log of its key says of an artifact, oldest first. Raises BadInput for a log with anything else in it."""
+        """What the log of its key says of an artifact, oldest first. Raises BadInput for a log with anything else in
+        it."""
         entries = self.store.entries(f"keys/{artifact.key}")
         for number, entry in enumerate(entries, 1):
             maker(entry, artifact.key, number)
@@ -224,7 +236,8 @@ class Registry:
         self.store.remove(f"pins/{id}/{owner}.json")
 
     def _record(self, artifact: Artifact, owner: str) -> Artifact:
-        """Enter an artifact, which its owner has pinned, as the maker of its key; returns the one that was first, held by the owner."""
+        """Enter an artifact, which its owner has pinned, as the maker of its key; returns the one that was first, held
+        by the owner."""
         log = f"keys/{artifact.key}"
         while True:
             last = self.store.last(log)
@@ -248,7 +261,8 @@ def _parsed(name: str, content: bytes | None) -> Artifact | None:
 
 
 def maker(entry: Any, key: str, number: int) -> str | None:
-    """The artifact that an entry of a key's log names as its maker; None where it says that one is void. Raises BadInput for what is no entry."""
+    """The artifact that an entry of a key's log names as its maker; None where it says that one is void. Raises
+    BadInput for what is no entry."""
     said = {name: entry.get(name) for name in ("artifact", "void")} if isinstance(entry, dict) else {}
     ids = [id for id in said.values() if id is not None]
     if len(ids) != 1 or not isinstance(ids[0], str) or not is_id(ids[0]):
@@ -260,8 +274,8 @@ def maker(entry: Any, key: str, number: int) -> str | None:
 
 @contextmanager
 def unswept() -> Iterator[None]:
-    """Without the garbage collector, now and for what is read here: thousands of manifests hold no garbage, and to look for it takes as long as to read
-    them."""
+    """Without the garbage collector, now and for what is read here: thousands of manifests hold no garbage, and to look
+    for it takes as long as to read them."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -30,7 +30,8 @@ BEAT = 3600.0
 SILENT = 3
 """Heartbeats that a run on another machine may miss before it counts as interrupted."""
 ALIVE = timedelta(hours=24)
-"""How long after its last event a run that is not done still holds what it needs; one that failed may be resumed until then."""
+"""How long after its last event a run that is not done still holds what it needs; one that failed may be resumed until
+then."""
 _beaten: dict[tuple[str, str], float] = {}
 """(registry, run) -> when this process last had a heartbeat of it, by the monotonic clock."""
 
@@ -68,8 +69,8 @@ def record(registry: Registry, run: str, event: str, **facts: Any) -> None:
 
 
 def beat(registry: Registry, run: str, every: float = BEAT) -> None:
-    """Say that a run lives, unless that was said within `every` seconds; the first call only starts the clock. To be called often: it costs nothing
-    in between."""
+    """Say that a run lives, unless that was said within `every` seconds; the first call only starts the clock. To be
+    called often: it costs nothing in between."""
     before = _beaten.setdefault((registry.url, run), time.monotonic())
     if time.monotonic() - before >= every:
         _beaten[registry.url, run] = (
@@ -79,7 +80,8 @@ def beat(registry: Registry, run: str, every: float = BEAT) -> None:
 
 
 def alive(registry: Registry, run: str, moment: datetime) -> bool | None:
-    """Whether a run holds on to its artifacts at a moment: it is not done, and was heard of within ALIVE. None when there is no such run."""
+    """Whether a run holds on to its artifacts at a moment: it is not done, and was heard of within ALIVE. None when
+    there is no such run."""
     _, last = registry.store.newest(f"runs/{run}/events")
     if last is None:
         return None
@@ -120,8 +122,8 @@ def recipe_of(registry: Registry, run: str) -> str:
 
 
 def unfinished(registry: Registry, recipe_name: str, recipe_yaml: str, selection: dict[str, Any]) -> str | None:
-    """The newest run of a recipe's name, where that was the same recipe and selection, did not come to its end and is not running. One without a first
-    event does not count: another process is starting it now, or was killed there."""
+    """The newest run of a recipe's name, where that was the same recipe and selection, did not come to its end and is
+    not running. One without a first event does not count: another process is starting it now, or was killed there."""
     of_recipe = re.compile(rf"{re.escape(recipe_name)}-\d{{8}}-\d{{6}}-[0-9a-f]{{4}}")
     newest_first = sorted(filter(of_recipe.fullmatch, registry.store.names("runs")), reverse=True)
     newest = next((run for run in newest_first if registry.store.last(f"runs/{run}/events")), None)

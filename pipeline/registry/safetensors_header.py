@@ -1,7 +1,9 @@
-"""The header of a safetensors file, judged without loading a tensor: 8 bytes of length, that much JSON, then the tensors' bytes.
+"""The header of a safetensors file, judged without loading a tensor: 8 bytes of length, that much JSON, then the
+tensors' bytes.
 
-The rules are the format's own (github.com/huggingface/safetensors, "Format"), which its readers check as well; here they are checked before anything is
-published or opened, from the file's start alone, and without the array library that the readers need.
+The rules are the format's own (github.com/huggingface/safetensors, "Format"), which its readers check as well; here
+they are checked before anything is published or opened, from the file's start alone, and without the array library that
+the readers need.
 """
 
 from __future__ import annotations

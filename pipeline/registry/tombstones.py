@@ -1,4 +1,5 @@
-"""Tombstones: the manifest of an artifact that garbage collection removed, so that lineage still explains what was made from it."""
+"""Tombstones: the manifest of an artifact that garbage collection removed, so that lineage still explains what was made
+from it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Whether artifacts are still what was published, and who is hit where one is not.
 
-Every file there, of its size and digest, no other, no link, tensors as their headers say; the manifest the one that its key's log vouches for; the key that
-of what was hashed; each input the one that was read. Files are hashed side by side: hashing frees the interpreter, so threads use all cores.
+Every file there, of its size and digest, no other, no link, tensors as their headers say; the manifest the one that its
+key's log vouches for; the key that of what was hashed; each input the one that was read. Files are hashed side by side:
+hashing frees the interpreter, so threads use all cores.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def verify(registry: Registry, artifact: Artifact) -> list[str]:
 
 
 def as_read(registry: Registry, artifact: Artifact) -> list[str]:
-    """What is wrong with an artifact as a stage on this machine would read it; what comes from elsewhere is fetched for that, and judged on the way."""
+    """What is wrong with an artifact as a stage on this machine would read it; what comes from elsewhere is fetched for
+    that, and judged on the way."""
     try:
         registry.path(artifact)
     except Damaged as error:
@@ -59,7 +61,8 @@ def as_read(registry: Registry, artifact: Artifact) -> list[str]:
 
 
 def verify_all(registry: Registry, artifacts: Sequence[Artifact]) -> dict[str, list[str]]:
-    """Id -> what is wrong, a line a file. Where the manifest itself was changed, nothing can be said about the files."""
+    """Id -> what is wrong, a line a file. Where the manifest itself was changed, nothing can be said about the
+    files."""
     lying = {artifact.id for artifact in artifacts if _manifest_changed(registry, artifact)}
     honest = [artifact for artifact in artifacts if artifact.id not in lying]
     there = {artifact.id: registry.store.files(f"artifacts/{artifact.id}") for artifact in honest}
@@ -77,7 +80,8 @@ def verify_all(registry: Registry, artifacts: Sequence[Artifact]) -> dict[str, l
 
 
 def verify_ids(registry: Registry, ids: Sequence[str] | None = None) -> list[Verified]:
-    """Verify artifacts by id, or everything that is there; whoever is damaged is void afterwards. Raises BadInput for an id that is not there."""
+    """Verify artifacts by id, or everything that is there; whoever is damaged is void afterwards. Raises BadInput for
+    an id that is not there."""
     if ids is None:
         whole, wrong = _opened(registry.store.names("artifacts"), registry.read)
     else:
@@ -92,7 +96,8 @@ def verify_ids(registry: Registry, ids: Sequence[str] | None = None) -> list[Ver
 
 
 def condemn(registry: Registry, id: str) -> None:
-    """Let whatever key an artifact is recorded for be made again. The artifact itself is not asked which one that is, since its manifest may lie."""
+    """Let whatever key an artifact is recorded for be made again. The artifact itself is not asked which one that is,
+    since its manifest may lie."""
     for key in registry.store.names("keys"):
         if registry.current(key) == id:
             registry.store.append(f"keys/{key}", {"void": id, "reason": REASON})
@@ -126,7 +131,8 @@ def _below(id: str, children: dict[str, set[str]]) -> set[str]:
 def _opened(
     names: Sequence[str], read: Callable[[str], Artifact | None]
 ) -> tuple[list[Artifact], dict[str, list[str]]]:
-    """(those with a manifest, what is wrong with those whose manifest is not one); what has no manifest is no artifact."""
+    """(those with a manifest, what is wrong with those whose manifest is not one); what has no manifest is no
+    artifact."""
     whole: list[Artifact] = []
     broken: dict[str, list[str]] = {}
     for name in names:
@@ -153,7 +159,8 @@ def _wrong(registry: Registry, id: str, file: File, size: int | None) -> str | N
         return "is gone"
     except OSError as error:
         raise Unreadable(
-            f"{registry.url}: {id}/{file.path} cannot be read ({error.strerror}); nothing was judged, so mend that and try again"
+            f"{registry.url}: {id}/{file.path} cannot be read ({error.strerror}); nothing was judged, so mend that and "
+            "try again"
         ) from None
 
 
@@ -198,7 +205,8 @@ def was_read(source: Source, found: Artifact) -> bool:
 
 
 def _manifest_changed(registry: Registry, artifact: Artifact) -> bool:
-    """Whether a manifest is not the one that its key's log has the digest of. Where no digest was recorded, nothing can be said."""
+    """Whether a manifest is not the one that its key's log has the digest of. Where no digest was recorded, nothing can
+    be said."""
     recorded = [entry["manifest"] for entry in registry.entries_about(artifact) if "manifest" in entry]
     return bool(recorded) and recorded[-1] != registry.store.digest(_manifest(artifact))
 

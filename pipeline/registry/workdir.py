@@ -31,8 +31,8 @@ HOLDER_PATIENCE = 1.0
 def alone(work: Path, on_wait: Callable[[str], None], on_tick: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Be the only run on this machine that makes this step, from the look into the registry to its publication.
 
-    Where another run is at it, `on_wait` hears that run's pid, once, and `on_tick` is called again and again. The kernel frees the lock whatever ends its
-    holder.
+    Where another run is at it, `on_wait` hears that run's pid, once, and `on_tick` is called again and again. The
+    kernel frees the lock whatever ends its holder.
     """
     work.mkdir(parents=True, exist_ok=True)
     with (work / RUN_LOCK).open("a+") as lock:

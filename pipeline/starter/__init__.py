@@ -1,4 +1,5 @@
-"""What `switchback init` writes: a recipe, a problem of one's own, a prompt, and a tiny model, so that the first run needs no internet.
+"""What `switchback init` writes: a recipe, a problem of one's own, a prompt, and a tiny model, so that the first run
+needs no internet.
 
 The tiny model is `configs/tiny-base` of the repository; the wheel carries it here.
 """
@@ -22,7 +23,8 @@ MODEL = "tiny-base"
 
 
 def write(directory: Path, problem: str) -> list[Path]:
-    """Write the starter; returns what was written. Raises BadInput, before anything is written, for an unknown problem and for files that are there."""
+    """Write the starter; returns what was written. Raises BadInput, before anything is written, for an unknown problem
+    and for files that are there."""
     if problem not in CHOICES:
         raise BadInput(f"--problem: found {problem!r}, expected one of {', '.join(CHOICES)}")
     names = ["recipe.yaml", "my_prompt.md", *(["my_problem.py"] if problem == OWN else [])]

@@ -10,7 +10,8 @@ from stages.job import Finding
 
 
 def found(stage: str, problem: Any, failures: Iterable[str | None]) -> tuple[Finding, ...]:
-    """A Finding with a count per kind of failure, of which there is one, or None, for each answer; none where everything was judged."""
+    """A Finding with a count per kind of failure, of which there is one, or None, for each answer; none where
+    everything was judged."""
     every = list(failures)
     counts = Counter(failure for failure in every if failure)
     if not counts:
@@ -23,7 +24,10 @@ def found(stage: str, problem: Any, failures: Iterable[str | None]) -> tuple[Fin
             severity="warn",
             stage=stage,
             evidence={**{name: float(count) for name, count in counts.items()}, "answers": float(len(every))},
-            advice=f"the problem's own code failed on {counts.total()} of {len(every)} answers ({said}), which count as score 0 and have no reward"
+            advice=(
+                f"the problem's own code failed on {counts.total()} of {len(every)} answers ({said}), which count as "
+                "score 0 and have no reward"
+            )
             + (f"; the first said: {first}" if first else ""),
         ),
     )

@@ -1,10 +1,11 @@
 """Calls of user code that cannot hurt: worker processes that may hang, die, print or fork, and are killed and replaced.
 
-payloads -> one Reply each, in order. A worker is two processes: a keeper, which user code sees as its parent, and below it the one that imports user
-code once and then answers (`stages.guard.user_process`). Both die with the stage. Requests and replies are lines of JSON over pipes of their own, never pickle;
-what user code prints is read away and only its end is kept. The invariant: whatever a call does, `map` comes back with a Reply for every payload, after
-at most the time limit for each of them, and what the call started is gone. It guards against accidents and against models that are graded, not
-against whoever wrote the code: what runs here may do all that its user may.
+payloads -> one Reply each, in order. A worker is two processes: a keeper, which user code sees as its parent, and below
+it the one that imports user code once and then answers (`stages.guard.user_process`). Both die with the stage. Requests
+and replies are lines of JSON over pipes of their own, never pickle; what user code prints is read away and only its end
+is kept. The invariant: whatever a call does, `map` comes back with a Reply for every payload, after at most the time
+limit for each of them, and what the call started is gone. It guards against accidents and against models that are
+graded, not against whoever wrote the code: what runs here may do all that its user may.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class Reply(NamedTuple):
 
 
 class Guard:
-    """A pool of workers with the same user code; they start when they are needed and end with the guard, or with this process."""
+    """A pool of workers with the same user code; they start when they are needed and end with the guard, or with this
+    process."""
 
     def __init__(self, target: str, spec: dict[str, Any], limits: Limits) -> None:
         self.target, self.spec, self.limits = target, spec, limits
@@ -99,7 +101,8 @@ class Guard:
     def map(
         self, call: str, payloads: Sequence[Any], seconds: float | None = None, counted: bool = False
     ) -> list[Reply]:
-        """A Reply for each payload, in order. `seconds` overrules the time limit; `counted` stops when failures are too many (TooManyFailures)."""
+        """A Reply for each payload, in order. `seconds` overrules the time limit; `counted` stops when failures are too
+        many (TooManyFailures)."""
         limit = seconds or self.limits.seconds
         waiting, replies = deque(range(len(payloads))), dict[int, Reply]()
         lines, done = _Lines(call, payloads), 0
@@ -126,7 +129,8 @@ class Guard:
         self.judged += answers
 
     def blame(self, reply: Reply, answers: int, left: int) -> None:
-        """So many of the answers that `note` was told of failed, all by one reply; `left` are still to be asked for. Raises TooManyFailures."""
+        """So many of the answers that `note` was told of failed, all by one reply; `left` are still to be asked for.
+        Raises TooManyFailures."""
         for _ in range(answers):
             self._count(reply, self.judged, left)
 
@@ -163,15 +167,18 @@ class Guard:
         self._about = reply.value
 
     def _count(self, reply: Reply, seen: int, of: int) -> None:
-        """Stop as soon as the share of failures is sure to be too high when this call ends, in whatever order answers come. `seen`: answers so far."""
+        """Stop as soon as the share of failures is sure to be too high when this call ends, in whatever order answers
+        come. `seen`: answers so far."""
         self._failed[str(reply.failure)] += 1
         self.first = self.first or reply.message
         failed, every = self._failed.total(), max(FEWEST, self.judged + of)
         if failed > self.limits.failures * every:
             counts = ", ".join(f"{name} {count}" for name, count in self._failed.most_common())
             raise TooManyFailures(
-                f"{self.spec['name']} failed on {failed} of the first {seen} answers it was asked to judge ({counts}), more than"
-                f" max_failures={self.limits.failures:g} of {every} allows; the first said: {self.first}; mend it and run again, or raise"
+                f"{self.spec['name']} failed on {failed} of the first {seen} answers it was asked to judge ({counts}), "
+                "more than"
+                f" max_failures={self.limits.failures:g} of {every} allows; the first said: {self.first}; mend it and "
+                "run again, or raise"
                 " problem.max_failures"
             )
 
@@ -250,7 +257,8 @@ class _Worker:
         return found, False
 
     def sweep(self) -> None:
-        """Kill what is below it and was not when it had imported the user's code; one that is still importing answered no call yet."""
+        """Kill what is below it and was not when it had imported the user's code; one that is still importing answered
+        no call yet."""
         if LOAD in self.asked:
             return
         for _ in range(SWEEPS):

@@ -1,9 +1,11 @@
-"""The process in which user code runs: `python -m stages --guarded STAGE_PID REQUESTS REPLIES`, started by `stages.guard.pool` and by nobody else.
+"""The process in which user code runs: `python -m stages --guarded STAGE_PID REQUESTS REPLIES`, started by
+`stages.guard.pool` and by nobody else.
 
     stage --PDEATHSIG--> keeper --fork, PDEATHSIG--> worker --> whatever user code starts
 
-The keeper is what user code finds as its parent: killing it kills the worker and not the stage. It adopts orphans, and ends as the worker ended.
-The worker answers one line of JSON with one, in order; the first asks it to import the user's code. A process that user code forked and that comes back here ends.
+The keeper is what user code finds as its parent: killing it kills the worker and not the stage. It adopts orphans, and
+ends as the worker ended. The worker answers one line of JSON with one, in order; the first asks it to import the user's
+code. A process that user code forked and that comes back here ends.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from stages.errors import CallFailed, CodeRefused
 from stages.runtime.process import adopt_orphans, die_with_parent
 
 TARGETS = {"file": "stages.problems.custom.python_file_worker", "rewards": "stages.problems.custom.rewards_worker"}
-"""What can be loaded -> the module whose `load(spec)` returns (what it says of itself, {call: function of a payload})."""
+"""What can be loaded -> the module whose `load(spec)` returns (what it says of itself, {call: function of a
+payload})."""
 Calls = dict[str, Callable[[Any], Any]]
 
 

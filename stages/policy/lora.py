@@ -1,7 +1,9 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): a fresh adapter on the stage's policy while it trains, merged into it when it is published.
+"""Low-rank adapters (LoRA, arXiv 2106.09685): a fresh adapter on the stage's policy while it trains, merged into it
+when it is published.
 
-A policy is always published whole, with the adapter beside it in `adapter/`. So the next stage puts a fresh adapter on a whole policy, and the KL
-reference of an RL stage is its own policy with the adapter off. Cheap to import: torch and peft come with the functions.
+A policy is always published whole, with the adapter beside it in `adapter/`. So the next stage puts a fresh adapter on
+a whole policy, and the KL reference of an RL stage is its own policy with the adapter off. Cheap to import: torch and
+peft come with the functions.
 """
 
 from __future__ import annotations
@@ -64,12 +66,14 @@ def refuse_quantization() -> None:
     ]
     if missing:
         raise BadInput(
-            f"model.lora.quantize: nf4 needs {' and '.join(missing)}, which is not here; remove it to train in the model's dtype"
+            f"model.lora.quantize: nf4 needs {' and '.join(missing)}, which is not here; remove it to train in the "
+            "model's dtype"
         )
 
 
 def refuse_targets(path: str, lora: Lora) -> None:
-    """Raise BadInput for targets that the model has not, or that its embeddings are among: a merged update would change both ends of a tied model."""
+    """Raise BadInput for targets that the model has not, or that its embeddings are among: a merged update would change
+    both ends of a tied model."""
     import torch
     from peft import get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -81,7 +85,8 @@ def refuse_targets(path: str, lora: Lora) -> None:
         for target in lora.targets if isinstance(lora.targets, tuple) else ():
             if not any(name == target or name.endswith(f".{target}") for name in names):
                 raise BadInput(
-                    f"model.lora.targets: the model has no module called {target}; it ends in names such as {', '.join(_ends(names))}"
+                    f"model.lora.targets: the model has no module called {target}; it ends in names such as "
+                    f"{', '.join(_ends(names))}"
                 )
         try:
             adapted = get_peft_model(model, peft_config(lora))
@@ -108,8 +113,8 @@ def save_adapter(model: Any, directory: Path, state: dict[str, Any] | None, base
 
 
 def merged(policy: Any, adapter: Path) -> tuple[Any, float]:
-    """(`policy`, a whole PreTrainedModel on the CPU, with the adapter's update added in float32 before the sum is rounded to the policy's precision;
-    the share of the update that the rounding kept, 1 when there is none).
+    """(`policy`, a whole PreTrainedModel on the CPU, with the adapter's update added in float32 before the sum is
+    rounded to the policy's precision; the share of the update that the rounding kept, 1 when there is none).
 
     A bfloat16 weight has 8 bits: an update of a thousandth of a weight mostly falls below them.
     """

@@ -2,8 +2,8 @@
 
     12 - 40 =    is answered    -28
 
-The answer is everything after the last </think>, or the whole completion where nobody thought: a whole number of at most 18 digits, and blank space
-around it. The score is 1 when it is right.
+The answer is everything after the last </think>, or the whole completion where nobody thought: a whole number of at
+most 18 digits, and blank space around it. The score is 1 when it is right.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ MAX_DIGITS = 9
 NUMBER = re.compile(r"-?[0-9]{1,18}")
 THOUGHT = "</think>"
 RIGHT_ANSWERS = 0.5
-"""Share of the demonstrations that are right; the others are off by up to 3. They show the form and leave the task to be learned."""
+"""Share of the demonstrations that are right; the others are off by up to 3. They show the form and leave the task to
+be learned."""
 
 
 class ArithmeticSettings(Config):

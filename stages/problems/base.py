@@ -1,9 +1,11 @@
 """What a checkable problem is: rows to work on, rewards to train by, and a score that says what the task means.
 
-A problem is a value with the methods of `Problem`. It knows nothing of models, prompts or prefixes: it sees rows and the texts of completions
-(response prefix included), and answers with plain numbers. The same row and text always give the same answer.
+A problem is a value with the methods of `Problem`. It knows nothing of models, prompts or prefixes: it sees rows and
+the texts of completions (response prefix included), and answers with plain numbers. The same row and text always give
+the same answer.
 
-Rows belong to a split by the digest of their content (`split_of`), so no row can be in two splits, whatever the seeds and ranges.
+Rows belong to a split by the digest of their content (`split_of`), so no row can be in two splits, whatever the seeds
+and ranges.
 """
 
 from __future__ import annotations
@@ -64,7 +66,8 @@ class Judgement:
     rewards: Mapping[str, float | None] = field(default_factory=dict)
     """Component -> its value; None where it does not apply to the row, or could not be had."""
     failure: str | None = None
-    """What user code did instead of judging, such as `timeout`; every reward is then None and the score 0. None: it judged."""
+    """What user code did instead of judging, such as `timeout`; every reward is then None and the score 0. None: it
+    judged."""
 
 
 class Problem(Protocol):
@@ -93,7 +96,8 @@ class Problem(Protocol):
         ...
 
     def baselines(self, row: Row, rng: random.Random) -> Mapping[str, str]:
-        """Name -> a completion that needs no model, for the audit; `gold` is the best there is. Empty: none are known."""
+        """Name -> a completion that needs no model, for the audit; `gold` is the best there is. Empty: none are
+        known."""
         ...
 
     def judge(self, answers: Sequence[Answer]) -> list[Judgement]:
@@ -116,7 +120,8 @@ def row_id(content: Any) -> str:
 
 
 def split_of(id: str) -> Split:
-    """Half of all possible rows are for training, a quarter each for validation and held-out; decided by the id alone."""
+    """Half of all possible rows are for training, a quarter each for validation and held-out; decided by the id
+    alone."""
     return ("train", "train", "validation", "held_out")[int(id[:8], 16) % 4]
 
 
@@ -143,7 +148,8 @@ def taken(rows: Iterator[R], start: int, stop: int) -> list[R]:
     found = list(islice(rows, stop))
     if len(found) < stop:
         raise TooFew(
-            f"the problem has only {len(found)} in this split, but row {stop - 1} was asked for; ask for fewer, or for harder rows"
+            f"the problem has only {len(found)} in this split, but row {stop - 1} was asked for; ask for fewer, or for "
+            "harder rows"
         )
     return found[start:]
 

@@ -1,6 +1,8 @@
-"""The checkable problems. A cheap table says what exists, under which version and with which settings; `load` makes the problem itself.
+"""The checkable problems. A cheap table says what exists, under which version and with which settings; `load` makes the
+problem itself.
 
-A built-in problem's identity is its name, version and settings: raise the version whenever its rows, rewards or scores change.
+A built-in problem's identity is its name, version and settings: raise the version whenever its rows, rewards or scores
+change.
 """
 
 from __future__ import annotations

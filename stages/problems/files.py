@@ -48,7 +48,8 @@ def rows(problem: Problem, path: Path) -> list[Row]:
 
 
 def answers(path: Path, rows: Sequence[Row]) -> list[tuple[int, Answer]]:
-    """(row, answer) of each line {"row": line of the rows, from 0, "completion": text}; other columns are left alone."""
+    """(row, answer) of each line {"row": line of the rows, from 0, "completion": text}; other columns are left
+    alone."""
     return [_answer(line, rows) for line in lines(path)]
 
 
@@ -73,7 +74,8 @@ def _object(line: str, where: str) -> dict[str, Any]:
 
 
 def refuse_half_pairs(columns: dict[str, Any]) -> None:
-    """Raise BadInput where a text cannot be encoded: a JSON escape can say half of a surrogate pair, which no tokenizer takes."""
+    """Raise BadInput where a text cannot be encoded: a JSON escape can say half of a surrogate pair, which no tokenizer
+    takes."""
     try:
         json.dumps(columns, ensure_ascii=False).encode()
     except UnicodeEncodeError:

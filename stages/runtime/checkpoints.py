@@ -1,10 +1,11 @@
-"""Resume checkpoints: what of a stage's training survives its process. Files only; what is in them is the trainer's (`stages.trl.resume`).
+"""Resume checkpoints: what of a stage's training survives its process. Files only; what is in them is the trainer's
+(`stages.trl.resume`).
 
     work/checkpoint-<step>/   model, optimiser, random state, logs up to that step, and complete.json
     work/set-aside/           checkpoints that cannot be used, until the stage is published
 
-Trainers write checkpoints in place. A checkpoint is whole only when its own record says so: complete.json, written last, names every file with size
-and digest, what was asked and in which execution. The newest whole one is used.
+Trainers write checkpoints in place. A checkpoint is whole only when its own record says so: complete.json, written
+last, names every file with size and digest, what was asked and in which execution. The newest whole one is used.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ def seal(checkpoint: Path, step: int, belongs: Belongs) -> None:
 
 
 def newest(work: Path, belongs: Belongs) -> Found:
-    """The newest checkpoint that a job can go on from. Those that are newer and cannot be used are set aside, and named."""
+    """The newest checkpoint that a job can go on from. Those that are newer and cannot be used are set aside, and
+    named."""
     words: list[str] = []
     for checkpoint in reversed(_all(work)):
         if not (wrong := what_is_wrong(checkpoint, belongs)):

@@ -1,4 +1,5 @@
-"""The worker's running commentary: one JSON line a step in `metrics.jsonl`, which the launcher draws progress from and an artifact keeps.
+"""The worker's running commentary: one JSON line a step in `metrics.jsonl`, which the launcher draws progress from and
+an artifact keeps.
 
 Every line has step, total and seconds since the start; training adds TRL's own metric names.
 """

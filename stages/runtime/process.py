@@ -1,7 +1,8 @@
 """Processes that cannot outlive the one that needs them (Linux).
 
-A launcher, and what serves it, adopt orphans (`adopt_orphans`), so that every descendant stays findable from them, in whatever session it put
-itself. A child asks the kernel to be killed with its parent (`die_with_parent`). `kill_tree` kills all descendants until none is left.
+A launcher, and what serves it, adopt orphans (`adopt_orphans`), so that every descendant stays findable from them, in
+whatever session it put itself. A child asks the kernel to be killed with its parent (`die_with_parent`). `kill_tree`
+kills all descendants until none is left.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ def adopt_orphans() -> None:
 
 
 def die_with_parent(parent: int) -> None:
-    """SIGKILL this process when the thread that started it ends. `parent` is its pid, looked at in case it ended before we asked."""
+    """SIGKILL this process when the thread that started it ends. `parent` is its pid, looked at in case it ended before
+    we asked."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
@@ -62,7 +64,8 @@ def _kill(pids: set[int]) -> None:
 
 
 def started_at(pid: int) -> str | None:
-    """When a process started, in clock ticks since boot: with the pid, its name for ever. None when there is no such process."""
+    """When a process started, in clock ticks since boot: with the pid, its name for ever. None when there is no such
+    process."""
     stat = _stat(Path("/proc", str(pid)))
     return stat[19] if stat and stat[0] != "Z" else None
 

@@ -1,9 +1,9 @@
 """The sampler: token ids in, token ids out. What is sampled is kept as it is; nobody re-tokenises it.
 
-prompts and their keys -> `samples` completions each. With the backend `transformers`, what a sequence gets follows from (seed, key, sample number) alone:
-not from its batch, from the process that samples it, from the order of the prompts or from which others there are (`stages.sampling.draws`).
-A backend is an Engine: a policy that is loaded, and completes what it is given. This module cuts the work into batches, shares them among processes
-and keeps what is done.
+prompts and their keys -> `samples` completions each. With the backend `transformers`, what a sequence gets follows from
+(seed, key, sample number) alone: not from its batch, from the process that samples it, from the order of the prompts or
+from which others there are (`stages.sampling.draws`). A backend is an Engine: a policy that is loaded, and completes
+what it is given. This module cuts the work into batches, shares them among processes and keeps what is done.
 """
 
 from __future__ import annotations
@@ -78,8 +78,9 @@ def sample(
 ) -> list[list[list[int]]]:
     """`samples` completions of each prompt, in the order of the prompts, each with its turn end where it came to one.
 
-    `keys` name the prompts; equal prompts under equal keys get equal completions. `on_progress` hears how many prompts' worth of sequences is done.
-    What was sampled is committed to `chunks`, batch by batch, and is not sampled again, in whatever batches it is asked for.
+    `keys` name the prompts; equal prompts under equal keys get equal completions. `on_progress` hears how many prompts'
+    worth of sequences is done. What was sampled is committed to `chunks`, batch by batch, and is not sampled again, in
+    whatever batches it is asked for.
     """
     asked = list(_asked(prompts, keys, decoding.samples, seed))
     done = ranks.together(_sampled(engine, asked, decoding, on_progress, chunks))
@@ -95,8 +96,8 @@ def _asked(prompts: Sequence[Sequence[int]], keys: Sequence[str], samples: int, 
 
 
 def batches(asked: Iterable[Asked], longest: int, tokens: int) -> list[list[Asked]]:
-    """Sequences side by side, those with the longest prompts first, so that what does not fit into memory shows at once. A batch holds at most `tokens`
-    tokens, padding and completions of `longest` counted, or one sequence."""
+    """Sequences side by side, those with the longest prompts first, so that what does not fit into memory shows at
+    once. A batch holds at most `tokens` tokens, padding and completions of `longest` counted, or one sequence."""
     cut: list[list[Asked]] = []
     for one in sorted(asked, key=lambda one: (-len(one.prompt), one.row, one.sample)):
         if not cut or (len(cut[-1]) + 1) * (len(cut[-1][0].prompt) + longest) > tokens:
@@ -128,7 +129,8 @@ def _sampled(
 
 
 def _question(engine: Engine, decoding: Decoding) -> list[Any]:
-    """What all sequences have in common, and what must be equal for one that is committed to be the one that is asked for."""
+    """What all sequences have in common, and what must be equal for one that is committed to be the one that is asked
+    for."""
     return [engine.name, decoding.temperature, decoding.max_completion_length, sorted(engine.ends)]
 
 

@@ -1,7 +1,8 @@
 """The backend `continuous`: transformers' own continuous batching, `generate_batch`.
 
-Sequences join and leave a paged cache as they come and end. It draws from one stream of random numbers for all of them: a batch is seeded as a whole, by
-the sequences in it, so the same batches give the same completions on the same kind of machine, and other batches others.
+Sequences join and leave a paged cache as they come and end. It draws from one stream of random numbers for all of them:
+a batch is seeded as a whole, by the sequences in it, so the same batches give the same completions on the same kind of
+machine, and other batches others.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Continuous:
         return QUEUE * self.cache_tokens
 
     def complete(self, batch: Sequence[Asked], decoding: Decoding) -> list[list[int]]:
-        """See `Engine`. Raises BadInput for a model with recurrent layers, and RuntimeError when a sequence is left unanswered, which transformers only logs."""
+        """See `Engine`. Raises BadInput for a model with recurrent layers, and RuntimeError when a sequence is left
+        unanswered, which transformers only logs."""
         empty(self.model.eval(), self.name)
         how = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
         config = GenerationConfig(
@@ -62,7 +64,8 @@ class Continuous:
         if len(outputs) != len(batch) or any(output.error for output in outputs.values()):
             errors = {str(output.error) for output in outputs.values() if output.error}
             raise RuntimeError(
-                f"continuous batching answered {len(outputs)} of {len(batch)} sequences; {'; '.join(errors) or 'its log says why'}"
+                f"continuous batching answered {len(outputs)} of {len(batch)} sequences; "
+                f"{'; '.join(errors) or 'its log says why'}"
             )
         return [until_end(output.generated_tokens, self.ends) for output in outputs.values()]
 

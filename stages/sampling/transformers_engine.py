@@ -1,7 +1,8 @@
 """The backend `transformers`: a decoding loop of our own over a PreTrainedModel.
 
-A batch of sequences -> their completions. A prompt is read once, whatever number of samples it has; keys and values are written in place;
-sequences that have come to their end leave the batch. The model's own generation settings are never read, so temperature is all there is.
+A batch of sequences -> their completions. A prompt is read once, whatever number of samples it has; keys and values are
+written in place; sequences that have come to their end leave the batch. The model's own generation settings are never
+read, so temperature is all there is.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""The backend `vllm`. UNVERIFIED: written against vLLM's documentation (docs.vllm.ai: LLM, SamplingParams, TokensPrompt), and never run by us on a GPU.
+"""The backend `vllm`. UNVERIFIED: written against vLLM's documentation (docs.vllm.ai: LLM, SamplingParams,
+TokensPrompt), and never run by us on a GPU.
 
-Each sequence is a request with a seed of its own, so what it gets does not depend on the order of requests; vLLM promises the same completion for the
-same seed only for equal batches, because its kernels round differently in others. One process: vLLM makes its own.
+Each sequence is a request with a seed of its own, so what it gets does not depend on the order of requests; vLLM
+promises the same completion for the same seed only for equal batches, because its kernels round differently in others.
+One process: vLLM makes its own.
 """
 
 from __future__ import annotations

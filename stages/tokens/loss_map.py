@@ -17,7 +17,8 @@ NAMES = {letter: role for role, letter in ROLES.items()}
 
 
 def of_row(row: TokenRow, weights: Weights, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """{"row", "tokens": [{"text", "id", "role", "weight", "share"}]}; share is of the row's total weight, so the shares add up to 1.
+    """{"row", "tokens": [{"text", "id", "role", "weight", "share"}]}; share is of the row's total weight, so the shares
+    add up to 1.
 
     The first token has nothing before it and is never predicted: its weight is 0 whatever its role.
     """

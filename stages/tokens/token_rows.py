@@ -1,6 +1,8 @@
-"""Rows as token ids with a role each: how rollouts travel from rejection sampling to SFT, so that what was sampled is what is trained.
+"""Rows as token ids with a role each: how rollouts travel from rejection sampling to SFT, so that what was sampled is
+what is trained.
 
-A row says what every token is, so that weights are decided by role and nothing is ever rendered or tokenised a second time:
+A row says what every token is, so that weights are decided by role and nothing is ever rendered or tokenised a second
+time:
 
     s  system      words of the system prompt
     u  user        words of a user's (or tool's) turn
@@ -22,7 +24,8 @@ CARD = "card.json"
 """Beside the rows: which tokenizer and which Format made them."""
 PROVENANCE = {"policy": "string", "step": "int64", "sample": "int64", "seed": "int64", "temperature": "double", "max_completion_length": "int64",
               "prefix": "string", "text": "string", "score": "double", "outcome": "string", "reward": "double", "rank": "int64", "rule": "string"}  # fmt: skip
-"""What is told of where a row comes from: column -> its type in Arrow's words. Beside these, a column `reward_<component>` each."""
+"""What is told of where a row comes from: column -> its type in Arrow's words. Beside these, a column
+`reward_<component>` each."""
 SYSTEM, USER, TEMPLATE, PREFIX, COMPLETION = "sutpc"
 ROLES = {"system": SYSTEM, "user": USER, "template": TEMPLATE, "prefix": PREFIX, "completion": COMPLETION}
 """Role -> its letter; the position of a role in this table is its code in a batch."""
@@ -81,9 +84,9 @@ def read_card(directory: Path) -> dict[str, Any]:
 def labelled(row: TokenRow) -> dict[str, list[int]]:
     """What SFTTrainer takes: input_ids, and in `labels` the code of each token's role.
 
-    A list column named `labels` is the only thing beside the ids that TRL carries through truncation, every packing strategy and its collator, which
-    writes -100 where nothing is to be learned: on padding, and on the first token of a document in a padding-free batch. The loss takes its
-    targets from `input_ids`.
+    A list column named `labels` is the only thing beside the ids that TRL carries through truncation, every packing
+    strategy and its collator, which writes -100 where nothing is to be learned: on padding, and on the first token of a
+    document in a padding-free batch. The loss takes its targets from `input_ids`.
     """
     return {"input_ids": row.ids, "labels": [CODES[role] for role in row.roles]}
 

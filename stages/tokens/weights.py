@@ -12,7 +12,8 @@ w_i the weight of token i's role and N one of three numbers (`NORMALISERS`):
                                         the gradient, and the first weight above 0 on the prompt enlarges N at once.
     completion_count   #{i: i answered} The response's own gradient does not depend on the prompt's weight; the whole gradient grows with it.
 
-With prompt weight 0 and completion weight 1 all three are completion-only training, with 1 and 1 the first two are full-sequence training.
+With prompt weight 0 and completion weight 1 all three are completion-only training, with 1 and 1 the first two are
+full-sequence training.
 
 The first token of a sequence has nothing before it and is never predicted: it counts nowhere.
 """
@@ -40,7 +41,8 @@ def is_answered(codes: Tensor) -> Tensor:
 
 
 def token_weights(codes: Tensor, weights: Weights) -> Tensor:
-    """float32 weight of each token as a target, not yet shifted; 0 where nothing is to be learned. `codes` as `tokens.labelled` gives them."""
+    """float32 weight of each token as a target, not yet shifted; 0 where nothing is to be learned. `codes` as
+    `tokens.labelled` gives them."""
     import torch
 
     table = torch.tensor([weights[role] for role in ROLES], dtype=torch.float32, device=codes.device)

@@ -2,9 +2,10 @@
 
     L = L_grpo + coefficient * L_nll,    L_nll = - sum log p(completion token) / N,
 
-the sum and N over all general rows of an optimiser step. Every process has all of them and knows N; they are dealt out to micro-steps and processes, and a
-micro-step that is dealt none runs one at weight 0, so that all processes run the model equally often. The gradient does not depend on either number. Which
-rows a step has follows from the step alone, so a resumed stage needs no further state.
+the sum and N over all general rows of an optimiser step. Every process has all of them and knows N; they are dealt out
+to micro-steps and processes, and a micro-step that is dealt none runs one at weight 0, so that all processes run the
+model equally often. The gradient does not depend on either number. Which rows a step has follows from the step alone,
+so a resumed stage needs no further state.
 """
 
 from __future__ import annotations

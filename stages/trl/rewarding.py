@@ -1,8 +1,10 @@
-"""GRPOTrainer whose rewards are a problem's judgements: judged once for all components, composed as the stage says, and every rollout logged.
+"""GRPOTrainer whose rewards are a problem's judgements: judged once for all components, composed as the stage says, and
+every rollout logged.
 
-completions -> `problem.judge` and the stage's penalties -> (rollouts, components), gathered over processes -> `rewards.composed` -> TRL. A rollout that
-could not be judged is NaN in every component: TRL leaves it out of its group's mean and gives it the advantage 0. Two hooks: `_calculate_rewards`, and
-`_generate_and_score_completions`, after which the raw components are what is logged, whatever was made of them.
+completions -> `problem.judge` and the stage's penalties -> (rollouts, components), gathered over processes ->
+`rewards.composed` -> TRL. A rollout that could not be judged is NaN in every component: TRL leaves it out of its
+group's mean and gives it the advantage 0. Two hooks: `_calculate_rewards`, and `_generate_and_score_completions`, after
+which the raw components are what is logged, whatever was made of them.
 """
 
 from __future__ import annotations
@@ -89,8 +91,8 @@ class RewardedGRPOTrainer(PrefillGRPOTrainer):
         return compose.composed(self._raw, [*self.judging.weights], self.judging.settings, size, self._running)
 
     def _values(self, answer: Answer, judgement: Judgement) -> dict[str, float | None]:
-        """Component -> its value; None in all of them, penalties too, where the problem has none to give: the rollout was not judged, or nothing
-        applies to its row."""
+        """Component -> its value; None in all of them, penalties too, where the problem has none to give: the rollout
+        was not judged, or nothing applies to its row."""
         if all(value is None for value in judgement.rewards.values()):
             return dict.fromkeys(self.judging.weights)
         found = {**judgement.rewards, **compose.penalties(self.judging.settings, answer.ids)}

@@ -1,8 +1,8 @@
 """SFTTrainer with a weight for every token, inside TRL's fused LM head: the full logits are never built.
 
-TRL packs, collates and scores; the batch's `labels` hold each token's role (`tokens.labelled`). We turn roles into weights per micro-batch
-(`stages.tokens.weights`), let the fused head score every token that has one, and divide by a number of the whole optimiser step, so the gradient does not
-depend on micro-batch, packing or process count.
+TRL packs, collates and scores; the batch's `labels` hold each token's role (`tokens.labelled`). We turn roles into
+weights per micro-batch (`stages.tokens.weights`), let the fused head score every token that has one, and divide by a
+number of the whole optimiser step, so the gradient does not depend on micro-batch, packing or process count.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from stages.tokens.weights import NOTHING, Normaliser, Weights, is_answered, nor
 from stages.trl.resume import ExactResume
 
 LEAST: dict[Normaliser, float] = {"weight_sum": 1e-8, "nonzero_count": 1.0, "completion_count": 1.0}
-"""What a step's loss is divided by at least, where N would be 0. TRL's 1 is wrong for weights, whose sum may be less."""
+"""What a step's loss is divided by at least, where N would be 0. TRL's 1 is wrong for weights, whose sum may be
+less."""
 
 
 class WeightedSFTTrainer(ExactResume, SFTTrainer):
@@ -51,7 +52,8 @@ class WeightedSFTTrainer(ExactResume, SFTTrainer):
         return total / self.get_tp_size()
 
     def _forget_repeats(self, batch_samples: list[dict[str, Tensor]]) -> None:
-        """Mask what accelerate put in twice: at the end of an epoch it repeats rows until every process has a whole last batch.
+        """Mask what accelerate put in twice: at the end of an epoch it repeats rows until every process has a whole
+        last batch.
 
         Packed sequences cannot be told apart once they lie end to end; there the repeats stay, as in plain TRL.
         """
@@ -93,7 +95,8 @@ class WeightedSFTTrainer(ExactResume, SFTTrainer):
 
     @torch.no_grad()
     def _log_parts(self, out: Any, answered: Tensor, inputs: dict[str, Tensor]) -> None:
-        """Unweighted loss of each part, so that runs with different weights can be compared; entropy and accuracy of the completion."""
+        """Unweighted loss of each part, so that runs with different weights can be compared; entropy and accuracy of
+        the completion."""
         completion, prompt = answered & out.label_mask, out.label_mask & ~answered
         nll = -out.log_probs
         tokens = (

@@ -1,4 +1,5 @@
-"""A loss map for people: on a terminal the row's own text, coloured by role and shaded by weight; when piped, a line a token."""
+"""A loss map for people: on a terminal the row's own text, coloured by role and shaded by weight; when piped, a line a
+token."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def show_map(stage: str, row: int, found: dict[str, Any]) -> None:
     line = found["row"].removeprefix(MARK)
     of_mix = f" (line {line} of its mix)" if line != found["row"] else ""
     terminal.print(
-        f"{stage}, row {row} of {metrics['rows']:.0f}{of_mix}; over all rows: R_g {metrics['generation_ratio']:.2f} (completion / prompt tokens),"
+        f"{stage}, row {row} of {metrics['rows']:.0f}{of_mix}; over all rows: R_g {metrics['generation_ratio']:.2f} "
+        "(completion / prompt tokens),"
         f" prompt tokens carry {metrics['prompt_weight_share']:.1%} of the weight{_mix(metrics)}",
         soft_wrap=True,
     )

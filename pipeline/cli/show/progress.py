@@ -118,7 +118,8 @@ class Progress:
 
 
 def kept(artifact: Artifact) -> list[str]:
-    """What of the rollouts of a rejection stage became data, and what each rule that dropped some of them left; nothing for another stage."""
+    """What of the rollouts of a rejection stage became data, and what each rule that dropped some of them left; nothing
+    for another stage."""
     left = [(name.partition("/")[2], count) for name, count in artifact.metrics.items() if name.startswith("funnel/")]
     if not left:
         return []

@@ -2,16 +2,18 @@
 
     tombstones/<id>.json         {artifact: its whole manifest, why, at}, so that lineage still explains what was cleaned
 
-Needed is what an alias, a user's pin or a live run's pin points at, what is younger than the grace, what those were made from, and the evaluations of
-the policies among them. An artifact that is not needed goes in these steps, and a clean-up that is killed between any two is finished by the next:
+Needed is what an alias, a user's pin or a live run's pin points at, what is younger than the grace, what those were
+made from, and the evaluations of the policies among them. An artifact that is not needed goes in these steps, and a
+clean-up that is killed between any two is finished by the next:
 
 1. its tombstone is written, and {void, reason: about to be cleaned} is appended to its key's log;
 2. pins are read again, then aliases, then what there is: all that was not condemned counts as needed now;
 3. what is needed after all gets {artifact} back; of the rest, {void, reason: cleaned} is appended, the manifest is removed, and then the files.
 
-Who wants an artifact pins it, then reads the log (`Registry.hold`). Did it pin before step 2, the pin is seen; did it pin later, it sees the void. An
-alias is put while its mover's pin is there, so pins are read before aliases. Of two clean-ups at once, whoever puts the entry after the one that both
-have seen decides: that is a compare-and-swap, so what one gives back the other never removes.
+Who wants an artifact pins it, then reads the log (`Registry.hold`). Did it pin before step 2, the pin is seen; did it
+pin later, it sees the void. An alias is put while its mover's pin is there, so pins are read before aliases. Of two
+clean-ups at once, whoever puts the entry after the one that both have seen decides: that is a compare-and-swap, so what
+one gives back the other never removes.
 """
 
 from __future__ import annotations
@@ -70,7 +72,8 @@ def survey(registry: Registry, work: Path, grace: timedelta = GRACE, moment: dat
 
 
 def clean(registry: Registry, work: Path, grace: timedelta = GRACE, moment: datetime | None = None) -> Survey:
-    """Remove what nobody needs, checkpoints of published stages first; returns what was removed. `work`: where work in progress lies."""
+    """Remove what nobody needs, checkpoints of published stages first; returns what was removed. `work`: where work in
+    progress lies."""
     moment = moment or datetime.now(UTC)
     checkpoints = list(_clean_work(registry, work))
     artifacts, kept = _clean_artifacts(registry, grace, moment)
@@ -128,7 +131,8 @@ def _condemn(registry: Registry, artifact: Artifact, why: str, moment: datetime)
 
 
 def _is_over(registry: Registry, one: _Condemned, needed: bool) -> bool:
-    """Whether an artifact goes for good. One that is needed after all is given back, unless it was void for another reason: then it stays as it is."""
+    """Whether an artifact goes for good. One that is needed after all is given back, unless it was void for another
+    reason: then it stays as it is."""
     id = one.artifact.id
     if one.reason == CLEANED:
         return True

@@ -34,7 +34,8 @@ class Removal(Frozen):
 
 
 def resumable(registry: Registry, work: Path) -> Iterator[tuple[Path, list[Removal]]]:
-    """(directory of a job, what in it nobody will resume from), where a job's stage is published; no job works there as long as this is at it."""
+    """(directory of a job, what in it nobody will resume from), where a job's stage is published; no job works there as
+    long as this is at it."""
     keys = registry.store.names("keys")
     for job in sorted({path.parent for pattern in RESUMABLE for path in work.glob(f"*/{pattern}")}):
         of_job = [key for key in keys if len(job.name) == KEY_DIGITS and key.startswith(job.name)]

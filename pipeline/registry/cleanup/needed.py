@@ -1,4 +1,5 @@
-"""What must not be cleaned: what aliases, users and live runs point at, what those were made from, and the evaluations of the policies among them."""
+"""What must not be cleaned: what aliases, users and live runs point at, what those were made from, and the evaluations
+of the policies among them."""
 
 from __future__ import annotations
 
@@ -14,10 +15,12 @@ from pipeline.registry.registry import Registry
 def needed(
     registry: Registry, moment: datetime, spared: Callable[[Artifact], str | None]
 ) -> tuple[list[Artifact], dict[str, str]]:
-    """(all artifacts, id -> why it is needed). `spared` says why an artifact is needed that nobody points at; None where it is not.
+    """(all artifacts, id -> why it is needed). `spared` says why an artifact is needed that nobody points at; None
+    where it is not.
 
-    Raises BadInput for a manifest that cannot be read: what it was made from could not be known, and would go.
-    Who sets an alias pins first and lets go last, so pins are read before aliases; who publishes holds what was read until then, so artifacts are read last.
+    Raises BadInput for a manifest that cannot be read: what it was made from could not be known, and would go. Who sets
+    an alias pins first and lets go last, so pins are read before aliases; who publishes holds what was read until then,
+    so artifacts are read last.
     """
     why = {id: f"pinned by {pin.owner}" for id, pin in pins(registry) if counts(registry, pin, moment)}
     why |= {move.artifact: f"alias {alias}" for alias, move in aliases(registry).items() if move.artifact}

@@ -1,8 +1,8 @@
 """Copies of what lies in an object store: SWITCHBACK_CACHE, else ~/.cache/switchback, with a directory for each store.
 
-A copy is made under a name of its own that is locked while it is made, and renamed when it is whole; so any number of processes may fetch the same
-thing at once, and what a killed one leaves is cleaned by the next. Nothing there is ever the only copy: the cache may be removed at any time when
-nothing runs.
+A copy is made under a name of its own that is locked while it is made, and renamed when it is whole; so any number of
+processes may fetch the same thing at once, and what a killed one leaves is cleaned by the next. Nothing there is ever
+the only copy: the cache may be removed at any time when nothing runs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def is_whole(copy: Path, files: Sequence[HashedFile], manifest: str, with_bytes:
 
 @contextmanager
 def copying(cache: LocalStore, name: str, manifest: str) -> Iterator[Path]:
-    """A new directory that becomes the copy of a name when the block ends well, unless another process was faster; else it is removed.
+    """A new directory that becomes the copy of a name when the block ends well, unless another process was faster; else
+    it is removed.
 
     Raises BadInput when the disk does not take it.
     """
@@ -52,7 +53,8 @@ def copying(cache: LocalStore, name: str, manifest: str) -> Iterator[Path]:
 
 
 def adopt(cache: LocalStore, directory: Path, name: str, manifest: str) -> None:
-    """Make a directory that has been published the copy of its name; it is gone afterwards. Raises BadInput when the disk does not take it."""
+    """Make a directory that has been published the copy of its name; it is gone afterwards. Raises BadInput when the
+    disk does not take it."""
     path = cache.path(name)
     with _writable(path):
         try:
@@ -76,7 +78,8 @@ def _writable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise BadInput(
-            f"cache: {error.filename or path} cannot be written: {error.strerror}; make room there, or set {CACHE} to another directory"
+            f"cache: {error.filename or path} cannot be written: {error.strerror}; make room there, or set {CACHE} to "
+            "another directory"
         ) from None
 
 

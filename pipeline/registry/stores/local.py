@@ -1,7 +1,7 @@
 """A store in a directory: files that are written once, by links and renames.
 
-`put` links a finished file to its name, which fails when the name is taken; `take_in` renames a finished directory, and from another file system copies it
-beside its place first, under a lock that the kernel frees with its holder.
+`put` links a finished file to its name, which fails when the name is taken; `take_in` renames a finished directory, and
+from another file system copies it beside its place first, under a lock that the kernel frees with its holder.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ class LocalStore(Store):
         except OSError as error:
             if error.errno in NO_FILE:
                 raise BadInput(
-                    f"{self.url}/{printable(name)} cannot be read ({error.strerror}); what switchback wrote is a plain file, and no link"
+                    f"{self.url}/{printable(name)} cannot be read ({error.strerror}); what switchback wrote is a plain "
+                    "file, and no link"
                 ) from None
             raise Unreadable(
                 f"{self.url}/{printable(name)} cannot be read ({error.strerror}); mend that and try again"
@@ -243,8 +244,8 @@ def _unlisted(error: OSError) -> None:
 
 
 def walk(root: Path) -> Iterator[tuple[Path, int]]:
-    """(path, bytes) of every file below a directory; -1 for what is no plain file: a link, to a directory too or the root itself, a pipe, a device.
-    Nothing is opened."""
+    """(path, bytes) of every file below a directory; -1 for what is no plain file: a link, to a directory too or the
+    root itself, a pipe, a device. Nothing is opened."""
     if root.is_symlink():
         yield root, -1
         return

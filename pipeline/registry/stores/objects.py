@@ -1,8 +1,9 @@
 """A store on S3, GCS or Azure, through obstore.
 
-An object is put whole or not at all, and `put` is a conditional put, so what a local directory promises by links and renames holds here as well. A
-directory goes up file by file, its manifest last; it comes down into a local cache, verified on the way (`cache`). Requests are repeated when an answer
-is lost, so every conditional put carries a mark of its own: who finds the name taken knows whether it was itself.
+An object is put whole or not at all, and `put` is a conditional put, so what a local directory promises by links and
+renames holds here as well. A directory goes up file by file, its manifest last; it comes down into a local cache,
+verified on the way (`cache`). Requests are repeated when an answer is lost, so every conditional put carries a mark of
+its own: who finds the name taken knows whether it was itself.
 
 obstore does not survive a fork: only the launching process may use this module, never a worker.
 """
@@ -84,7 +85,8 @@ class ObjectStore(Store):
             self.remove(name)
         if second or not first:
             raise BadInput(
-                f"registry: {self.url} ignores conditional puts (If-None-Match), so two writers could overwrite each other; use a store that keeps them"
+                f"registry: {self.url} ignores conditional puts (If-None-Match), so two writers could overwrite each "
+                "other; use a store that keeps them"
             )
 
     @override
@@ -252,7 +254,8 @@ class ObjectStore(Store):
                 size += len(part)
         if (size, digest.hexdigest()) != (file.size, file.sha256):
             raise Damaged(
-                f"{self.url}/{name} is damaged: its bytes are not those that were published; switchback verify names all that is wrong"
+                f"{self.url}/{name} is damaged: its bytes are not those that were published; switchback verify names "
+                "all that is wrong"
             )
 
     def _stream(self, name: str) -> Iterator[Any]:
@@ -266,7 +269,8 @@ class ObjectStore(Store):
 
     @contextmanager
     def _answers(self) -> Iterator[None]:
-        """Whatever the place answers but what was asked for becomes one line. obstore's own words have requests in them, and never get out."""
+        """Whatever the place answers but what was asked for becomes one line. obstore's own words have requests in
+        them, and never get out."""
         try:
             yield
         except (BaseError, FileNotFoundError) as error:
@@ -276,7 +280,8 @@ class ObjectStore(Store):
 def several(
     work: Callable[[T, Stopped], R], items: Iterable[T], stopped: Stopped = never, at_once: int = AT_ONCE
 ) -> list[R]:
-    """Work on items, some at a time; the results in their order. Whatever ends this early, an error or a signal, stops those under way."""
+    """Work on items, some at a time; the results in their order. Whatever ends this early, an error or a signal, stops
+    those under way."""
     failed = Event()
     with ThreadPoolExecutor(at_once) as pool:
         try:
@@ -294,13 +299,15 @@ def endpoint() -> str:
 
 
 def plain_http() -> bool:
-    """Whether requests may go without TLS: only within this machine, or when the user says so. Raises BadInput where they would, and may not."""
+    """Whether requests may go without TLS: only within this machine, or when the user says so. Raises BadInput where
+    they would, and may not."""
     if os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true"):
         return True
     where = urlsplit(endpoint())
     if where.scheme == "http" and where.hostname not in ("localhost", "127.0.0.1", "::1"):
         raise BadInput(
-            f"registry: the endpoint {where.hostname} is plain http; use https, or set AWS_ALLOW_HTTP=true if the network is yours"
+            f"registry: the endpoint {where.hostname} is plain http; use https, or set AWS_ALLOW_HTTP=true if the "
+            "network is yours"
         )
     return where.scheme == "http"
 

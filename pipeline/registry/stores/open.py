@@ -12,13 +12,15 @@ from stages.errors import BadInput
 
 
 def open_store(place: str) -> Store:
-    """Relative paths count from the working directory. Raises BadInput for what is no place, and for an object store that does not answer."""
+    """Relative paths count from the working directory. Raises BadInput for what is no place, and for an object store
+    that does not answer."""
     scheme = check(place)
     return PLACES[scheme](place)
 
 
 def check(place: str) -> str:
-    """The scheme of a URL, "" for a path, as far as can be said without opening it. Raises BadInput for what is no place."""
+    """The scheme of a URL, "" for a path, as far as can be said without opening it. Raises BadInput for what is no
+    place."""
     scheme, separator, _ = place.partition("://")
     if not separator:
         return ""

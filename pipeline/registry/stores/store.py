@@ -1,7 +1,9 @@
-"""Where bytes live. A registry needs few promises of a place, and a local directory and an object store can both keep them.
+"""Where bytes live. A registry needs few promises of a place, and a local directory and an object store can both keep
+them.
 
-`put` is all or nothing and says whether it was first; nothing that was put is ever changed; a directory is taken in whole, its manifest last. What
-needs an order of its own (who made a key, where an alias points, what a run did) is an append-only log: entry n+1 is put where none may be.
+`put` is all or nothing and says whether it was first; nothing that was put is ever changed; a directory is taken in
+whole, its manifest last. What needs an order of its own (who made a key, where an alias points, what a run did) is an
+append-only log: entry n+1 is put where none may be.
 """
 
 from __future__ import annotations
@@ -67,7 +69,8 @@ class Store(ABC):
 
     @abstractmethod
     def take_in(self, directory: Path, name: str, manifest: str) -> None:
-        """Move a finished directory in, under a name that must not exist. Whoever sees its `manifest` sees all of it; `directory` is gone afterwards."""
+        """Move a finished directory in, under a name that must not exist. Whoever sees its `manifest` sees all of it;
+        `directory` is gone afterwards."""
 
     @abstractmethod
     def copy_in(self, directory: Path, name: str, manifest: str, stopped: Stopped) -> None:
@@ -75,18 +78,18 @@ class Store(ABC):
 
     @abstractmethod
     def copy_out(self, name: str, files: Sequence[HashedFile], manifest: str, into: Path) -> None:
-        """Copy these files and the manifest of a directory into an empty local one, every one verified. Raises Damaged for a file that is not what it
-        should be, and for one that is gone."""
+        """Copy these files and the manifest of a directory into an empty local one, every one verified. Raises Damaged
+        for a file that is not what it should be, and for one that is gone."""
 
     @abstractmethod
     def fetch(self, name: str, files: Sequence[HashedFile], manifest: str) -> Path:
-        """A local directory with these files and the manifest of a directory of the store. What is fetched from elsewhere is verified; what is local
-        already is not. Raises Damaged as `copy_out` does."""
+        """A local directory with these files and the manifest of a directory of the store. What is fetched from
+        elsewhere is verified; what is local already is not. Raises Damaged as `copy_out` does."""
 
     @abstractmethod
     def files(self, name: str) -> dict[str, int]:
-        """Path -> size of every file below a directory, as the place itself has them; -1 for what is no plain file (a link, a pipe, a device), which is
-        never followed or opened."""
+        """Path -> size of every file below a directory, as the place itself has them; -1 for what is no plain file (a
+        link, a pipe, a device), which is never followed or opened."""
 
     @abstractmethod
     def digest(self, name: str) -> str:
@@ -98,14 +101,16 @@ class Store(ABC):
 
     @abstractmethod
     def remove_tree(self, name: str, manifest: str) -> None:
-        """Take a directory away, its manifest first, so that what is left of it is never taken for whole. One that is gone already is fine."""
+        """Take a directory away, its manifest first, so that what is left of it is never taken for whole. One that is
+        gone already is fine."""
 
     @abstractmethod
     def abandoned(self, prefix: str, manifest: str) -> list[str]:
         """Directories below a prefix that have no manifest and that nobody is still writing."""
 
     def leftovers(self, before: datetime) -> list[str]:
-        """Names that puts which were killed before a moment have left, to be removed; none where a put leaves nothing."""
+        """Names that puts which were killed before a moment have left, to be removed; none where a put leaves
+        nothing."""
         return []
 
     def weight(self, name: str) -> int | None:
@@ -140,7 +145,8 @@ class Store(ABC):
         return number
 
     def append_at(self, log: str, number: int, content: Any) -> bool:
-        """Put entry `number` of a log; False when somebody else has put it. With `last() + 1` this is a compare-and-swap."""
+        """Put entry `number` of a log; False when somebody else has put it. With `last() + 1` this is a
+        compare-and-swap."""
         return self.put_new(f"{log}/{number:06d}.json", content)
 
     def entries(self, log: str) -> list[Any]:
@@ -149,7 +155,8 @@ class Store(ABC):
         return [self._parsed(name, content) for name, content in zip(names, self.read_each(names), strict=True)]
 
     def last(self, log: str) -> int:
-        """The number of a log's newest entry; 0 when it has none. Raises BadInput for a log with anything else in it, or with a number left out."""
+        """The number of a log's newest entry; 0 when it has none. Raises BadInput for a log with anything else in it,
+        or with a number left out."""
         return max(self._numbers(log), default=0)
 
     def newest(self, log: str) -> tuple[int, Any]:
@@ -158,7 +165,8 @@ class Store(ABC):
         return number, self.get(f"{log}/{number:06d}.json") if number else None
 
     def _numbers(self, log: str) -> list[int]:
-        """The numbers of a log's entries, from 1. One that was left out was never written by us: it would let the entries after it be the last word."""
+        """The numbers of a log's entries, from 1. One that was left out was never written by us: it would let the
+        entries after it be the last word."""
         numbers = sorted(self._number(log, name) for name in self.names(log))
         missing = next((n for n, number in enumerate(numbers, 1) if n != number), None)
         if missing and self.read(f"{log}/{missing:06d}.json") is None:  # it may have come while the names were read

@@ -1,5 +1,5 @@
-"""A URL of an object store in its parts. It says where and nothing else: who may read there comes from the environment, so a URL can be stored, printed and
-shared."""
+"""A URL of an object store in its parts. It says where and nothing else: who may read there comes from the environment,
+so a URL can be stored, printed and shared."""
 
 from __future__ import annotations
 
@@ -27,11 +27,13 @@ class Bucket(NamedTuple):
 
 
 def bucket_of(url: str) -> Bucket:
-    """A URL in its parts. Raises BadInput for one with more in it than a place; what is refused is not repeated, since it may be a secret."""
+    """A URL in its parts. Raises BadInput for one with more in it than a place; what is refused is not repeated, since
+    it may be a secret."""
     scheme, _, rest = url.partition("://")
     if "@" in rest or "?" in rest or "#" in rest:
         raise BadInput(
-            f"a {scheme}:// URL has a user, a password or a query in it; give {scheme}://bucket/prefix alone, and credentials in the environment"
+            f"a {scheme}:// URL has a user, a password or a query in it; give {scheme}://bucket/prefix alone, and "
+            "credentials in the environment"
         )
     bucket, *folders = rest.rstrip("/").split("/")
     if not BUCKET.fullmatch(bucket) or not all(FOLDER.fullmatch(part) and part.strip(".") for part in folders):

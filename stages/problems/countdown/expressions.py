@@ -1,7 +1,7 @@
 """Arithmetic expressions that somebody else wrote: read without eval, exactly, and whatever the text is.
 
-text -> Expression (in postfix order) -> its value, a fraction. Allowed are whole numbers of at most 6 digits, + - * /, parentheses and blank space; a
-sign before a number is not. Reading takes time linear in the text, and no recursion.
+text -> Expression (in postfix order) -> its value, a fraction. Allowed are whole numbers of at most 6 digits, + - * /,
+parentheses and blank space; a sign before a number is not. Reading takes time linear in the text, and no recursion.
 """
 
 from __future__ import annotations

@@ -3,10 +3,11 @@
     Numbers: 3, 7, 25, 50       <think> ... </think>
     Target: 82    is answered   <answer>25 + 50 + 7</answer>
 
-What counts is the last <answer>; thinking is not asked for. The outcomes: format (no <answer>, or no expression in it), numbers (one that is not given, or
-too often; with `use_all`, also one that is left out), off_target, on_target. The score is 1 on the target, else 0. Training pays .1 for the form and .9 more for the
-target, as TinyZero does (github.com/Jiayi-Pan/TinyZero, verl/utils/reward_score/countdown.py: .1 and 1), but the form is an expression and not any text
-between the tags, and `use_all` is a setting (there, every number must be used).
+What counts is the last <answer>; thinking is not asked for. The outcomes: format (no <answer>, or no expression in it),
+numbers (one that is not given, or too often; with `use_all`, also one that is left out), off_target, on_target. The
+score is 1 on the target, else 0. Training pays .1 for the form and .9 more for the target, as TinyZero does
+(github.com/Jiayi-Pan/TinyZero, verl/utils/reward_score/countdown.py: .1 and 1), but the form is an expression and not
+any text between the tags, and `use_all` is a setting (there, every number must be used).
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ MISSES = 10_000
 """Draws in a row without a target that is small enough, after which the settings are refused."""
 OPEN, CLOSE = "<answer>", "</answer>"
 SOLVED = 0.25
-"""Share of the demonstrations that reach the target; the others combine the numbers at random. They show the form and leave the task to be learned."""
+"""Share of the demonstrations that reach the target; the others combine the numbers at random. They show the form and
+leave the task to be learned."""
 
 
 class CountdownSettings(Config):
@@ -73,7 +75,8 @@ class Countdown:
         return [*taken(stream(self._generate, split, seed), start, stop)]
 
     def row(self, columns: Mapping[str, Any]) -> Row:
-        """See Problem.row. The columns are `numbers` (or `nums`, as in Jiayi-Pan/Countdown-Tasks-3to4) and `target`; one that cannot be solved is refused."""
+        """See Problem.row. The columns are `numbers` (or `nums`, as in Jiayi-Pan/Countdown-Tasks-3to4) and `target`;
+        one that cannot be solved is refused."""
         try:
             line = _Line.model_validate(columns)
         except ValidationError as error:
@@ -91,7 +94,8 @@ class Countdown:
         return f"<think>\n{expression} = {_value(expression)}, wanted {row.target}\n</think>\n{_answer(expression)}"
 
     def baselines(self, row: Row, rng: random.Random) -> Mapping[str, str]:
-        """See Problem.baselines. `target_itself` uses a number that is not given; `all_added` and `random_expression` miss most targets."""
+        """See Problem.baselines. `target_itself` uses a number that is not given; `all_added` and `random_expression`
+        miss most targets."""
         row = cast(CountdownRow, row)
         gold = self._gold(row)
         return {
@@ -105,7 +109,8 @@ class Countdown:
         }
 
     def judge(self, answers: Sequence[Answer]) -> list[Judgement]:
-        """See Problem.judge. Rewards: format: there is an expression in the last <answer>. target: it uses its numbers rightly and hits the target."""
+        """See Problem.judge. Rewards: format: there is an expression in the last <answer>. target: it uses its numbers
+        rightly and hits the target."""
         return [self._judge(cast(CountdownRow, answer.row), answer.text) for answer in answers]
 
     def passed(self, score: float) -> bool:
@@ -142,7 +147,8 @@ class Countdown:
                 missed = 0
                 yield self._row(numbers, target)
         raise BadInput(
-            f"countdown: {MISSES} times in a row, {self.numbers} numbers up to {self.largest} made no target up to {self.largest_target}; raise largest_target"
+            f"countdown: {MISSES} times in a row, {self.numbers} numbers up to {self.largest} made no target up to "
+            f"{self.largest_target}; raise largest_target"
         )
 
     def _row(self, numbers: Sequence[int], target: int) -> CountdownRow:
@@ -169,7 +175,8 @@ def _value(expression: str) -> str:
 
 
 def _random_expression(numbers: Sequence[int], rng: random.Random) -> tuple[int, str]:
-    """(value, expression) of all the numbers, joined in a random order by random operations that keep to positive whole numbers."""
+    """(value, expression) of all the numbers, joined in a random order by random operations that keep to positive whole
+    numbers."""
     pool = [(number, str(number)) for number in numbers]
     while len(pool) > 1:
         (small, of_small), (large, of_large) = sorted(pool.pop(rng.randrange(len(pool))) for _ in range(2))

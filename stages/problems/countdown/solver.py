@@ -11,10 +11,11 @@ Value = int | Fraction
 
 @lru_cache(maxsize=4096)
 def solve(numbers: tuple[int, ...], target: int, use_all: bool) -> str | None:
-    """An expression that makes the target from the numbers, each used at most once (`use_all`: exactly once); None when there is none.
+    """An expression that makes the target from the numbers, each used at most once (`use_all`: exactly once); None when
+    there is none.
 
-    Whole positive numbers on the way are tried first: they are the game's own rule, and a fraction of the work. Seconds for five numbers that cannot
-    make the target, milliseconds for most else.
+    Whole positive numbers on the way are tried first: they are the game's own rule, and a fraction of the work. Seconds
+    for five numbers that cannot make the target, milliseconds for most else.
     """
     found = _search(numbers, target, use_all, whole=True) or _search(numbers, target, use_all, whole=False)
     return found.removeprefix("(").removesuffix(")") if found else None

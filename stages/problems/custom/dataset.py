@@ -1,7 +1,9 @@
-"""Rows of a dataset and TRL-style rewards by name, seen from the stage. The rewards are called in guarded worker processes (`stages.problems.custom.rewards_worker`).
+"""Rows of a dataset and TRL-style rewards by name, seen from the stage. The rewards are called in guarded worker
+processes (`stages.problems.custom.rewards_worker`).
 
-A batch of answers is one call; where it fails, its answers are asked for one at a time, so that only the culprit is lost. Not where the number of rewards
-is wrong: which reward belongs to which answer is then unknown, and a constant `[1.0]` would have the right length for one.
+A batch of answers is one call; where it fails, its answers are asked for one at a time, so that only the culprit is
+lost. Not where the number of rewards is wrong: which reward belongs to which answer is then unknown, and a constant
+`[1.0]` would have the right length for one.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from stages.problems.custom.row import OwnRow, own_row
 from stages.problems.custom.settings import DatasetProblem
 
 OUTCOMES = ("failed", "unscored", "wrong", "partial", "passed")
-"""failed: it could not be judged; unscored: the first reward does not apply to the row; wrong: score 0; partial: some score below 1."""
+"""failed: it could not be judged; unscored: the first reward does not apply to the row; wrong: score 0; partial: some
+score below 1."""
 BATCH = 16
 """Answers of one call."""
 TEXTS = ("prompt", "gold")
@@ -83,7 +86,8 @@ class Dataset:
         for component, needed in self.guard.about()["needs"].items():
             if missing := [name for name in needed if name not in there]:
                 raise BadInput(
-                    f"problem.rewards: {component} takes {', '.join(missing)}, which is no column of {self.settings.dataset}; there is"
+                    f"problem.rewards: {component} takes {', '.join(missing)}, which is no column of "
+                    f"{self.settings.dataset}; there is"
                     f" {', '.join(there) or 'nothing'}: {_mend(missing, self.settings)}"
                 )
 
@@ -93,11 +97,13 @@ class Dataset:
             column = getattr(self.settings, role)
             if column is not None and columns.get(column) is None:
                 raise BadInput(
-                    f"problem.{role}: a row of {self.settings.dataset} has no {column!r}; it has {', '.join(columns) or 'nothing'}"
+                    f"problem.{role}: a row of {self.settings.dataset} has no {column!r}; it has "
+                    f"{', '.join(columns) or 'nothing'}"
                 )
             if column is not None and role in TEXTS and not isinstance(columns[column], str):
                 raise BadInput(
-                    f"problem.{role}: {column!r} of {self.settings.dataset} is {type(columns[column]).__name__}, expected text"
+                    f"problem.{role}: {column!r} of {self.settings.dataset} is {type(columns[column]).__name__}, "
+                    "expected text"
                 )
         return own_row(columns, self.settings.prompt)
 

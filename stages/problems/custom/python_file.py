@@ -1,4 +1,5 @@
-"""A problem in one Python file, seen from the stage: every function of the file is called in a guarded worker process (`stages.problems.custom.python_file_worker`)."""
+"""A problem in one Python file, seen from the stage: every function of the file is called in a guarded worker process
+(`stages.problems.custom.python_file_worker`)."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from stages.problems.custom.row import own_row
 from stages.problems.custom.settings import FileProblem
 
 OUTCOMES = ("failed", "malformed", "wrong", "partial", "passed")
-"""failed: it could not be judged; malformed: `well_formed` said no; wrong: score 0; partial: some score that does not pass."""
+"""failed: it could not be judged; malformed: `well_formed` said no; wrong: score 0; partial: some score that does not
+pass."""
 ROWS_LIMIT = 600.0
 """Seconds that making the rows of one range may take."""
 SEEDS = 2**53
@@ -60,7 +62,8 @@ class OwnFile:
         """Raises BadInput when the file has none."""
         if "demonstration" not in self._about["has"]:
             raise BadInput(
-                f"{self.name} has no demonstration(row, rng), which an sft stage with data: demonstrations needs; write it, or give the stage a .jsonl"
+                f"{self.name} has no demonstration(row, rng), which an sft stage with data: demonstrations needs; "
+                "write it, or give the stage a .jsonl"
             )
         return self.guard.one("demonstration", {"row": row.columns(), "seed": rng.randrange(SEEDS)})
 
@@ -91,7 +94,8 @@ class OwnFile:
         return Judgement(score, outcome, passed and score >= 1, well_formed, reply.value["rewards"])
 
     def passed(self, score: float) -> bool:
-        """The file's `passed`, which every judgement tells; asked for a score that none had. A score of 1 where it has none."""
+        """The file's `passed`, which every judgement tells; asked for a score that none had. A score of 1 where it has
+        none."""
         if "passed" not in self._about["has"]:
             return score >= 1
         if score not in self._passed:
@@ -141,4 +145,7 @@ def failed(components: Mapping[str, float], failure: str) -> Judgement:
 def too_few(name: str, split: Split, stop: int, counts: Mapping[str, int]) -> str:
     """The complaint about a range that is longer than the source."""
     there = ", ".join(f"{each} {count}" for each, count in counts.items())
-    return f"{name} has {counts[split]} {split} rows, but row {stop - 1} was asked for; it has {there}: ask for fewer, or give it more"
+    return (
+        f"{name} has {counts[split]} {split} rows, but row {stop - 1} was asked for; it has {there}: ask for fewer, or "
+        "give it more"
+    )

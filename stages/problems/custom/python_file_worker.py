@@ -1,6 +1,7 @@
 """A user's problem file, in the worker process: what it must hold, and the calls that it answers.
 
-`load` imports the file and looks at its functions; every complaint is one line with file and line. The stage's side is `stages.problems.custom.python_file`.
+`load` imports the file and looks at its functions; every complaint is one line with file and line. The stage's side is
+`stages.problems.custom.python_file`.
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ def _look_at(module: ModuleType, name: str, wanted: str, takes: tuple[str, ...],
         inspect.signature(found).bind(*takes)
     except TypeError:
         raise CodeRefused(
-            f"{name}:{_line(found)}: {wanted}{inspect.signature(found)} cannot be called with ({', '.join(takes)}); give it these arguments"
+            f"{name}:{_line(found)}: {wanted}{inspect.signature(found)} cannot be called with ({', '.join(takes)}); "
+            "give it these arguments"
         ) from None
 
 
@@ -125,7 +127,8 @@ def _weights(module: ModuleType, name: str) -> dict[str, float]:
     for key, value in cast("dict[str, float]", weights).items():
         if not key.isprintable() or abs(value) > LARGEST_WEIGHT:
             raise CodeRefused(
-                f"{name}: REWARDS has {key!r:.80}: {value!r:.80}, expected a name and a weight of at most {LARGEST_WEIGHT:g}"
+                f"{name}: REWARDS has {key!r:.80}: {value!r:.80}, expected a name and a weight of at most "
+                f"{LARGEST_WEIGHT:g}"
             )
     return {key: float(value) for key, value in cast("dict[str, float]", weights).items()}
 

@@ -1,7 +1,8 @@
 """TRL-style rewards, in the worker process: functions of whole batches, by TRL's names or from a user's file.
 
-They are called as GRPOTrainer calls them: `prompts`, `completions` (both as messages), `completion_ids`, every column of the rows as a list, `trainer_state`
-(None here), `log_extra` and `log_metric` (which drop what they are given); the answer column also comes as `solution`. The stage's side is `stages.problems.custom.dataset`.
+They are called as GRPOTrainer calls them: `prompts`, `completions` (both as messages), `completion_ids`, every column
+of the rows as a list, `trainer_state` (None here), `log_extra` and `log_metric` (which drop what they are given); the
+answer column also comes as `solution`. The stage's side is `stages.problems.custom.dataset`.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def _load(one: dict[str, Any]) -> Reward:
     found = function(import_file(one["path"], name), name, one["component"])
     if not any(taken.kind is taken.VAR_KEYWORD for taken in inspect.signature(found).parameters.values()):
         raise CodeRefused(
-            f"{name}: {one['component']}{inspect.signature(found)} takes no **kwargs, as every TRL reward must; add them"
+            f"{name}: {one['component']}{inspect.signature(found)} takes no **kwargs, as every TRL reward must; add "
+            "them"
         )
     return found
 

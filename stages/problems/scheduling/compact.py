@@ -9,8 +9,8 @@ One token-friendly line an event, whole hours, `*` marks a priority:
                                         B 11:00-14:00
                                         </schedule>
 
-Departs from the reference task (github.com/anakin87/qwen-scheduler-grpo): four events of 1-4 hours, priorities inline, lines instead of
-XML, and a schedule of one event is allowed.
+Departs from the reference task (github.com/anakin87/qwen-scheduler-grpo): four events of 1-4 hours, priorities inline,
+lines instead of XML, and a schedule of one event is allowed.
 """
 
 from __future__ import annotations

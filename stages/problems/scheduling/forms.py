@@ -1,6 +1,7 @@
 """What a form of the scheduling problem is: a module that writes instances as text, and reads answers.
 
-instance -> prompt -> completion -> Reading. A form reads any text whatever, in time linear in its length, and never raises.
+instance -> prompt -> completion -> Reading. A form reads any text whatever, in time linear in its length, and never
+raises.
 """
 
 from __future__ import annotations

@@ -1,15 +1,18 @@
 """Event scheduling: choose events so that none overlap and the weighted time is greatest.
 
-After github.com/anakin87/qwen-scheduler-grpo. What an answer is worth (evaluation/eval.py): 0 when any rule is broken, else weighted time / optimum. The rules
-are judged in this order, and the first broken one is the outcome: format, less_than_2 (fewer events than the form asks for), non_existing (or
-listed twice), unsorted, overlap (touching is fine). A schedule that breaks none is `valid`.
+After github.com/anakin87/qwen-scheduler-grpo. What an answer is worth (evaluation/eval.py): 0 when any rule is broken,
+else weighted time / optimum. The rules are judged in this order, and the first broken one is the outcome: format,
+less_than_2 (fewer events than the form asks for), non_existing (or listed twice), unsorted, overlap (touching is fine).
+A schedule that breaks none is `valid`.
 
-What it earns in training (train_grpo.ipynb): .1 for the form, thinking included; .2 for two or more events in order of start; .7 x the share of the
-optimum of the events that overlap no other, 0 when one does not exist, is listed twice, or there are too few. So whoever copies every event earns more
-than two thirds of the reward, and one hundredth of the score; `overlap: zero` repairs it. There, events that touch overlap (`reward_overlap: touching`);
-here they do not, as in the score.
+What it earns in training (train_grpo.ipynb): .1 for the form, thinking included; .2 for two or more events in order of
+start; .7 x the share of the optimum of the events that overlap no other, 0 when one does not exist, is listed twice, or
+there are too few. So whoever copies every event earns more than two thirds of the reward, and one hundredth of the
+score; `overlap: zero` repairs it. There, events that touch overlap (`reward_overlap: touching`); here they do not, as
+in the score.
 
-How an instance is written and an answer is read is the form's business (`FORMS`); rewards and rules are the same for both.
+How an instance is written and an answer is read is the form's business (`FORMS`); rewards and rules are the same for
+both.
 """
 
 from __future__ import annotations
@@ -54,10 +57,12 @@ class SchedulingSettings(Config):
     form: Literal["compact", "text"] = identity("text")
     """How an instance is written: `text` as in the reference, `compact` for tiny models."""
     overlap: Overlap = identity("remove")
-    """What events that overlap cost in training. `remove`: they are not counted, and the others are, as in the reference. `zero`: the whole score reward. `reward`: they
-    are not counted, and a component of its own is 1 when none overlap; weights are then format .1, sorted .2, overlap .2, score .5."""
+    """What events that overlap cost in training. `remove`: they are not counted, and the others are, as in the
+    reference. `zero`: the whole score reward. `reward`: they are not counted, and a component of its own is 1 when none
+    overlap; weights are then format .1, sorted .2, overlap .2, score .5."""
     reward_overlap: RewardOverlap = identity("strict")
-    """Whether events that touch overlap in training: `strict` no, as in the score; `touching` yes, as in the reference."""
+    """Whether events that touch overlap in training: `strict` no, as in the score; `touching` yes, as in the
+    reference."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +106,9 @@ class Scheduling:
         return [*taken(stream(self._generate, split, seed), start, stop)]
 
     def row(self, columns: Mapping[str, Any]) -> Row:
-        """See Problem.row. The columns are those of the reference's data set: `events` ([name, "09:00", "10:30"] each) and `priority_events`;
-        `prompt` is written where it is missing, and `optimal_score` checked where it is there."""
+        """See Problem.row. The columns are those of the reference's data set: `events` ([name, "09:00", "10:30"] each)
+        and `priority_events`; `prompt` is written where it is missing, and `optimal_score` checked where it is
+        there."""
         try:
             line = _Line.model_validate(columns)
         except ValidationError as error:
@@ -111,12 +117,14 @@ class Scheduling:
         events = list(instance.events)
         if form.read(form.answer(instance, events)).events != events:
             raise BadInput(
-                f"events: found some that no answer in the {self.form} form can name; choose another form, or other names"
+                f"events: found some that no answer in the {self.form} form can name; choose another form, or other "
+                "names"
             )
         best = optimum(instance)
         if line.optimal_score not in (None, best):
             raise BadInput(
-                f"optimal_score: found {line.optimal_score}, but the best schedule has {best} weighted minutes; correct or remove it"
+                f"optimal_score: found {line.optimal_score}, but the best schedule has {best} weighted minutes; "
+                "correct or remove it"
             )
         return SchedulingRow(row_id(instance.content()), line.prompt or form.prompt(instance), instance, best)
 
@@ -128,14 +136,16 @@ class Scheduling:
         return FORMS[self.form].answer(instance, choose(instance, rng))
 
     def baselines(self, row: Row, rng: random.Random) -> Mapping[str, str]:
-        """See Problem.baselines. The last five are `gold` with one rule broken; a name is missing where the row has no such answer."""
+        """See Problem.baselines. The last five are `gold` with one rule broken; a name is missing where the row has no
+        such answer."""
         instance, form = cast(SchedulingRow, row).instance, FORMS[self.form]
         schedules = {name: chosen for name, choose in BASELINES.items() if (chosen := choose(instance, rng))}
         texts = {name: form.answer(instance, chosen) for name, chosen in schedules.items()}
         return texts | {"format_broken": texts["gold"].replace("</schedule>", "")}
 
     def judge(self, answers: Sequence[Answer]) -> list[Judgement]:
-        """See Problem.judge. Rewards: format, sorted, score, and overlap (1 when real events do not) where it is a component."""
+        """See Problem.judge. Rewards: format, sorted, score, and overlap (1 when real events do not) where it is a
+        component."""
         return [self._judge(cast(SchedulingRow, answer.row), answer.text) for answer in answers]
 
     def passed(self, score: float) -> bool:

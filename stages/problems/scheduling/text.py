@@ -11,10 +11,11 @@
                                          </event>
                                          </schedule>
 
-Instances are made as by its dataset_generation/generate.py, with event names of our own, and priorities in the order of the events. Answers are read as
-by its regular expressions, of which there are two for the whole: evaluation/eval.py's wants a schedule with an event in it somewhere, train_grpo.ipynb's
-wants a <think> at the very start, too. Both only ask for tags in an order, so looking for one after the other finds what they find, in time linear in the
-text; theirs backtrack. Times are compared as they are written: 09:75 is no way to write 10:15.
+Instances are made as by its dataset_generation/generate.py, with event names of our own, and priorities in the order of
+the events. Answers are read as by its regular expressions, of which there are two for the whole: evaluation/eval.py's
+wants a schedule with an event in it somewhere, train_grpo.ipynb's wants a <think> at the very start, too. Both only ask
+for tags in an order, so looking for one after the other finds what they find, in time linear in the text; theirs
+backtrack. Times are compared as they are written: 09:75 is no way to write 10:15.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ def _thought_first(text: str) -> bool:
 
 
 def _schedule(text: str, at: int, name: int) -> bool:
-    """Whether an event in a schedule comes after `at`, with at least `name` characters between <name> and </name>. The first place of each tag
-    will do: a later one leaves less for the others."""
+    """Whether an event in a schedule comes after `at`, with at least `name` characters between <name> and </name>. The
+    first place of each tag will do: a later one leaves less for the others."""
     at = _after(text, "<schedule>", at)
     for tag in SCHEDULE:
         if at < 0:
@@ -110,7 +111,8 @@ def _after(text: str, tag: str | re.Pattern[str], at: int) -> int:
 
 
 def _event(name: str, start: str, end: str) -> Event:
-    """With other digits, or 75 minutes, it is none of any row's events, however the minutes add up: no row's name has a < in it."""
+    """With other digits, or 75 minutes, it is none of any row's events, however the minutes add up: no row's name has a
+    < in it."""
     event = Event(name, _minutes(start), _minutes(end))
     usual = clock(event.start) == start and clock(event.end) == end
     return event if usual else event._replace(name=f"{name}<{start}-{end}")

@@ -26,7 +26,8 @@ def ls(registry: RegistryOption = None, json: JsonOption = False) -> None:
 
 
 def verify(ids: Ids = None, registry: RegistryOption = None, json: JsonOption = False) -> None:
-    """Hash every file of artifacts again; exit 1 when anything is not what was published, say what that reaches, and let such steps be made again."""
+    """Hash every file of artifacts again; exit 1 when anything is not what was published, say what that reaches, and
+    let such steps be made again."""
     place = open_registry(registry)
     place.must_exist()
     found = verify_ids(place, [_behind(place, id) for id in ids] if ids else None)

@@ -25,7 +25,8 @@ Grace = Annotated[
 
 
 def gc(apply: Apply = False, grace: Grace = "24h", registry: RegistryOption = None, json: JsonOption = False) -> None:
-    """Show, or remove, what no alias, pin, live run or kept artifact needs, and resume checkpoints of published stages."""
+    """Show, or remove, what no alias, pin, live run or kept artifact needs, and resume checkpoints of published
+    stages."""
     place = open_registry(registry)
     place.must_exist()
     found = (clean if apply else survey)(place, work_root(place), age(grace))

@@ -19,7 +19,8 @@ Mermaid = Annotated[bool, typer.Option("--mermaid", help="Print a graph for merm
 
 
 def lineage(id: Id, registry: RegistryOption = None, json: JsonOption = False, as_mermaid: Mermaid = False) -> None:
-    """Show what an artifact was made from, down to the base model and the data; what is gone or not what was read is said."""
+    """Show what an artifact was made from, down to the base model and the data; what is gone or not what was read is
+    said."""
     place = open_registry(registry)
     found = lineage_of(place, resolve(place, id))
     if json:
