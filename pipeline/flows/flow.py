@@ -22,7 +22,7 @@ from pipeline.plan.plan import Planned
 from pipeline.registry import Artifact
 
 PATIENCE = 2.0
-"""Seconds that Prefect may take for its last words."""
+"""Seconds that Prefect may take to send its last logs and events."""
 
 Do = Callable[[Planned], tuple[Artifact, bool] | None]
 
@@ -40,7 +40,7 @@ def conduct(run: str, planned: list[Planned], do: Do) -> None:
         return Completed(name="Reused" if reused else "Completed", message=artifact.id, data=made)
 
     @flow(name="switchback", flow_run_name=run, validate_parameters=False, persist_result=False)
-    def climb(steps: list[str]) -> None:
+    def run_steps(steps: list[str]) -> None:
         results: dict[str, Any] = {}
         for step in steps:
             reads = [ref.step for ref in by_name[step].step.inputs.values() if ref.step]
@@ -48,23 +48,23 @@ def conduct(run: str, planned: list[Planned], do: Do) -> None:
             state = step_task(step, inputs, return_state=True)  # pyright: ignore[reportCallIssue]
             results[step] = state.result()  # pyright: ignore[reportAttributeAccessIssue]
 
-    by_name = {one.step.name: one for one in planned}
+    by_name = {plan.step.name: plan for plan in planned}
     _leave_the_terminal()
     try:
-        climb(list(by_name))
+        run_steps(list(by_name))
     finally:
-        _say_what_is_left()
+        _flush()
 
 
-def _say_what_is_left() -> None:
-    """Logs and events are sent in batches by threads, which at exit would try for a minute to reach a server that has
-    been stopped."""
+def _flush() -> None:
+    """Send Prefect's remaining logs and events now. At exit its threads would try for a minute to reach a stopped
+    server."""
     for worker in (APILogWorker, EventsWorker):
         worker.drain_all(timeout=PATIENCE)
 
 
 def _leave_the_terminal() -> None:
-    """Prefect's log goes to its server; the terminal is switchback's."""
+    """Keep Prefect's log off the terminal; it goes to Prefect's server."""
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, PrefectConsoleHandler)]:
         root.removeHandler(handler)

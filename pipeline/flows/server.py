@@ -44,10 +44,12 @@ def own_server(home: Path) -> Iterator[None]:
 
     Raises BadInput when the user's does not answer, Failed when ours does not.
     """
-    if url := api_url():
-        if not _answers(url):
+    users_url = api_url()
+    if users_url is not None:
+        if not _answers(users_url):
             raise BadInput(
-                f"{API_URL}: no Prefect server answers at {url}; start it, unset the variable, or use --no-prefect"
+                f"{API_URL}: no Prefect server answers at {users_url}; start it, unset the variable, or use "
+                "--no-prefect"
             )
         yield
         return

@@ -1,4 +1,4 @@
-"""Verification: whether artifacts still hold the published bytes, and which artifacts and aliases a damaged one affects.
+"""Verification: whether artifacts still hold the published bytes, and what a damaged one affects.
 
 An intact artifact has all its files with their sizes and digests, no other file and no link. Tensors match their
 headers. The manifest has the digest that its key's log records, and its key is that of its identity. Every input still
