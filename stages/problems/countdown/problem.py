@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import AliasChoices, BaseModel, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, Field
 
 from stages.config import Config, identity
 from stages.errors import BadInput
 from stages.job import Split
-from stages.problems.base import Answer, Judgement, Row, first_error, row_id, stream, taken
+from stages.problems.base import Answer, Judgement, Row, generated, parsed_line, row_id
 from stages.problems.countdown.expressions import Expression, parse
 from stages.problems.countdown.solver import results, solve
 
@@ -60,7 +60,7 @@ class CountdownRow(Row):
 
 @dataclass(frozen=True)
 class Countdown:
-    """The problem; its fields are said in CountdownSettings."""
+    """The problem; CountdownSettings documents its fields."""
 
     numbers: int = 4
     largest: int = 99
@@ -72,15 +72,12 @@ class Countdown:
 
     def rows(self, split: Split, start: int, stop: int, seed: int) -> list[Row]:
         """See Problem.rows; every row can be solved. Raises BadInput when there are not so many."""
-        return [*taken(stream(self._generate, split, seed), start, stop)]
+        return generated(self._generate, split, start, stop, seed)
 
     def row(self, columns: Mapping[str, Any]) -> Row:
         """See Problem.row. The columns are `numbers` (or `nums`, as in Jiayi-Pan/Countdown-Tasks-3to4) and `target`;
         one that cannot be solved is refused."""
-        try:
-            line = _Line.model_validate(columns)
-        except ValidationError as error:
-            raise BadInput(first_error(error)) from None
+        line = parsed_line(_Line, columns)
         if solve(tuple(sorted(line.numbers)), line.target, self.use_all) is None:
             raise BadInput(
                 f"found numbers {line.numbers} and target {line.target}, which no expression joins; remove the row"
@@ -90,7 +87,10 @@ class Countdown:
     def demonstration(self, row: Row, rng: random.Random) -> str:
         """See Problem.demonstration."""
         row = cast(CountdownRow, row)
-        expression = self._gold(row) if rng.random() < SOLVED else _random_expression(row.numbers, rng)[1]
+        if rng.random() < SOLVED:
+            expression = self._gold(row)
+        else:
+            _, expression = _random_expression(row.numbers, rng)
         return f"<think>\n{expression} = {_value(expression)}, wanted {row.target}\n</think>\n{_answer(expression)}"
 
     def baselines(self, row: Row, rng: random.Random) -> Mapping[str, str]:
@@ -161,7 +161,9 @@ def read(completion: str) -> Expression | None:
     """The expression in the last <answer>; None where there is none."""
     close = completion.rfind(CLOSE)
     start = completion.rfind(OPEN, 0, max(close, 0))
-    return parse(completion[start + len(OPEN) : close]) if start >= 0 else None
+    if start < 0:
+        return None
+    return parse(completion[start + len(OPEN) : close])
 
 
 def _answer(expression: str) -> str:

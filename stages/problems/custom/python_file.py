@@ -46,11 +46,11 @@ class OwnFile:
 
     def rows(self, split: Split, start: int, stop: int, seed: int) -> list[Row]:
         """Raises TooFew when the file has fewer."""
-        asked = {"split": split, "start": start, "stop": stop, "seed": seed}
-        said = self.guard.one("rows", asked, ROWS_LIMIT)
-        if "counts" in said:
-            raise TooFew(too_few(self.name, split, stop, said["counts"]))
-        return [own_row(columns) for columns in said["rows"]]
+        row_range = {"split": split, "start": start, "stop": stop, "seed": seed}
+        reply = self.guard.one("rows", row_range, ROWS_LIMIT)
+        if "counts" in reply:
+            raise TooFew(too_few(self.name, split, stop, reply["counts"]))
+        return [own_row(columns) for columns in reply["rows"]]
 
     def row(self, columns: Mapping[str, Any]) -> Row:
         """Raises BadInput for a line without a prompt."""
@@ -76,9 +76,9 @@ class OwnFile:
     def judge(self, answers: Sequence[Answer]) -> list[Judgement]:
         """Each in a call of its own. Raises TooManyFailures."""
         _ = self._about
-        asked = [{"row": dict(answer.row.columns()), "completion": answer.text} for answer in answers]
+        payloads = [{"row": dict(answer.row.columns()), "completion": answer.text} for answer in answers]
         try:
-            replies = self.guard.map("judge", asked, counted=True)
+            replies = self.guard.map("judge", payloads, counted=True)
         finally:
             self.guard.sweep()
         return [self._judgement(reply) for reply in replies]
@@ -131,10 +131,12 @@ def is_finite(value: Any) -> bool:
 
 
 def outcome_of(score: float, passed: bool, well_formed: bool) -> str:
-    """The first rule that is broken."""
+    """The first rule that an answer breaks, or `passed`."""
     if not well_formed:
         return "malformed"
-    return "passed" if passed else "partial" if score > 0 else "wrong"
+    if passed:
+        return "passed"
+    return "partial" if score > 0 else "wrong"
 
 
 def failed(components: Mapping[str, float], failure: str) -> Judgement:

@@ -13,6 +13,7 @@ import json
 import math
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from numbers import Real
 from pathlib import Path
@@ -26,8 +27,13 @@ from stages.problems.base import LARGEST_WEIGHT, split_of, stream
 from stages.problems.custom.row import OwnRow, own_row
 
 NEEDED = {"rows": ("rng",), "rewards": ("row", "completion"), "score": ("row", "completion")}
-OPTIONAL = {"passed": ("score",), "demonstration": ("row", "rng"), "baselines": ("row", "rng"), "well_formed": ("row", "completion")}  # fmt: skip
-"""Function -> what it is called with."""
+OPTIONAL = {
+    "passed": ("score",),
+    "demonstration": ("row", "rng"),
+    "baselines": ("row", "rng"),
+    "well_formed": ("row", "completion"),
+}
+"""Function -> its arguments."""
 LARGEST = 1e9
 """Of a reward, so that its square fits into float32, in which training sums."""
 AGAIN = 100_000
@@ -78,18 +84,16 @@ def import_file(path: str, name: str) -> ModuleType:
 
 def function(module: ModuleType, name: str, wanted: str) -> Callable[..., Any]:
     """A function of the file. Raises CodeRefused, with the name that was probably meant."""
-    found = getattr(module, wanted, None)
-    if found is None:
+    value = getattr(module, wanted, None)
+    if value is None:
         close = difflib.get_close_matches(wanted, [known for known in vars(module) if known[:1] != "_"], n=1)
-        meant = (
-            f"; did you mean {close[0]} ({name}:{_line(getattr(module, close[0]))})?"
-            if close
-            else f"; write def {wanted}"
-        )
-        raise CodeRefused(f"{name} has no function {wanted}{meant}")
-    if not callable(found):
-        raise CodeRefused(f"{name}: {wanted} is {type(found).__name__}, expected a function")
-    return found
+        fix = f"write def {wanted}"
+        if close:
+            fix = f"did you mean {close[0]} ({name}:{_line(getattr(module, close[0]))})?"
+        raise CodeRefused(f"{name} has no function {wanted}; {fix}")
+    if not callable(value):
+        raise CodeRefused(f"{name}: {wanted} is {type(value).__name__}, expected a function")
+    return value
 
 
 def _look_at(module: ModuleType, name: str, wanted: str, takes: tuple[str, ...], needed: bool) -> None:
@@ -117,10 +121,13 @@ def _line(found: Any) -> int | str:
     return code.co_firstlineno if code else "?"
 
 
+def _are_weights(weights: dict[Any, Any]) -> bool:
+    return all(isinstance(key, str) and _is_number(value) for key, value in weights.items())
+
+
 def _weights(module: ModuleType, name: str) -> dict[str, float]:
     weights = getattr(module, "REWARDS", None)
-    good = isinstance(weights, dict) and weights and all(isinstance(key, str) and _is_number(value) for key, value in weights.items())  # fmt: skip
-    if not good:
+    if not isinstance(weights, dict) or not weights or not _are_weights(weights):
         raise CodeRefused(
             f"{name}: REWARDS is {weights!r:.80}, expected component: weight, such as REWARDS = {{'accuracy': 1.0}}"
         )
@@ -143,7 +150,8 @@ def _rows(module: ModuleType, name: str, asked: dict[str, Any]) -> dict[str, Any
         if len(found) == stop - start:
             return {"rows": found}
     rows = {row.id for row in _made(module, name, random.Random(split))}
-    return {"counts": {each: sum(split_of(id) == each for id in rows) for each in SPLITS}}
+    splits = Counter(map(split_of, rows))
+    return {"counts": {split: splits[split] for split in SPLITS}}
 
 
 def _made(module: ModuleType, name: str, rng: random.Random) -> Iterator[OwnRow]:
@@ -186,8 +194,11 @@ def _judge(module: ModuleType, components: list[str], asked: dict[str, Any]) -> 
     score = number(settled(module.score(dict(row), completion)), "score")
     if not 0 <= score <= 1:
         raise CallFailed("out_of_range", f"score returned {score}, expected 0..1")
-    well_formed = settled(module.well_formed(dict(row), completion)) if hasattr(module, "well_formed") else True
-    passed = settled(module.passed(score)) if hasattr(module, "passed") else score >= 1
+    well_formed, passed = True, score >= 1
+    if hasattr(module, "well_formed"):
+        well_formed = settled(module.well_formed(dict(row), completion))
+    if hasattr(module, "passed"):
+        passed = settled(module.passed(score))
     return {
         "passed": truth(passed, "passed"),
         "rewards": {name: reward(rewards[name], f"rewards: {name}") for name in components},
@@ -212,7 +223,9 @@ def number(value: Any, what: str) -> float:
 
 def truth(value: Any, what: str) -> bool:
     """Yes or no, numpy's too. Raises CallFailed for anything else: "no" would mean yes."""
-    plain = value.item() if type(value).__module__ == "numpy" and getattr(value, "size", 0) == 1 else value
+    plain = value
+    if type(value).__module__ == "numpy" and getattr(value, "size", 0) == 1:
+        plain = value.item()
     if not isinstance(plain, bool):
         raise CallFailed("not_a_bool", f"{what} returned {value!r:.80}, expected True or False")
     return plain

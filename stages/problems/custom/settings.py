@@ -108,7 +108,8 @@ class DatasetProblem(OwnCode):
     @model_validator(mode="after")
     def _rewards_are_known(self) -> DatasetProblem:
         names = [reward.component for reward in self.components]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
             raise ValueError(
                 f"rewards: two are called {twice[0]}; a reward is logged under its name, so give each another"
             )

@@ -25,12 +25,12 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Literal, cast
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from stages.config import Config, identity
 from stages.errors import BadInput
 from stages.job import Split
-from stages.problems.base import Answer, Judgement, Row, first_error, row_id, stream, taken
+from stages.problems.base import Answer, Judgement, Row, generated, parsed_line, row_id
 from stages.problems.scheduling import compact, text
 from stages.problems.scheduling.forms import Form, Reading
 from stages.problems.scheduling.intervals import Event, Instance, clock, conflicting, optimum, overlaps, touches
@@ -103,16 +103,13 @@ class Scheduling:
 
     def rows(self, split: Split, start: int, stop: int, seed: int) -> list[Row]:
         """See Problem.rows."""
-        return [*taken(stream(self._generate, split, seed), start, stop)]
+        return generated(self._generate, split, start, stop, seed)
 
     def row(self, columns: Mapping[str, Any]) -> Row:
         """See Problem.row. The columns are those of the reference's data set: `events` ([name, "09:00", "10:30"] each)
         and `priority_events`; `prompt` is written where it is missing, and `optimal_score` checked where it is
         there."""
-        try:
-            line = _Line.model_validate(columns)
-        except ValidationError as error:
-            raise BadInput(first_error(error)) from None
+        line = parsed_line(_Line, columns)
         form, instance = FORMS[self.form], _instance(line)
         events = list(instance.events)
         if form.read(form.answer(instance, events)).events != events:
@@ -139,8 +136,8 @@ class Scheduling:
         """See Problem.baselines. The last five are `gold` with one rule broken; a name is missing where the row has no
         such answer."""
         instance, form = cast(SchedulingRow, row).instance, FORMS[self.form]
-        schedules = {name: chosen for name, choose in BASELINES.items() if (chosen := choose(instance, rng))}
-        texts = {name: form.answer(instance, chosen) for name, chosen in schedules.items()}
+        schedules = {name: choose(instance, rng) for name, choose in BASELINES.items()}
+        texts = {name: form.answer(instance, events) for name, events in schedules.items() if events}
         return texts | {"format_broken": texts["gold"].replace("</schedule>", "")}
 
     def judge(self, answers: Sequence[Answer]) -> list[Judgement]:
@@ -162,14 +159,18 @@ class Scheduling:
 
     def _rewards(self, row: SchedulingRow, reading: Reading) -> dict[str, float]:
         events = reading.events
-        counts = len(events) >= FORMS[self.form].MIN_EVENTS and _real(row.instance, events)
-        clashing = conflicting(events, CONFLICTS[self.reward_overlap]) if counts else set[Event]()
-        free = [event for event in events if event not in clashing] if counts else []
-        paid = [] if clashing and self.overlap == "zero" else free
+        valid = len(events) >= FORMS[self.form].MIN_EVENTS and _real(row.instance, events)
+        clashing: set[Event] = set()
+        paid: list[Event] = []
+        if valid:
+            clashing = set(conflicting(events, CONFLICTS[self.reward_overlap]))
+            paid = [event for event in events if event not in clashing]
+        if clashing and self.overlap == "zero":
+            paid = []
         values = {
             "format": float(reading.rewarded),
             "sorted": float(len(events) > 1 and _sorted(events)),
-            "overlap": float(counts and not clashing),
+            "overlap": float(valid and not clashing),
             "score": sum(map(row.instance.weight, paid)) / row.optimum,
         }
         return {name: values[name] for name in self.reward_weights}
@@ -222,14 +223,17 @@ def _instance(line: _Line) -> Instance:
     events = tuple(Event(name, _minutes(start), _minutes(end)) for name, start, end in line.events)
     if not events or len(set(events)) < len(events):
         raise BadInput("events: found none, or one that is there twice; expected different events")
-    if wrong := [event.name for event in events if event.start >= event.end]:
-        raise BadInput(f"events: {wrong[0]!r} ends before it has started; times after midnight are written 24:10")
-    if unknown := sorted(set(line.priority_events) - {event.name for event in events}):
+    for event in events:
+        if event.start >= event.end:
+            raise BadInput(f"events: {event.name!r} ends before it has started; times after midnight are written 24:10")
+    unknown = sorted(set(line.priority_events) - {event.name for event in events})
+    if unknown:
         raise BadInput(f"priority_events: {unknown[0]!r} is none of the events; correct or remove it")
     return Instance(events, frozenset(line.priority_events))
 
 
 def _minutes(time: str) -> int:
-    if not (found := CLOCK.fullmatch(time)):
+    match = CLOCK.fullmatch(time)
+    if match is None:
         raise BadInput(f"events: found the time {time!r}, expected one such as 09:30")
-    return 60 * int(found[1]) + int(found[2])
+    return 60 * int(match[1]) + int(match[2])

@@ -104,8 +104,8 @@ def _schedule(text: str, at: int, name: int) -> bool:
 def _after(text: str, tag: str | re.Pattern[str], at: int) -> int:
     """Where the next `tag` ends, from `at` on; -1 when there is none."""
     if isinstance(tag, re.Pattern):
-        found = tag.search(text, at)
-        return found.end() if found else -1
+        match = tag.search(text, at)
+        return match.end() if match else -1
     start = text.find(tag, at)
     return start + len(tag) if start >= 0 else -1
 
@@ -114,8 +114,9 @@ def _event(name: str, start: str, end: str) -> Event:
     """With other digits, or 75 minutes, it is none of any row's events, however the minutes add up: no row's name has a
     < in it."""
     event = Event(name, _minutes(start), _minutes(end))
-    usual = clock(event.start) == start and clock(event.end) == end
-    return event if usual else event._replace(name=f"{name}<{start}-{end}")
+    if (clock(event.start), clock(event.end)) == (start, end):
+        return event
+    return event._replace(name=f"{name}<{start}-{end}")
 
 
 def _events(names: Sequence[str], rng: random.Random) -> list[Event]:
@@ -133,8 +134,9 @@ def _events(names: Sequence[str], rng: random.Random) -> list[Event]:
 
 def _weighed(instance: Instance, event: Event) -> str:
     minutes = event.end - event.start
-    priority = event.name in instance.priority
-    return f"{event.name} 2 x {minutes} = {2 * minutes}" if priority else f"{event.name} {minutes}"
+    if event.name in instance.priority:
+        return f"{event.name} 2 x {minutes} = {2 * minutes}"
+    return f"{event.name} {minutes}"
 
 
 def _minutes(time: str) -> int:
