@@ -3,7 +3,7 @@
     ---
     purpose: what it is for, in one line
     format: what a completion should look like (optional, for people)
-    follow: a regular expression that is found in a completion which does what the prompt says (optional; `switchback probe` counts them)
+    follow: a regular expression found in a completion that follows the prompt (optional, counted by `switchback probe`)
     ---
     # system
     What the system message says; leave it empty for none.
@@ -68,7 +68,8 @@ def load(name: str) -> Prompt:
 
 def parse(name: str, text: str) -> Prompt:
     """A prompt from the text of its file. Raises ValueError when a part is missing."""
-    if not (match := SHAPE.fullmatch(text)):
+    match = SHAPE.fullmatch(text)
+    if match is None:
         raise ValueError(f"the prompt {name} needs front matter between --- lines, then '# system', then '# user'")
     front = _front_matter(name, match["front"])
     try:

@@ -56,14 +56,11 @@ def refuse_quantization() -> None:
 
     import torch
 
-    missing = [
-        what
-        for what, there in (
-            ("a GPU", torch.cuda.is_available()),
-            ("bitsandbytes", find_spec("bitsandbytes") is not None),
-        )
-        if not there
-    ]
+    missing = []
+    if not torch.cuda.is_available():
+        missing.append("a GPU")
+    if find_spec("bitsandbytes") is None:
+        missing.append("bitsandbytes")
     if missing:
         raise BadInput(
             f"model.lora.quantize: nf4 needs {' and '.join(missing)}, which is not here; remove it to train in the "
@@ -100,7 +97,8 @@ def refuse_targets(path: str, lora: Lora) -> None:
 
 def _ends(names: list[str]) -> list[str]:
     """The last part of each name, once each, numbers left out."""
-    return list(dict.fromkeys(end for name in names if (end := name.rpartition(".")[2]) and not end.isdigit()))[:16]
+    ends = [name.rpartition(".")[2] for name in names]
+    return list(dict.fromkeys(end for end in ends if end and not end.isdigit()))[:16]
 
 
 def save_adapter(model: Any, directory: Path, state: dict[str, Any] | None, base: str) -> None:
@@ -108,7 +106,9 @@ def save_adapter(model: Any, directory: Path, state: dict[str, Any] | None, base
     model.save_pretrained(directory, state_dict=state)
     (directory / "README.md").unlink(missing_ok=True)
     path = directory / "adapter_config.json"
-    name = base.removeprefix(HUB).partition("@")[0] if base.startswith(HUB) else Path(base).name
+    name = Path(base).name
+    if base.startswith(HUB):
+        name = base.removeprefix(HUB).partition("@")[0]
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": name}, indent=2))
 
 
@@ -124,11 +124,12 @@ def merged(policy: Any, adapter: Path) -> tuple[Any, float]:
     layers: list[Any] = [
         module for module in adapted.modules() if hasattr(module, "lora_A") and hasattr(module, "get_delta_weight")
     ]
-    asked = kept = 0.0
+    squared = kept = 0.0
     for layer in layers:
         before = layer.base_layer.weight.detach().float().clone()
         update = layer.get_delta_weight("default").detach().float()
         layer.merge()
-        asked += float(update.square().sum())
+        squared += float(update.square().sum())
         kept += float((update * (layer.base_layer.weight.detach().float() - before)).sum())
-    return adapted.unload(), kept / asked if asked else 1.0
+    share = kept / squared if squared else 1.0
+    return adapted.unload(), share

@@ -31,7 +31,9 @@ def local_path(source: str, weights: bool = True) -> str:
     from huggingface_hub import snapshot_download
 
     repo, _, revision = source.removeprefix(HUB).partition("@")
-    patterns = SAFE_PATTERNS if weights else [pattern for pattern in SAFE_PATTERNS if pattern != "*.safetensors"]
+    patterns = list(SAFE_PATTERNS)
+    if not weights:
+        patterns.remove("*.safetensors")
     return snapshot_download(repo, revision=revision or None, allow_patterns=patterns)
 
 
@@ -53,9 +55,12 @@ def load_policy(
 ) -> PreTrainedModel:
     """A model in the given precision, on the CPU or on `device`; its frozen weights in 4 bits where `adapters` say
     so."""
-    held: dict[str, Any] = {"quantization_config": quantized} if (quantized := lora.quantization(adapters)) else {}
+    options: dict[str, Any] = {}
+    quantization = lora.quantization(adapters)
+    if quantization is not None:
+        options["quantization_config"] = quantization
     model: Any = AutoModelForCausalLM.from_pretrained(
-        path, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, **held
+        path, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, **options
     )
     return model.to(device) if device else model
 

@@ -92,11 +92,14 @@ def newest(work: Path, belongs: Belongs) -> Found:
     named."""
     words: list[str] = []
     for checkpoint in reversed(_all(work)):
-        if not (wrong := what_is_wrong(checkpoint, belongs)):
+        problem = what_is_wrong(checkpoint, belongs)
+        if not problem:
             return Found(checkpoint, words)
         _set_aside(checkpoint)
-        words.append(f"set aside {checkpoint.name}: {wrong}")
-    return Found(None, [*words, "starts from its beginning"] if words else [])
+        words.append(f"set aside {checkpoint.name}: {problem}")
+    if words:
+        words.append("starts from its beginning")
+    return Found(None, words)
 
 
 def what_is_wrong(checkpoint: Path, belongs: Belongs) -> str:

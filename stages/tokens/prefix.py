@@ -47,7 +47,8 @@ def serving_template(training: str, format: Format) -> str:
     # jinja2 drops one newline at the end of a template, but not one before more text
     ending = training.removesuffix("\n")
     literal = json.dumps(format.response_prefix, ensure_ascii=False)
-    return f"{ending}{{{{ {literal} if add_generation_prompt else '' }}}}"  # an expression: a block would trim blanks around it
+    # an expression, since a block would trim the blanks around it
+    return f"{ending}{{{{ {literal} if add_generation_prompt else '' }}}}"
 
 
 def seen_format(format: Format, tokenizer: PreTrainedTokenizerBase) -> Format:
@@ -57,7 +58,7 @@ def seen_format(format: Format, tokenizer: PreTrainedTokenizerBase) -> Format:
 
 
 def format_digest(format: Format) -> str:
-    """SHA-256 of everything that dresses text; the prompt's name is not part of it."""
+    """SHA-256 of the settings that format text; the prompt's name is not one of them."""
     return hashlib.sha256(format.model_dump_json(exclude={"prompt", "chat_template"}).encode()).hexdigest()
 
 
@@ -70,7 +71,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def card(tokenizer: PreTrainedTokenizerBase, format: Format) -> dict[str, Any]:
-    """What makes rows: kept beside them, and compared with what trains on them."""
+    """The tokenizer and the Format that made rows; a stage that trains on the rows compares them with its own."""
     return {"tokenizer": tokenizer_digest(tokenizer), "format": format.model_dump(mode="json")}
 
 
@@ -96,12 +97,13 @@ def of_row(format: Format, row: Columns) -> str:
     columns = _columns(row)
     if format.per_row not in columns:
         raise BadInput(f"format.per_row: there is no column {format.per_row!r}; a row has {', '.join(columns)}")
-    if not isinstance(found := columns[format.per_row], str):
+    response_prefix = columns[format.per_row]
+    if not isinstance(response_prefix, str):
         raise BadInput(
-            f"format.per_row: found {found!r} in column {format.per_row!r}, expected text; a row has "
+            f"format.per_row: found {response_prefix!r} in column {format.per_row!r}, expected text; a row has "
             f"{', '.join(columns)}"
         )
-    return found
+    return response_prefix
 
 
 def _columns(row: Columns) -> Mapping[str, Any]:
@@ -120,10 +122,13 @@ def prefix_ids(tokenizer: PreTrainedTokenizerBase, response_prefix: str) -> list
             f"format.response_prefix: {response_prefix!r} holds {tokenizer.eos_token!r}, which ends the turn it would "
             "start"
         )
-    ids = encode(tokenizer, response_prefix) if response_prefix else []
-    if (back := tokenizer.decode(ids) if ids else "") != response_prefix:
+    if not response_prefix:
+        return []
+    ids = encode(tokenizer, response_prefix)
+    decoded = tokenizer.decode(ids) if ids else ""
+    if decoded != response_prefix:
         raise BadInput(
-            f"format.response_prefix: {response_prefix!r} comes back from the tokenizer as {back!r}; choose another"
+            f"format.response_prefix: {response_prefix!r} comes back from the tokenizer as {decoded!r}; choose another"
         )
     return ids
 
@@ -175,8 +180,8 @@ def conversation(
         if not text.startswith(context):
             raise BadInput(
                 "the chat template writes an earlier assistant turn otherwise than it is trained (it drops its "
-                "reasoning, or adds to it),"
-                " so the conversation cannot be trained as it will be served; give each turn a row of its own"
+                "reasoning, or adds to it), so the conversation cannot be trained as it will be served; give each turn "
+                "a row of its own"
             )
         ((prompt, letters),) = chat.with_roles(tokenizer, [_after(len(context), chat.pieces(tokenizer, turns[:i]))])
         target, target_letters = demonstration(tokenizer, response_prefix, turn["content"])
@@ -186,7 +191,7 @@ def conversation(
 
 
 def _after(start: int, pieces: chat.Pieces) -> chat.Pieces:
-    """What of the text comes after its first `start` characters."""
+    """The pieces of the text after its first `start` characters."""
     left: chat.Pieces = []
     for letter, piece in pieces:
         if start < len(piece):

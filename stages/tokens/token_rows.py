@@ -22,10 +22,22 @@ from typing import Any
 FILE = "rows.parquet"
 CARD = "card.json"
 """Beside the rows: which tokenizer and which Format made them."""
-PROVENANCE = {"policy": "string", "step": "int64", "sample": "int64", "seed": "int64", "temperature": "double", "max_completion_length": "int64",
-              "prefix": "string", "text": "string", "score": "double", "outcome": "string", "reward": "double", "rank": "int64", "rule": "string"}  # fmt: skip
-"""What is told of where a row comes from: column -> its type in Arrow's words. Beside these, a column
-`reward_<component>` each."""
+PROVENANCE = {
+    "policy": "string",
+    "step": "int64",
+    "sample": "int64",
+    "seed": "int64",
+    "temperature": "double",
+    "max_completion_length": "int64",
+    "prefix": "string",
+    "text": "string",
+    "score": "double",
+    "outcome": "string",
+    "reward": "double",
+    "rank": "int64",
+    "rule": "string",
+}
+"""Columns with the origin of a row -> their Arrow types. A column `reward_<component>` per component follows them."""
 SYSTEM, USER, TEMPLATE, PREFIX, COMPLETION = "sutpc"
 ROLES = {"system": SYSTEM, "user": USER, "template": TEMPLATE, "prefix": PREFIX, "completion": COMPLETION}
 """Role -> its letter; the position of a role in this table is its code in a batch."""

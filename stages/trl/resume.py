@@ -97,9 +97,9 @@ class ExactResume(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             file = Path(checkpoint, _file_of_rank())
-            device = (
-                self.args.device if self.args.device.type != "cpu" else "cpu"
-            )  # of several processes it is cpu:0, which torch cannot read
+            device: Any = self.args.device
+            if device.type == "cpu":
+                device = "cpu"  # of several processes it is cpu:0, which torch cannot read
             self.take_up(torch.load(file, map_location=device, weights_only=True))
 
 
@@ -144,10 +144,8 @@ def execution(trainer: Trainer) -> dict[str, Any]:
 def find(trainer: ExactResume, job: Job, config: TrainingConfig) -> str | None:
     """Where the job can go on, its logs cut back to there; None: at its start. All processes call it. What was found is
     said."""
-    trainer.out, trainer.belongs = (
-        Path(job.out),
-        checkpoints.Belongs(asked(job, config), execution(trainer)),
-    )
+    trainer.out = Path(job.out)
+    trainer.belongs = checkpoints.Belongs(asked(job, config), execution(trainer))
     mine = {0: _newest(trainer, job)} if ranks.first() else {}
     return ranks.together(mine)[0]
 
@@ -210,8 +208,10 @@ class SaveCallback(TrainerCallback):
         if self._every is None:
             return GO_ON
         if isinstance(self._every, int):
-            return SAVE if state.global_step % self._every == 0 else GO_ON
-        return SAVE if time.monotonic() - self._saved >= self._every else GO_ON
+            due = state.global_step % self._every == 0
+        else:
+            due = time.monotonic() - self._saved >= self._every
+        return SAVE if due else GO_ON
 
 
 def _of_first(decision: int, device: torch.device) -> int:

@@ -78,7 +78,8 @@ class RewardedGRPOTrainer(PrefillGRPOTrainer):
         values = [self._values(answer, judgement) for answer, judgement in zip(answers, judgements, strict=True)]
         if self.model.training and self.judging.log:
             self._log_rollouts(prompts, answers, judgements, values)
-        table = [[torch.nan if one[name] is None else one[name] for name in self.judging.weights] for one in values]
+        names = list(self.judging.weights)
+        table = [[torch.nan if rewards[name] is None else rewards[name] for name in names] for rewards in values]
         mine_and_others = gather(torch.tensor(table, dtype=torch.float32, device=self.accelerator.device))
         self._raw = cast(torch.Tensor, mine_and_others)
         failed = torch.tensor([float(one.failure is not None) for one in judgements], device=self._raw.device)
@@ -88,7 +89,7 @@ class RewardedGRPOTrainer(PrefillGRPOTrainer):
         if self.judging.settings.as_they_are:
             return self._raw
         size = self.num_generations if self.model.training else self.num_generations_eval
-        return compose.composed(self._raw, [*self.judging.weights], self.judging.settings, size, self._running)
+        return compose.composed(self._raw, names, self.judging.settings, size, self._running)
 
     def _values(self, answer: Answer, judgement: Judgement) -> dict[str, float | None]:
         """Component -> its value; None in all of them, penalties too, where the problem has none to give: the rollout

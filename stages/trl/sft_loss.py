@@ -65,7 +65,9 @@ class WeightedSFTTrainer(ExactResume, SFTTrainer):
         last = batch_samples[-1]
         if "position_ids" not in last:
             last["labels"][mine:] = NOTHING
-        elif len(starts := (last["position_ids"][0] == 0).nonzero()) > mine:  # rows lie end to end
+            return
+        starts = (last["position_ids"][0] == 0).nonzero()  # rows lie end to end
+        if len(starts) > mine:
             last["labels"][:, starts[mine] :] = NOTHING
 
     def compute_loss(
@@ -82,7 +84,9 @@ class WeightedSFTTrainer(ExactResume, SFTTrainer):
         if self.aux_loss_enabled:
             scored["output_router_logits"] = True
         out = model(**scored, fused_lm_head=True)  # log_probs is (B, T-1), 0 where the label is -100
-        total = normaliser(codes, self.weights, self.normaliser) if num_items_in_batch is None else num_items_in_batch
+        total = num_items_in_batch
+        if total is None:
+            total = normaliser(codes, self.weights, self.normaliser)
         weighted = -(weights[:, 1:] * out.log_probs).sum()
         loss = weighted / total.clamp(min=LEAST[self.normaliser])
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -99,9 +103,10 @@ class WeightedSFTTrainer(ExactResume, SFTTrainer):
         the completion."""
         completion, prompt = answered & out.label_mask, out.label_mask & ~answered
         nll = -out.log_probs
-        tokens = (
-            inputs["attention_mask"].sum() if "attention_mask" in inputs else torch.tensor(inputs["input_ids"].numel())
-        )
+        if "attention_mask" in inputs:
+            tokens = inputs["attention_mask"].sum()
+        else:
+            tokens = torch.tensor(inputs["input_ids"].numel())
         sums = [completion.sum(), prompt.sum(), (nll * completion).sum(), (nll * prompt).sum()]
         sums += [(out.entropy * completion).sum(), (out.is_top1 * completion).sum(), tokens.to(nll.device)]
         gathered = self.accelerator.gather_for_metrics(torch.stack([s.double() for s in sums])[None]).sum(0).tolist()
