@@ -31,12 +31,12 @@ SHAPE = re.compile(r"---\n(?P<front>.*?)\n---\n+# system\n(?P<system>.*?)\n?# us
 
 @dataclass(frozen=True)
 class Prompt:
-    """What one file says."""
+    """The contents of one file."""
 
     name: str
     purpose: str
     format: str
-    """What a completion should look like, for people; "" when it is not said."""
+    """The form of a completion, for people; "" when the file does not describe it."""
     follow: str | None
     """Found (re.search, response prefix included) in a completion that does what the prompt says; None when nothing is
     asked."""

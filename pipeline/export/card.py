@@ -188,7 +188,7 @@ def _evaluation(registry: Registry, artifact: Artifact, split: str) -> Evaluatio
     problems = verify(registry, artifact)
     if problems:
         raise Failed(
-            f"{problems[0]}; so its scores cannot be told: switchback verify {artifact.id} lets it be made again"
+            f"{problems[0]}; its scores cannot be shown. switchback verify {artifact.id} lets it be made again"
         )
     return read_evaluation(registry.path(artifact, split))
 

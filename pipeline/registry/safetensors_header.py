@@ -67,7 +67,7 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _end(tensors: list[dict[str, Any]]) -> int:
-    """Where the last tensor ends; each begins where the one before it ended."""
+    """The end of the last tensor. Raises ValueError unless each tensor begins at the end of the previous one."""
     end = 0
     for start, stop in sorted(map(_span, tensors)):
         if start != end:
@@ -77,7 +77,7 @@ def _end(tensors: list[dict[str, Any]]) -> int:
 
 
 def _span(tensor: dict[str, Any]) -> tuple[int, int]:
-    """Where a tensor's bytes are; as many as its type and shape say."""
+    """Start and end of a tensor's bytes. Raises ValueError unless their number fits its type and shape."""
     shape, (start, stop) = tensor["shape"], tensor["data_offsets"]
     if len(shape) > DIMENSIONS:
         raise ValueError(f"a tensor has {len(shape)} dimensions")

@@ -17,7 +17,7 @@ from stages.problems.catalog import PROBLEMS
 HERE = Path(__file__).parent
 OWN = "file"
 SETTINGS = {"scheduling": {"form": "compact"}}
-"""What a built-in problem needs for the tiny model."""
+"""Settings of built-in problems that suit the tiny model."""
 CHOICES = (OWN, *PROBLEMS)
 MODEL = "tiny-base"
 

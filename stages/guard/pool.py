@@ -51,7 +51,7 @@ LOAD = -1
 
 
 class Limits(NamedTuple):
-    """What user code may take."""
+    """Limits of user code."""
 
     seconds: float
     """Wall-clock time of one call."""
@@ -63,14 +63,14 @@ class Limits(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What became of a call."""
+    """The result of a call."""
 
     value: Any
     """JSON; None when it failed."""
     failure: str | None = None
     """timeout, crash, exception, not_a_number, ...; None: it answered."""
     message: str = ""
-    """What a person needs to find the reason."""
+    """The reason of the failure, in one line."""
 
 
 class Guard:
@@ -86,7 +86,7 @@ class Guard:
         self._finalizer = weakref.finalize(self, _end, self._workers)
 
     def about(self) -> Any:
-        """What the user's code says of itself once it is imported. Raises BadInput when it cannot be."""
+        """The facts that the user's code reports after its import. Raises BadInput when the import fails."""
         while self._about is None:
             self._start(1)
             self._turn(deque(), {})
@@ -97,7 +97,7 @@ class Guard:
         reply = self.map(call, [payload], seconds)[0]
         if reply.failure:
             raise BadInput(
-                f"{self.spec['name']}: {call} failed ({reply.failure}): {reply.message}; mend it and run again"
+                f"{self.spec['name']}: {call} failed ({reply.failure}): {reply.message}; fix it and run again"
             )
         return reply.value
 
@@ -128,12 +128,12 @@ class Guard:
             worker.sweep()
 
     def note(self, answers: int) -> None:
-        """So many answers were judged in calls that were not counted."""
+        """Count answers that were judged in calls with `counted=False`."""
         self.judged += answers
 
     def blame(self, reply: Reply, answers: int, left: int) -> None:
-        """So many of the answers that `note` was told of failed, all by one reply; `left` are still to be asked for.
-        Raises TooManyFailures."""
+        """Count answers of `note` as failed, all by one reply; `left` answers are still to be judged. Raises
+        TooManyFailures."""
         for _ in range(answers):
             self._count(reply, self.judged, left)
 
@@ -180,7 +180,7 @@ class Guard:
             raise TooManyFailures(
                 f"{self.spec['name']} failed on {failed} of the first {seen} answers it was asked to judge ({counts}), "
                 "more than"
-                f" max_failures={self.limits.failures:g} of {every} allows; the first said: {self.first}; mend it and "
+                f" max_failures={self.limits.failures:g} of {every} allows; the first said: {self.first}; fix it and "
                 "run again, or raise"
                 " problem.max_failures"
             )
@@ -196,7 +196,7 @@ def _import_failed(name: str, reply: Reply, seconds: float) -> str:
         return reply.message
     if reply.failure == "timeout":
         return f"{name}: its import did not end within {seconds:g} s; let it do less while it is imported"
-    return f"{name}: its import failed ({reply.failure}): {reply.message}; mend it and run again"
+    return f"{name}: its import failed ({reply.failure}): {reply.message}; fix it and run again"
 
 
 class _Lines(NamedTuple):

@@ -1,5 +1,5 @@
 """The process in which user code runs: `python -m stages --guarded STAGE_PID REQUESTS REPLIES`, started by
-`stages.guard.pool` and by nobody else.
+`stages.guard.pool` alone.
 
     stage --PDEATHSIG--> supervisor --fork, PDEATHSIG--> worker --> processes of user code
 
@@ -97,13 +97,13 @@ def _answer(request: dict[str, Any], calls: Calls) -> dict[str, Any]:
     except CodeRefused as error:
         failure, message = "refused", str(error)
     except BaseException as error:  # sys.exit() of user code too
-        failure, message = "exception", told(error)
+        failure, message = "exception", describe_error(error)
     if failure is not None:
         value = None
     return {"id": request["id"], "value": value, "failure": failure, "message": message}
 
 
-def told(error: BaseException, file: str | None = None) -> str:
+def describe_error(error: BaseException, file: str | None = None) -> str:
     """`file:line: Type: message` of an error, with the last place in user code (`file`: the last place in it)."""
     ours = str(Path(__file__).parents[1])
     frames = traceback.extract_tb(error.__traceback__)

@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): a fresh adapter on the stage's policy while it trains, merged into it
 when it is published.
 
-A policy is always published whole, with the adapter beside it in `adapter/`. So the next stage puts a fresh adapter on
+A policy is always published complete, with its adapter in `adapter/`. So the next stage puts a fresh adapter on
 a whole policy, and the KL reference of an RL stage is its own policy with the adapter off. Cheap to import: torch and
 peft come with the functions.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 ADAPTER = "adapter"
-"""Where a published policy keeps the adapter it was made with."""
+"""Directory of the adapter in a published policy."""
 
 
 def peft_config(lora: Lora) -> LoraConfig:

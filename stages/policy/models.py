@@ -1,7 +1,7 @@
 """Policies on disk and in memory: a directory that `from_pretrained` loads, safetensors only, no code from it ever run.
 
 A published policy carries two chat templates: the serving template, which yields the response prefix, and the training
-template beside it (see `stages.tokens.prefix`).
+template next to it (see `stages.tokens.prefix`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SAFE_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "addi
 
 
 def local_path(source: str, weights: bool = True) -> str:
-    """The directory of a model; one on the hub is fetched at its revision first, so that whoever loads it again gets
+    """The directory of a model; one on the hub is fetched at its revision first, so that every later load gets
     the same. Without `weights`, only what a tokenizer needs is fetched."""
     if not source.startswith(HUB):
         return source
@@ -96,7 +96,7 @@ KEPT = 0.9
 
 def publish(trainer: Any, tokenizer: PreTrainedTokenizerBase, job: Job) -> tuple[Finding, ...]:
     """Write what a trainer has made to `job.out`, whole: an adapter is merged into the policy it was trained on, and
-    kept beside it.
+    kept next to it.
 
     All processes call it; the first one writes. Weights that are spread over processes (FSDP, DeepSpeed) are gathered
     first.

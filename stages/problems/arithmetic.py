@@ -2,7 +2,7 @@
 
     12 - 40 =    is answered    -28
 
-The answer is everything after the last </think>, or the whole completion where nobody thought: a whole number of at
+The answer is everything after the last </think>, or the completion itself where there is none: a whole number of at
 most 18 digits, and blank space around it. The score is 1 when it is right.
 """
 

@@ -1,4 +1,4 @@
-"""What a checkable problem is: rows to work on, rewards to train by, and a score that says what the task means.
+"""The interface of a checkable problem: rows, rewards for training, and a score for evaluation.
 
 A problem is a value with the methods of `Problem`. It knows nothing of models, prompts or prefixes: it sees rows and
 the texts of completions (response prefix included), and answers with plain numbers. The same row and text always give
@@ -34,7 +34,7 @@ class Row:
     """The instance in words, as the user's turn says it; the Format's user template may put more around it."""
 
     def columns(self) -> Mapping[str, Any]:
-        """What the user template and a prefix per row can name, `id` and `prompt` among them."""
+        """Values that the user template and a prefix per row can name, `id` and `prompt` among them."""
         return asdict(self)
 
 
@@ -48,12 +48,12 @@ class Answer(NamedTuple):
     text: str
     """Response prefix included."""
     ids: Sequence[int] = ()
-    """What was sampled, the prefix not included; empty for a text that nobody sampled."""
+    """The sampled ids, without the prefix; empty for a text that was not sampled."""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a completion earns in training (`rewards`), and what it is worth to the task (everything else)."""
+    """The rewards of a completion in training, and its score and outcome in the task."""
 
     score: float
     """0..1; 0 when any rule is broken."""
@@ -167,7 +167,7 @@ def parsed_line(model: type[L], columns: Mapping[str, Any]) -> L:
 
 
 STREAMS: dict[Split, str] = {"train": "train-{seed}", "validation": "validation", "held_out": "held-out-7c41"}
-"""What seeds the generator of a split's stream. Validation and held-out rows are the same for every seed."""
+"""Seed of the generator of a split's stream. Validation and held-out rows are the same for every seed."""
 
 
 def stream(generate: Callable[[random.Random], Iterator[R]], split: Split, seed: int) -> Iterator[R]:

@@ -24,10 +24,10 @@ from stages.runtime.disk import HashedFile, digest_files, replace, sync_tree
 
 COMPLETE = "complete.json"
 LOGS = "logs"
-"""What a stage has logged, inside a checkpoint."""
+"""Directory of the stage's logs inside a checkpoint."""
 SET_ASIDE = "set-aside"
 TEMPORARY = (chunks.DIRECTORY, SET_ASIDE)
-"""What else lies in `work` until a stage is published."""
+"""Other directories in `work` until a stage is published."""
 
 
 def _inside(path: str) -> str:
@@ -51,19 +51,19 @@ class Record(Frozen):
     asked: str
     """Digest of the job but for its places (`asked`)."""
     execution: dict[str, Any]
-    """What the bits depend on beside that: processes, micro-batch, device."""
+    """Further settings that the bits depend on: processes, micro-batch, device."""
     files: tuple[Entry, ...]
 
 
 class Belongs(NamedTuple):
-    """What a checkpoint has to be of, to be used."""
+    """The job and the execution that a usable checkpoint must have."""
 
     asked: str
     execution: dict[str, Any]
 
 
 class Found(NamedTuple):
-    """Where a stage can go on, and what was said on the way."""
+    """The checkpoint from which a stage resumes, and the messages about the search for it."""
 
     checkpoint: Path | None
     """None: at its start."""
@@ -71,7 +71,7 @@ class Found(NamedTuple):
 
 
 def directory(work: Path, step: int) -> Path:
-    """Where a step's checkpoint lies."""
+    """The directory of a step's checkpoint."""
     return work / f"checkpoint-{step}"
 
 
@@ -170,7 +170,7 @@ def _remove(path: Path) -> None:
     """Under another name first, so that what is left of it is never taken for a torn checkpoint."""
     gone = path.with_name(f".removed-{path.name}")
     shutil.rmtree(gone, ignore_errors=True)
-    with suppress(FileNotFoundError):  # somebody else is at it, too
+    with suppress(FileNotFoundError):  # another process removes it, too
         path.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
 

@@ -52,7 +52,7 @@ class Chunks:
     """Its path, which holds its artifact's id."""
 
     def shelf(self, question: Any) -> Shelf:
-        """Where the answers to a question, any JSON, lie or will lie."""
+        """The shelf for the answers to a question, which is any JSON value."""
         return Shelf(self.work / DIRECTORY, _digest([self.policy, question]))
 
 

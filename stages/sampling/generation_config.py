@@ -1,4 +1,4 @@
-"""The model's own generation settings, overruled: for whoever generates with transformers' own loop."""
+"""Overrides the model's generation settings for transformers' own generation loop."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ Pieces = list[tuple[str, str]]
 """(letter of the role, text); together they are the whole text."""
 
 TRAINING = "training"
-"""Name of the training template beside the serving template: additional_chat_templates/training.jinja."""
+"""Name of the training template, next to the serving template: additional_chat_templates/training.jinja."""
 OPEN, CLOSE = "\ue000", "\ue001"
 MARKED = re.compile(f"{OPEN}(\\d+){CLOSE}")
 

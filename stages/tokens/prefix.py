@@ -209,7 +209,7 @@ def merges_at_boundary(tokenizer: PreTrainedTokenizerBase, row: TokenRow) -> boo
 
 
 def completion_text(tokenizer: PreTrainedTokenizerBase, response_prefix: str, sampled: Sequence[int]) -> str:
-    """What rewards and scores judge: the prefix, then what was sampled."""
+    """The text that rewards and scores judge: the prefix, then the sampled tokens."""
     return response_prefix + cast(str, tokenizer.decode(list(sampled), skip_special_tokens=True))
 
 

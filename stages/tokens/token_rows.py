@@ -56,11 +56,11 @@ class TokenRow:
     roles: str
     """A letter a token."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """Where it comes from: names of PROVENANCE, and `reward_<component>`."""
+    """Its origin: columns of PROVENANCE, and `reward_<component>`."""
 
     @property
     def edges(self) -> tuple[int, int]:
-        """Where the first answer begins, and where its prefix ends; both the row's length when there is no answer."""
+        """Start of the first answer and end of its prefix; both are the row's length when there is no answer."""
         start = min((self.roles.index(role) for role in ANSWERED if role in self.roles), default=len(self.roles))
         return start, len(self.roles) - len(self.roles[start:].lstrip(PREFIX))
 
@@ -89,12 +89,12 @@ def read(directory: Path) -> list[TokenRow]:
 
 
 def read_card(directory: Path) -> dict[str, Any]:
-    """What made the rows."""
+    """The card of the rows (`prefix.card`)."""
     return json.loads((directory / CARD).read_text())
 
 
 def labelled(row: TokenRow) -> dict[str, list[int]]:
-    """What SFTTrainer takes: input_ids, and in `labels` the code of each token's role.
+    """Columns for SFTTrainer: input_ids, and in `labels` the code of each token's role.
 
     A list column named `labels` is the only thing beside the ids that TRL carries through truncation, every packing
     strategy and its collator, which writes -100 where nothing is to be learned: on padding, and on the first token of a

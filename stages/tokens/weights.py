@@ -70,7 +70,7 @@ def row_weights(row: TokenRow, weights: Weights) -> list[float]:
 
 
 def total_weight(rows: Iterable[TokenRow], weights: Weights) -> float:
-    """What the rows weigh together."""
+    """Sum of the weights of all tokens of the rows."""
     return sum(sum(row_weights(row, weights)) for row in rows)
 
 

@@ -1,4 +1,4 @@
-"""GRPO beside general rows, which have no reward and are trained by likelihood:
+"""GRPO mixed with general rows, which have no reward and are trained by likelihood:
 
     L = L_grpo + coefficient * L_nll,    L_nll = - sum log p(completion token) / N,
 
@@ -26,14 +26,14 @@ from stages.trl.rewarding import RewardedGRPOTrainer
 
 @dataclass(frozen=True)
 class General:
-    """What is trained by likelihood."""
+    """The general rows, which are trained by likelihood."""
 
     rows: Sequence[TokenRow]
     """All that the stage's steps take, in the order in which a file's lines are drawn."""
     a_step: int
     """How many each optimiser step takes."""
     coefficient: float
-    """What their mean loss weighs beside that of GRPO."""
+    """Weight of their mean loss; GRPO's loss has weight 1."""
     seed: int
     """Of the order of every pass after the first."""
 

@@ -18,7 +18,7 @@ from stages.trl.resume import ExactResume
 START = "response_prefix"
 """Key of a prompt's last turn that holds its prefix; templates do not look at it."""
 COMPLETION_IDS, COMPLETIONS = 1, 3
-"""Where the sampled ids and the decoded completions are in what `GRPOTrainer._generate` returns."""
+"""Positions of the sampled ids and of the decoded completions in the result of `GRPOTrainer._generate`."""
 
 
 def prefilled(messages: list[Message], response_prefix: str) -> list[Message]:

@@ -1,6 +1,6 @@
 """Exact resume: a trainer that is killed and goes on from a checkpoint ends where it would have ended.
 
-transformers saves model, optimiser, schedule and random state. What TRL keeps beside that (the rollouts that are still
+transformers saves model, optimiser, schedule and random state. TRL's further state (the rollouts that are still
 to be trained on, where in a generation it is, the tokens it has seen) is added here, in one file a process; `held` and
 `take_up` are where more of a trainer's state joins. A checkpoint counts once all processes have written and the first
 has sealed it (`stages.runtime.checkpoints`).
@@ -32,7 +32,7 @@ from stages.runtime.metrics import say
 from stages.training import TrainingConfig, all_steps_ran
 
 PICKLE = "training_args.bin"
-"""A pickle of the arguments that transformers writes into every checkpoint, and nobody reads."""
+"""A pickle of the arguments that transformers writes into every checkpoint; it is never read."""
 GO_ON, SAVE, SAVE_AND_STOP = 0, 1, 2
 
 
@@ -43,7 +43,7 @@ class ExactResume(Trainer):
     """Where the job logs; None for a trainer on its own, whose checkpoints are complete all the same, and not
     sealed."""
     belongs: checkpoints.Belongs
-    """What its checkpoints are of."""
+    """The job and the execution that its checkpoints belong to."""
 
     def held(self) -> dict[str, Any]:
         """State of this process that transformers does not save: tensors, numbers, strings, and lists and dicts of
@@ -130,7 +130,7 @@ def asked(job: Job, config: Config) -> str:
 
 
 def execution(trainer: Trainer) -> dict[str, Any]:
-    """What of the execution a checkpoint is bound to."""
+    """The part of the execution that a checkpoint is bound to."""
     args = trainer.args
     kind = str(trainer.accelerator.distributed_type.value)
     return {

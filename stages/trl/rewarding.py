@@ -30,11 +30,11 @@ from stages.trl.prefill import START, PrefillGRPOTrainer
 
 @dataclass(frozen=True)
 class Judging:
-    """What judges, and where it is written down."""
+    """The problem that judges rollouts, and the directory of their log."""
 
     problem: Problem
     rows: Sequence[Row]
-    """What the dataset's `row` column indexes."""
+    """Rows that the dataset's `row` column indexes."""
     weights: Mapping[str, float]
     """Component -> weight, penalties included (`rewards.weights_of`)."""
     settings: Rewards
@@ -53,7 +53,7 @@ class RewardedGRPOTrainer(PrefillGRPOTrainer):
         self._running = compose.nothing_seen(len(judging.weights))
 
     def held(self) -> dict[str, Any]:
-        """What components were like so far, beside what every trainer holds."""
+        """The state of every trainer, and the statistics of the components so far."""
         return super().held() | {"components": [part.tolist() for part in self._running]}
 
     def take_up(self, state: dict[str, Any]) -> None:
@@ -130,7 +130,7 @@ class RewardedGRPOTrainer(PrefillGRPOTrainer):
 
 
 def _named(name: str) -> Any:
-    """What TRL reads a component's name from; `_calculate_rewards` never calls it."""
+    """A function named for a component, as TRL requires; `_calculate_rewards` never calls it."""
 
     def component(**_: Any) -> list[float]:
         raise AssertionError("rewards come from the problem's judgements")

@@ -62,7 +62,7 @@ def rubbish(registry: Registry, moment: datetime) -> Iterator[Removal]:
     store = registry.store
     for name in store.abandoned("artifacts", MANIFEST):
         yield Removal(
-            what="remains", name=name, why="it has no manifest, and nobody writes it", bytes=store.weight(name)
+            what="remains", name=name, why="it has no manifest, and no process writes it", bytes=store.weight(name)
         )
     for name in store.leftovers(moment - STALE):
         yield Removal(what="remains", name=name, why="its writer was killed", bytes=store.weight(name))

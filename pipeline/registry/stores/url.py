@@ -18,7 +18,7 @@ class Bucket(NamedTuple):
     scheme: str
     bucket: str
     prefix: str
-    """Where in the bucket, without slashes at its ends; "" for all of it."""
+    """Path in the bucket, without slashes at its ends; "" for the complete bucket."""
 
     @property
     def url(self) -> str:

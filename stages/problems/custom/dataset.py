@@ -33,7 +33,7 @@ BATCH = 16
 TEXTS = ("prompt", "gold")
 """Settings whose column holds text in every row; an answer may be anything."""
 OURS = ("prompt", "prompts", "completions", "completion_ids", "id", "trainer_state", "log_extra", "log_metric")
-"""What a reward is given under these names is not a column."""
+"""Arguments of a reward that are no columns."""
 
 
 class Dataset:
@@ -65,7 +65,7 @@ class Dataset:
 
     @cached_property
     def _columns(self) -> list[str]:
-        """Of any row: what a reward is given must not depend on which rows stand beside it."""
+        """The columns of all rows: the arguments of a reward must not depend on the other rows of its batch."""
         return sorted({name for row in self._all for name in row.values} - {*OURS})
 
     def rows(self, split: Split, start: int, stop: int, seed: int) -> list[Row]:

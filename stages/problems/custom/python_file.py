@@ -68,7 +68,7 @@ class OwnFile:
         return self.guard.one("demonstration", {"row": row.columns(), "seed": rng.randrange(SEEDS)})
 
     def baselines(self, row: Row, rng: random.Random) -> Mapping[str, str]:
-        """What the file knows; nothing where it has no `baselines`."""
+        """The baselines of the file; empty where it has no `baselines`."""
         if "baselines" not in self._about["has"]:
             return {}
         return self.guard.one("baselines", {"row": row.columns(), "seed": rng.randrange(SEEDS)})

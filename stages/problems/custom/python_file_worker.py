@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any, cast
 
 from stages.errors import CallFailed, CodeRefused
-from stages.guard.user_process import Calls, settled, told
+from stages.guard.user_process import Calls, describe_error, settled
 from stages.job import SPLITS, Split
 from stages.problems.base import LARGEST_WEIGHT, split_of, stream
 from stages.problems.custom.row import OwnRow, own_row
@@ -62,7 +62,7 @@ def load(spec: dict[str, Any]) -> tuple[dict[str, Any], Calls]:
 
 
 def import_file(path: str, name: str) -> ModuleType:
-    """The module of a file, which may import what lies beside it. Raises CodeRefused."""
+    """The module of a file, which may import other files of its directory. Raises CodeRefused."""
     if not Path(path).is_file():
         raise CodeRefused(f"{name} is not there")
     sys.path.insert(0, str(Path(path).parent))
@@ -74,11 +74,9 @@ def import_file(path: str, name: str) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
-        raise CodeRefused(
-            f"{name}:{error.lineno}: {type(error).__name__}: {error.msg}; mend it and run again"
-        ) from None
+        raise CodeRefused(f"{name}:{error.lineno}: {type(error).__name__}: {error.msg}; fix it and run again") from None
     except Exception as error:
-        raise CodeRefused(f"{name}: its import failed: {told(error)}; mend it and run again") from None
+        raise CodeRefused(f"{name}: its import failed: {describe_error(error)}; fix it and run again") from None
     return module
 
 
@@ -155,7 +153,7 @@ def _rows(module: ModuleType, name: str, asked: dict[str, Any]) -> dict[str, Any
 
 
 def _made(module: ModuleType, name: str, rng: random.Random) -> Iterator[OwnRow]:
-    """What `rows` yields, until nothing new comes. Raises CallFailed for what is no row."""
+    """The rows that `rows` yields, until it is exhausted. Raises CallFailed for an invalid row."""
     seen: set[str] = set()
     again = 0
     rows = module.rows(rng)

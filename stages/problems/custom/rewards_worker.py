@@ -23,13 +23,13 @@ NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 
 
 def _drop(*_: Any, **__: Any) -> None:
-    """Nothing logs here; switchback logs every component itself."""
+    """Ignore a reward's own log entries; switchback logs every component itself."""
 
 
 ASKED = ("prompts", "completions", "completion_ids")
 TOLD = {"trainer_state": None, "log_extra": _drop, "log_metric": _drop}
 GIVEN = (*ASKED, *TOLD)
-"""What every reward is called with, beside the columns."""
+"""Arguments of every reward, besides the columns."""
 CHECKED_BY_MATH_VERIFY = ("accuracy_reward", "reasoning_accuracy_reward", "get_cosine_scaled_reward")
 
 

@@ -57,7 +57,7 @@ class RewardSettings(Config):
 
     @property
     def component(self) -> str:
-        """What the reward is called in logs."""
+        """The name of the reward in logs."""
         return self.name.rpartition(":")[2]
 
     @property

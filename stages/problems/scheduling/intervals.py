@@ -23,7 +23,7 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Instance:
-    """What may be booked, and which of it has priority."""
+    """The events to choose from, and the names of those with priority."""
 
     events: tuple[Event, ...]
     priority: frozenset[str]

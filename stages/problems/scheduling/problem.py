@@ -1,18 +1,17 @@
 """Event scheduling: choose events so that none overlap and the weighted time is greatest.
 
-After github.com/anakin87/qwen-scheduler-grpo. What an answer is worth (evaluation/eval.py): 0 when any rule is broken,
-else weighted time / optimum. The rules are judged in this order, and the first broken one is the outcome: format,
-less_than_2 (fewer events than the form asks for), non_existing (or listed twice), unsorted, overlap (touching is fine).
-A schedule that breaks none is `valid`.
+After github.com/anakin87/qwen-scheduler-grpo. The score (evaluation/eval.py) is 0 when an answer breaks any rule, else
+weighted time / optimum. The first broken rule is the outcome, in this order: format, less_than_2 (fewer events than the
+form requires), non_existing (or listed twice), unsorted, overlap (touching is allowed). A schedule without a broken
+rule is `valid`.
 
-What it earns in training (train_grpo.ipynb): .1 for the form, thinking included; .2 for two or more events in order of
-start; .7 x the share of the optimum of the events that overlap no other, 0 when one does not exist, is listed twice, or
-there are too few. So whoever copies every event earns more than two thirds of the reward, and one hundredth of the
-score; `overlap: zero` repairs it. There, events that touch overlap (`reward_overlap: touching`); here they do not, as
-in the score.
+The reward (train_grpo.ipynb) is .1 for the form, thinking included, and .2 for two or more events in order of start.
+The other .7 is the share of the optimum of the events that overlap no other. It is 0 when an event does not exist or is
+listed twice, or when there are too few. So an answer that copies every event earns more than two thirds of the reward,
+and one hundredth of the score. `overlap: zero` repairs that. Events that touch overlap in the reference
+(`reward_overlap: touching`), but not here, as in the score.
 
-How an instance is written and an answer is read is the form's business (`FORMS`); rewards and rules are the same for
-both.
+A form (`FORMS`) writes instances and reads answers. Rewards and rules are the same for both forms.
 """
 
 from __future__ import annotations

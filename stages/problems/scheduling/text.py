@@ -44,7 +44,7 @@ MIN_EVENTS = 2
 TIME = r"\d{2}:\d{2}"
 START, END = re.compile(f"<start>{TIME}</start>"), re.compile(f"<end>{TIME}</end>")
 SCHEDULE: tuple[str | re.Pattern[str], ...] = ("<event>", "<name>", "</name>", START, END, "</event>", "</schedule>")
-"""What follows <schedule>, in this order, with anything between."""
+"""Tags after <schedule>, in this order, with any text between them."""
 EVENT = re.compile(rf"<event>\s*+<name>([^<]++)</name>\s*+<start>({TIME})</start>\s*+<end>({TIME})</end>\s*+</event>")
 
 
@@ -78,7 +78,7 @@ def answer(instance: Instance, chosen: Sequence[Event]) -> str:
 
 
 def read(completion: str) -> Reading:
-    """What a completion books, whatever surrounds it."""
+    """The events that a completion books, wherever they are in it."""
     events = [_event(*found) for found in EVENT.findall(completion)]
     return Reading(_schedule(completion, 0, name=0), _thought_first(completion), events)
 
@@ -102,7 +102,7 @@ def _schedule(text: str, at: int, name: int) -> bool:
 
 
 def _after(text: str, tag: str | re.Pattern[str], at: int) -> int:
-    """Where the next `tag` ends, from `at` on; -1 when there is none."""
+    """The end of the next `tag` from `at` on; -1 when there is none."""
     if isinstance(tag, re.Pattern):
         match = tag.search(text, at)
         return match.end() if match else -1
