@@ -3,14 +3,15 @@
     ---
     purpose: what it is for, in one line
     format: what a completion should look like (optional, for people)
-    follow: a regular expression that is found in a completion which does what the prompt says (optional; `switchback probe` counts them)
+    follow: a regular expression found in a completion that follows the prompt (optional, counted by `switchback probe`)
     ---
     # system
     What the system message says; leave it empty for none.
     # user
     {{ prompt }}
 
-`# user` is a jinja2 template that sees the fields of a row. Editing a file moves the key of every step that uses it; renaming it does not.
+`# user` is a jinja2 template that sees the fields of a row. Editing a file moves the key of every step that uses it;
+renaming it does not.
 """
 
 from __future__ import annotations
@@ -30,14 +31,15 @@ SHAPE = re.compile(r"---\n(?P<front>.*?)\n---\n+# system\n(?P<system>.*?)\n?# us
 
 @dataclass(frozen=True)
 class Prompt:
-    """What one file says."""
+    """The contents of one file."""
 
     name: str
     purpose: str
     format: str
-    """What a completion should look like, for people; "" when it is not said."""
+    """The form of a completion, for people; "" when the file does not describe it."""
     follow: str | None
-    """Found (re.search, response prefix included) in a completion that does what the prompt says; None when nothing is asked."""
+    """Found (re.search, response prefix included) in a completion that does what the prompt says; None when nothing is
+    asked."""
     system_prompt: str
     """Without surrounding blank space; "" for none."""
     user_template: str
@@ -51,7 +53,8 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Prompt:
-    """A prompt by name, or by the path of an .md file. Raises ValueError, one line, when it is not there or has another shape."""
+    """A prompt by name, or by the path of an .md file. Raises ValueError, one line, when it is not there or has another
+    shape."""
     path = Path(name) if name.endswith(".md") else HERE / f"{name}.md"
     if not name.endswith(".md") and name not in names():
         raise ValueError(f"no prompt named {name!r}; there are {', '.join(names())}, or give the path of an .md file")
@@ -65,7 +68,8 @@ def load(name: str) -> Prompt:
 
 def parse(name: str, text: str) -> Prompt:
     """A prompt from the text of its file. Raises ValueError when a part is missing."""
-    if not (match := SHAPE.fullmatch(text)):
+    match = SHAPE.fullmatch(text)
+    if match is None:
         raise ValueError(f"the prompt {name} needs front matter between --- lines, then '# system', then '# user'")
     front = _front_matter(name, match["front"])
     try:

@@ -1,4 +1,5 @@
-"""Statistics of scores: of a (rows, samples) table where every row has as many samples, of any list otherwise. Pure functions."""
+"""Statistics of scores: of a (rows, samples) table where every row has as many samples, of any list otherwise. Pure
+functions."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ Table = NDArray[np.float64]
 
 
 def bootstrap_interval(per_row: Table, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean, resampling rows. (rows,) -> (low, high). Samples of one row are not independent; rows are."""
+    """95 % percentile interval of the mean, resampling rows. (rows,) -> (low, high). Samples of one row are not
+    independent; rows are."""
     rng = np.random.default_rng(seed)
     means = [per_row[rng.integers(0, len(per_row), len(per_row))].mean() for _ in range(resamples)]
     low, high = np.percentile(means, [2.5, 97.5])
@@ -22,8 +24,8 @@ def bootstrap_interval(per_row: Table, resamples: int = 2000, seed: int = 0) -> 
 def grouped_interval(
     values: Sequence[float], groups: Sequence[int], resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % percentile interval of the mean of values that come in groups, such as the completions of a row; whole groups are resampled. With one value a
-    group, `bootstrap_interval`."""
+    """95 % percentile interval of the mean of values that come in groups, such as the completions of a row; whole
+    groups are resampled. With one value a group, `bootstrap_interval`."""
     _, group = np.unique(groups, return_inverse=True)
     sums, counts = np.bincount(group, weights=values), np.bincount(group)
     rng = np.random.default_rng(seed)
@@ -33,7 +35,8 @@ def grouped_interval(
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % score interval of a share (Wilson 1927, JASA 22, 209-212), in 0..1 and never empty, for independent trials, of which there is one at least."""
+    """95 % score interval of a share (Wilson 1927, JASA 22, 209-212), in 0..1 and never empty, for independent trials,
+    of which there is one at least."""
     share, spread = successes / trials, z * z / trials
     centre = share + spread / 2
     half = z * sqrt(share * (1 - share) / trials + spread / (4 * trials))
@@ -41,7 +44,7 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
 
 
 def pass_at_k(passed: Table, k: int) -> float:
-    """Chance that at least one of k samples passes, estimated without bias from n >= k samples a row: 1 - C(n-c, k) / C(n, k), c of them
-    passing (arXiv 2107.03374, equation 1). (rows, n) of 0/1 -> mean over rows."""
+    """Chance that at least one of k samples passes, estimated without bias from n >= k samples a row: 1 - C(n-c, k) /
+    C(n, k), c of them passing (arXiv 2107.03374, equation 1). (rows, n) of 0/1 -> mean over rows."""
     n = passed.shape[1]
     return float(np.mean([1 - comb(n - int(c), k) / comb(n, k) for c in passed.sum(axis=1)]))

@@ -1,1 +1,1 @@
-"""What leaves the registry: a plain directory, a repository on the hub, and the card of both."""
+"""Exports from the registry: to a plain directory or to a repository on the hub, with a card."""

@@ -1,12 +1,13 @@
-"""One way out of the registry: an artifact becomes a plain directory that needs no switchback.
+"""Export: an artifact becomes a plain directory that needs no switchback.
 
-    policy: what `from_pretrained` loads, the adapter in adapter/, README.md     data, control: its directory, README.md
+    policy: the model for `from_pretrained`, adapter/, README.md     data, control: its directory, README.md
 
-What is of the registry stays there: the manifest (it names hosts and runs; the card says what a reader needs of it), logs of metrics, loss maps,
-rollouts. A policy still shows what it was trained with: its serving template ends in the prefix, beside the training template, and a stage that
-starts from an export with another prefix is refused.
+The manifest stays in the registry, since it names hosts and runs, and so do metrics, loss maps and rollouts. The card
+holds the facts that a reader needs. A policy keeps its serving template, which ends in the prefix, and its training
+template. So a stage that starts from the export with another prefix is refused.
 
-Every byte is hashed while it is copied, into a hidden directory that gets its name when all is right: DIR is whole, or not there.
+Every byte is hashed while it is copied into a hidden directory. The directory gets its name last: DIR is complete, or
+missing.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ from stages.tokens.loss_map import FILE as LOSS_MAP
 
 CARD = "README.md"
 OURS = (MANIFEST, METRICS, LOSS_MAP, CARD)
-"""Files beside a policy that are not the model."""
+"""Files in a policy's directory that are not part of the model."""
 EXPORTED = ("policy", "data", CONTROL)
-"""Outputs that can leave. One of the first two is what an artifact is for; the control of its data is asked for by name."""
+"""Outputs that can be exported. An artifact has one of the first two; the control is exported only by its name."""
 BESIDE = ("adapter",)
-"""Outputs that go with a policy; each of its other outputs is an artifact's own."""
+"""Outputs that are exported with a policy; its other outputs are not."""
 BLOCK = 2**20
 
 
 class Exported(NamedTuple):
-    """What was written."""
+    """A finished export."""
 
     directory: Path
     files: tuple[Path, ...]
@@ -51,17 +52,19 @@ class Exported(NamedTuple):
 
 
 def named(registry: Registry, name: str) -> tuple[Artifact, str]:
-    """The artifact and the output that `ID` or `ID:output` names; an alias does as well. Raises BadInput where there is none."""
-    id, colon, output = name.partition(":")
-    artifact = resolve(registry, id)
+    """The artifact and the output that `ID` or `ID:output` names; ID may be an alias. Raises BadInput where there is
+    none."""
+    id_or_alias, colon, output = name.partition(":")
+    artifact = resolve(registry, id_or_alias)
     return artifact, output_of(artifact, output if colon else None)
 
 
 def export(registry: Registry, artifact: Artifact, directory: Path, output: str | None = None) -> Exported:
-    """Write an output of an artifact, or its policy or data, to a directory that is not there, or empty. Nothing is left behind when it fails; killed
-    outright, it leaves a hidden `.<name>.<hex>.partial` beside it.
+    """Write an output of an artifact, or its policy or data, to a new or empty directory. A failed export leaves
+    nothing behind. A killed one leaves a hidden `.<name>.<hex>.partial` next to the directory.
 
-    Raises BadInput when the directory cannot be had, the artifact does not hold it, or is void; Failed when a file is not what was published.
+    Raises BadInput when the directory cannot be used, when the artifact is void, and when it has no such output. Raises
+    Failed when a file does not have the published bytes.
     """
     output = output_of(artifact, output)
     if not registry.usable(artifact):
@@ -74,22 +77,24 @@ def export(registry: Registry, artifact: Artifact, directory: Path, output: str 
     return _listed(directory.resolve())
 
 
-def output_of(artifact: Artifact, asked: str | None = None) -> str:
-    """Which output is exported: the one that is asked for, else policy, or data. Raises BadInput for an artifact that does not have it."""
-    there = [output for output in EXPORTED if output in artifact.outputs]
-    if not there:
+def output_of(artifact: Artifact, requested: str | None = None) -> str:
+    """The output to export: the requested one, else policy, or data. Raises BadInput for an artifact without it."""
+    available = [output for output in EXPORTED if output in artifact.outputs]
+    if not available:
         raise BadInput(
-            f"{artifact.id} is of kind {artifact.kind} and holds neither a policy nor data; switchback ls shows what there is"
+            f"{artifact.id} is of kind {artifact.kind} and holds neither a policy nor data; switchback ls shows what "
+            "there is"
         )
-    if asked is not None and asked not in there:
-        raise BadInput(
-            f"{artifact.id}:{asked} cannot be exported; expected {artifact.id}:{f' or {artifact.id}:'.join(there)}"
-        )
-    return there[0] if asked is None else asked
+    if requested is None:
+        return available[0]
+    if requested not in available:
+        choices = " or ".join(f"{artifact.id}:{output}" for output in available)
+        raise BadInput(f"{artifact.id}:{requested} cannot be exported; expected {choices}")
+    return requested
 
 
 def called(artifact: Artifact, output: str) -> str:
-    """The artifact's id; with the output where that is not the one that it is for."""
+    """The artifact's id, followed by the output unless that is the artifact's first one."""
     return artifact.id if output == output_of(artifact) else f"{artifact.id}:{output}"
 
 
@@ -97,13 +102,15 @@ def files_of(artifact: Artifact, output: str) -> dict[str, File]:
     """Path in the exported directory -> the artifact's file."""
     root = PurePosixPath(artifact.outputs[output])
     others = [PurePosixPath(path) for name, path in artifact.outputs.items() if name not in (output, *BESIDE)]
-    return {
-        inner: file
-        for file in artifact.files
-        if (path := PurePosixPath(file.path)).is_relative_to(root)
-        if (inner := str(path.relative_to(root))) not in OURS
-        if not any(path.is_relative_to(other) for other in others)
-    }
+    files: dict[str, File] = {}
+    for file in artifact.files:
+        path = PurePosixPath(file.path)
+        if not path.is_relative_to(root) or any(path.is_relative_to(other) for other in others):
+            continue
+        inner = str(path.relative_to(root))
+        if inner not in OURS:
+            files[inner] = file
+    return files
 
 
 @contextmanager
@@ -124,7 +131,7 @@ def _writing(registry: Registry, directory: Path) -> Iterator[Path]:
     except OSError as error:
         where, what = error.filename or directory, error.strerror or error
         raise BadInput(
-            f"export: {where}: {what}; nothing was exported, so mend that or choose another directory"
+            f"export: {where}: {what}; nothing was exported. Fix: make the directory writable, or choose another."
         ) from None
 
 
@@ -140,7 +147,7 @@ def _free(registry: Registry, directory: Path) -> Path:
 
 
 def _copy(artifact: Artifact, source: Path, target: Path, file: File) -> None:
-    """Raises Failed unless what was copied is what was published."""
+    """Copy a file. Raises Failed unless the copy has the published bytes."""
     target.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     try:
@@ -148,16 +155,17 @@ def _copy(artifact: Artifact, source: Path, target: Path, file: File) -> None:
     except FileNotFoundError:
         raise _damaged(artifact, file, "is gone") from None
     with reading, target.open("xb") as writing:
-        while block := reading.read(BLOCK):
+        for block in iter(lambda: reading.read(BLOCK), b""):
             digest.update(block)
             writing.write(block)
     if digest.hexdigest() != file.sha256:
         raise _damaged(artifact, file, "its bytes are not those that were published")
 
 
-def _damaged(artifact: Artifact, file: File, what: str) -> Failed:
+def _damaged(artifact: Artifact, file: File, problem: str) -> Failed:
     return Failed(
-        f"{artifact.id}/{file.path}: {what}; nothing was exported. switchback verify {artifact.id} lets it be made again"
+        f"{artifact.id}/{file.path}: {problem}; nothing was exported. switchback verify {artifact.id} lets it be made "
+        "again"
     )
 
 

@@ -1,9 +1,11 @@
-"""Another way out: an export, to a repository on the Hugging Face hub, as one commit.
+"""Push: an export to a repository on the Hugging Face hub, as one commit.
 
-    target + artifact -> repository (made private unless asked otherwise) -> export in a temporary directory -> one commit named after the artifact
+    target + artifact -> repository, private by default -> export in a temporary directory -> commit named after the
+    artifact
 
-The commit is all or nothing, and stands on the state that was looked at: what somebody else commits meanwhile is not written over. Weights, settings
-and templates of an earlier push that are not in this one go with it, because `from_pretrained` would read them; any other file stays.
+The commit is atomic and has the inspected state as its parent, so it never overwrites a concurrent commit. It deletes
+weights, settings and templates of an earlier push that this one lacks, because `from_pretrained` would read them. Any
+other file stays.
 """
 
 from __future__ import annotations
@@ -35,20 +37,21 @@ REFUSED = {
     403: "the token may not write there; use one that may, or another name",
     404: "the hub does not have it, or not for this token; check the name and what the token may do",
 }
-"""Statuses that the user can mend."""
+"""Status -> advice, for errors that the user can fix."""
 LOADED = (".safetensors", ".json", ".jinja", ".model", ".jsonl")
-"""Kinds of file that `from_pretrained` and `load_dataset` read,"""
+"""Suffixes of files that `from_pretrained` and `load_dataset` read."""
 LOADED_NAMES = ("vocab.txt", "merges.txt")
+"""Names of further files that they read."""
 LOADED_FROM = (".", "adapter", "additional_chat_templates")
-"""and where they look."""
+"""Directories in which they look."""
 
 
 class Pushed(NamedTuple):
-    """Where it is now."""
+    """A finished push."""
 
     url: str
     commit: str
-    """SHA of the commit; the one before when nothing had changed."""
+    """SHA of the commit; the previous one when nothing had changed."""
     private: bool
 
 
@@ -57,14 +60,15 @@ def repository(target: str) -> str:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
+    match = TARGET.fullmatch(target)
     try:
-        if match := TARGET.fullmatch(target):
+        if match is not None:
             validate_repo_id(match["repo"])
             return match["repo"]
     except HFValidationError:
         pass
-    found = "a target with a user or a password in it" if "@" in target else repr(target)
-    raise BadInput(f"push: found {found}, expected hf://org/name; a branch is given with --revision")
+    shown = "a target with a user or a password in it" if "@" in target else repr(target)
+    raise BadInput(f"push: found {shown}, expected hf://org/name; a branch is given with --revision")
 
 
 def push(
@@ -75,11 +79,11 @@ def push(
     revision: str | None = None,
     output: str | None = None,
 ) -> Pushed:
-    """Export an artifact, or one output of it, and commit it to the hub. `revision` is a branch, made when it is not there. The repository is made first, so one that is new
-    stays behind, empty, when the artifact turns out to be damaged.
+    """Export an artifact, or one output of it, and commit it to the hub. `revision` is a branch, created if missing.
+    The repository is created first, so a damaged artifact leaves an empty new repository behind.
 
-    Raises BadInput for a bad target, without a token, for a name or token that the hub refuses, and for a repository that is public while `public` was
-    not said; Failed for a damaged artifact, and when the hub fails.
+    Raises BadInput for a bad target, a missing token, and a name or token that the hub refuses. Raises it also for a
+    public repository without `public`. Raises Failed for a damaged artifact, and PushFailed when the hub fails.
     """
     repo, output = repository(target), output_of(artifact, output)
     token = _token()
@@ -99,39 +103,41 @@ def push(
 
 
 def _token() -> str:
-    """Of the usual places: HF_TOKEN, or the file that `hf auth login` writes."""
+    """The token in HF_TOKEN, or in the file that `hf auth login` writes."""
     from huggingface_hub import constants, get_token
 
     if constants.HF_HUB_OFFLINE:
         raise BadInput("push: HF_HUB_OFFLINE is set, so the hub cannot be reached; unset it")
-    if token := get_token():
-        return token
-    raise BadInput("push: there is no token for the hub; run hf auth login, or set HF_TOKEN")
+    token = get_token()
+    if not token:
+        raise BadInput("push: there is no token for the hub; run hf auth login, or set HF_TOKEN")
+    return token
 
 
 def _commit(api: HfApi, repo: str, kind: str, revision: str | None, directory: Path, message: str) -> str:
-    """One commit on top of the state that was looked at; returns its SHA."""
+    """Commit the directory on top of the repository's current state; returns the SHA."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     head = api.repo_info(repo, repo_type=kind, revision=revision).sha
     paths = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
-    there = api.list_repo_files(repo, repo_type=kind, revision=head)
+    previous = api.list_repo_files(repo, repo_type=kind, revision=head)
+    stale = [path for path in sorted(previous) if path not in paths and _is_loaded(path)]
     operations: list[Any] = [CommitOperationAdd(inner, str(path)) for inner, path in sorted(paths.items())]
-    operations += [CommitOperationDelete(path) for path in sorted(there) if path not in paths and _is_loaded(path)]
+    operations += [CommitOperationDelete(path) for path in stale]
     return api.create_commit(
         repo, operations, commit_message=message, repo_type=kind, revision=revision, parent_commit=head
     ).oid
 
 
 def _is_loaded(path: str) -> bool:
-    """Whether a file in a repository would be taken for a part of the model or the data."""
-    found = PurePosixPath(path)
-    return str(found.parent) in LOADED_FROM and (found.suffix in LOADED or found.name in LOADED_NAMES)
+    """Whether `from_pretrained` or `load_dataset` would read a file of a repository."""
+    file = PurePosixPath(path)
+    return str(file.parent) in LOADED_FROM and (file.suffix in LOADED or file.name in LOADED_NAMES)
 
 
 @contextmanager
 def _one_line(target: str, token: str) -> Iterator[None]:
-    """What the hub or the way to it has to say, as one line without the token; no progress bars where nobody looks."""
+    """Raise errors of the hub and of the network as one line without the token. No progress bars outside a terminal."""
     from httpx2 import HTTPError  # what huggingface_hub speaks HTTP with
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import disable_progress_bars
@@ -143,20 +149,24 @@ def _one_line(target: str, token: str) -> Iterator[None]:
     except Failed:
         raise  # has said what to do
     except (HTTPError, RuntimeError) as error:
-        found = error.__cause__ if isinstance(error, RuntimeError) else error  # an upload wraps what stopped it
-        if isinstance(found, HfHubHTTPError):
-            raise _refusal(target, found, token) from None
-        raise PushFailed(f"push: {target}: {_said(str(found or error), token)}; run the same command again") from None
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error  # an upload wraps its error
+        if isinstance(cause, HfHubHTTPError):
+            raise _refusal(target, cause, token) from None
+        message = _without_token(str(cause or error), token)
+        raise PushFailed(f"push: {target}: {message}; run the same command again") from None
 
 
 def _refusal(target: str, error: HfHubHTTPError, token: str) -> BadInput | PushFailed:
     status = error.response.status_code
-    told = f": {_said(error.server_message, token)}" if error.server_message else ""
+    details = str(status)
+    if error.server_message:
+        details = f"{status}: {_without_token(error.server_message, token)}"
     if status in REFUSED:
-        return BadInput(f"push: {target}: {REFUSED[status]} ({status}{told})")
+        return BadInput(f"push: {target}: {REFUSED[status]} ({details})")
     why = "somebody else wrote to it meanwhile" if status in (409, 412) else "the hub could not take it"
-    return PushFailed(f"push: {target}: {why} ({status}{told}); run the same command again")
+    return PushFailed(f"push: {target}: {why} ({details}); run the same command again")
 
 
-def _said(text: str, token: str) -> str:
+def _without_token(text: str, token: str) -> str:
+    """One line of text without the token."""
     return " ".join(text.replace(token, "***").split())

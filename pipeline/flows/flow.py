@@ -1,7 +1,8 @@
-"""The Prefect flow: it reads as the recipe, step after step. One task a step, called in the main thread, so that Ctrl-C and SIGTERM reach it.
+"""The Prefect flow: it reads as the recipe, step after step. One task a step, called in the main thread, so that Ctrl-C
+and SIGTERM reach it.
 
-Prefect shows and schedules; it decides nothing. Its caching stays off, because it cannot know that a checkpoint is gone: the registry decides, and
-publishing happens in the task's body. A task's result is small JSON.
+Prefect shows and schedules; it decides nothing. Its caching stays off, because it cannot know that a checkpoint is
+gone: the registry decides, and publishing happens in the task's body. A task's result is small JSON.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pipeline.plan.plan import Planned
 from pipeline.registry import Artifact
 
 PATIENCE = 2.0
-"""Seconds that Prefect may take for its last words."""
+"""Seconds that Prefect may take to send its last logs and events."""
 
 RunStep = Callable[[Planned], tuple[Artifact, bool] | None]
 """Makes a step: its artifact and whether it was reused; None where it was not selected."""
@@ -40,7 +41,7 @@ def run_flow(run: str, planned: list[Planned], run_step: RunStep) -> None:
         return Completed(name="Reused" if reused else "Completed", message=artifact.id, data=made)
 
     @flow(name="switchback", flow_run_name=run, validate_parameters=False, persist_result=False)
-    def recipe(steps: list[str]) -> None:
+    def run_steps(steps: list[str]) -> None:
         results: dict[str, Any] = {}
         for step in steps:
             reads = [ref.step for ref in by_name[step].step.inputs.values() if ref.step]
@@ -48,22 +49,23 @@ def run_flow(run: str, planned: list[Planned], run_step: RunStep) -> None:
             state = step_task(step, inputs, return_state=True)  # pyright: ignore[reportCallIssue]
             results[step] = state.result()  # pyright: ignore[reportAttributeAccessIssue]
 
-    by_name = {one.step.name: one for one in planned}
+    by_name = {plan.step.name: plan for plan in planned}
     _leave_the_terminal()
     try:
-        recipe(list(by_name))
+        run_steps(list(by_name))
     finally:
-        _say_what_is_left()
+        _flush()
 
 
-def _say_what_is_left() -> None:
-    """Logs and events are sent in batches by threads, which at exit would try for a minute to reach a server that has been stopped."""
+def _flush() -> None:
+    """Send Prefect's remaining logs and events now. At exit its threads would try for a minute to reach a stopped
+    server."""
     for worker in (APILogWorker, EventsWorker):
         worker.drain_all(timeout=PATIENCE)
 
 
 def _leave_the_terminal() -> None:
-    """Prefect's log goes to its server; the terminal is switchback's."""
+    """Keep Prefect's log off the terminal; it goes to Prefect's server."""
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, PrefectConsoleHandler)]:
         root.removeHandler(handler)

@@ -1,4 +1,5 @@
-"""A Prefect server of a run's own, where PREFECT_API_URL names none: loopback, a free port, its own kept home, no telemetry, gone with the run.
+"""A Prefect server of a run's own, where PREFECT_API_URL names none: loopback, a free port, its own kept home, no
+telemetry, gone with the run.
 
 Imports no Prefect. The server is killed with this process, however that dies; its home keeps the history of runs for
 `PREFECT_HOME=<registry>/work/prefect prefect server start`.
@@ -43,10 +44,12 @@ def own_server(home: Path) -> Iterator[None]:
 
     Raises BadInput when the user's does not answer, Failed when ours does not.
     """
-    if url := api_url():
-        if not _answers(url):
+    users_url = api_url()
+    if users_url is not None:
+        if not _answers(users_url):
             raise BadInput(
-                f"{API_URL}: no Prefect server answers at {url}; start it, unset the variable, or use --no-prefect"
+                f"{API_URL}: no Prefect server answers at {users_url}; start it, unset the variable, or use "
+                "--no-prefect"
             )
         yield
         return

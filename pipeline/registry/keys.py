@@ -1,7 +1,7 @@
-"""What a step's key is made of, and what makes two keys differ.
+"""Keys of steps, and the fields in which two keys differ.
 
-A key is the SHA-256 of the canonical JSON of everything that decides the result. The encoding refuses what it could not write the same way
-twice; the hashed payload is stored beside the artifact, so a plan can name the field that changed.
+A key is the SHA-256 of the canonical JSON of everything that decides the result. The encoding raises on a value that it
+could not write the same way twice. The artifact stores the hashed payload, so a plan can name the field that changed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from stages.runtime.disk import digest_file
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*.jinja")
-"""What of a model's directory `from_pretrained` may read; a README or a script beside it is not the model."""
+"""Files of a model's directory that `from_pretrained` may read; a README or a script is not part of the model."""
 
 DIGEST = re.compile(r"\b[0-9a-f]{64}\b")
 
@@ -25,7 +25,8 @@ Payload = dict[str, Any]
 
 
 def canonical(value: Any) -> str:
-    """JSON with sorted keys and no spaces. Raises TypeError on anything but str, int, finite float, bool, None, list, tuple and str-keyed dict."""
+    """JSON with sorted keys and no spaces. Raises TypeError on anything but str, int, finite float, bool, None, list,
+    tuple and str-keyed dict."""
     _must_be_stable(value)
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
@@ -36,8 +37,8 @@ def key_of(payload: Payload) -> str:
 
 
 def abbreviated(text: str) -> str:
-    """With the first 8 digits of every digest in it, for people."""
-    return DIGEST.sub(lambda found: found[0][:8], text)
+    """The text with every digest cut to 8 digits, for display."""
+    return DIGEST.sub(lambda match: match[0][:8], text)
 
 
 def digest_model(directory: Path, digest: Callable[[Path], str] = digest_file) -> str:
@@ -47,16 +48,17 @@ def digest_model(directory: Path, digest: Callable[[Path], str] = digest_file) -
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted field -> (before, after), for every field that differs; None where a side has none. Of a list of groups, such as rewards, only the fields that
-    differ, by position."""
-    old, new = (dict(_flat(_without_equal(one, other))) for one, other in ((before, after), (after, before)))
+    """Dotted field -> (before, after), for every field that differs; None for a missing field. Items of a list of
+    groups, such as rewards, are compared by position."""
+    old = dict(_flat(_without_equal(before, after)))
+    new = dict(_flat(_without_equal(after, before)))
     names = [*old, *(name for name in new if name not in old)]
     return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
 
 
-def _without_equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Most of two payloads is equal, and need not be taken apart."""
-    return {name: value for name, value in one.items() if name not in other or other[name] != value}
+def _without_equal(payload: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a payload that another does not have with an equal value."""
+    return {name: value for name, value in payload.items() if name not in other or other[name] != value}
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

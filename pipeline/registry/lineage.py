@@ -1,7 +1,7 @@
-"""Where an artifact comes from: itself, then its inputs, down to the base model and the data.
+"""The lineage of an artifact: a tree of its inputs, down to the base model and the data.
 
-What was cleaned is still explained, from its tombstone; what is no longer the one that was read is said. An artifact that several read is followed where it
-is met first, and an artifact that claims to be its own ancestor is not followed again.
+A tombstone still explains an artifact that was removed. A note marks an input that changed since it was read. An
+artifact that is an input twice is followed once, so a cycle in the manifests ends too.
 """
 
 from __future__ import annotations
@@ -17,26 +17,28 @@ from stages.config import Frozen
 from stages.errors import BadInput
 
 DEEPEST = 200
-"""Artifacts, one made from another, that are followed."""
+"""Longest chain of inputs that is followed."""
+ENTITIES = {ord(letter): f"#{ord(letter)};" for letter in '"#&<>|`[]{};\\'}
+"""Special characters of mermaid and HTML -> mermaid's entities."""
 
 
 class Ancestor(Frozen):
     """One node of the tree."""
 
     role: str
-    """What it is to the artifact above it; "" at the top."""
+    """Its role as an input of the artifact above it; "" at the top."""
     id: str | None
-    """None for what is no artifact: a base model, a file of rows, a problem."""
+    """None for a base model, a file of rows or a problem."""
     name: str
-    """The stage, or where it is from."""
+    """The stage, or the place of a base model or a file."""
     kind: str
-    """The artifact's; base, data or problem for what is none; gone for an artifact of which nothing is left."""
+    """The artifact's kind; base, data or problem for another input; gone for a missing artifact without a tombstone."""
     key: str
-    """The artifact's; for a base model or a file of rows the digest of its files, or of the hub's name and revision."""
+    """The artifact's key; for a base model or a file of rows, the digest of its files or of its hub revision."""
     whole: bool
-    """False for an artifact that is gone, cleaned or void, or that is no longer the one that was read."""
+    """False for an artifact that is gone, removed or void, or that has changed since it was read."""
     note: str = ""
-    """Why it is not whole; or that its inputs are shown above."""
+    """Why `whole` is false, or that its inputs are shown above."""
     inputs: tuple[Ancestor, ...] = ()
 
 
@@ -46,7 +48,7 @@ def lineage(registry: Registry, artifact: Artifact) -> Ancestor:
 
 
 def mermaid(top: Ancestor) -> str:
-    """The tree as a graph for mermaid: from the base down; a broken line from what is not whole."""
+    """The tree as a mermaid graph, from the base down; a broken line leads from an input whose `whole` is false."""
     names: dict[str, str] = {}
     lines: list[str] = []
     _draw(top, names, lines)
@@ -64,12 +66,12 @@ def _draw(node: Ancestor, names: dict[str, str], lines: list[str]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Characters that mean something to mermaid or HTML, as mermaid's own entities."""
-    return "".join(f"#{ord(letter)};" if letter in '"#&<>|`[]{};\\' else letter for letter in text)
+    """The text with the special characters of mermaid and HTML as mermaid's entities."""
+    return text.translate(ENTITIES)
 
 
 def _node(registry: Registry, artifact: Artifact, role: str, note: str, seen: set[str], depth: int) -> Ancestor:
-    """An artifact with its inputs; `seen` holds the ids that are followed somewhere already."""
+    """An artifact with its inputs; `seen` holds the ids that are already followed."""
     inputs = [_input(registry, source, role, seen, depth + 1) for role, source in artifact.inputs.items()]
     return Ancestor(
         role=role,
@@ -87,46 +89,58 @@ def _input(registry: Registry, source: Source, role: str, seen: set[str], depth:
     if source.id is None:
         kind = "data" if source.output == "rows" else "base"
         return Ancestor(role=role, id=None, name=source.name, kind=kind, key=source.key, whole=True)
-    found, note = _found(registry, source, source.id)
-    if found is None:
+    artifact, note = _artifact_of(registry, source, source.id)
+    if artifact is None:
         return Ancestor(role=role, id=source.id, name=source.name, kind="gone", key=source.key, whole=False, note=note)
     if source.id not in seen and depth < DEEPEST:
         seen.add(source.id)
-        return _node(registry, found, role, note, seen, depth)
-    above = "its inputs are shown above" if depth < DEEPEST else "its inputs are not followed"
+        return _node(registry, artifact, role, note, seen, depth)
+    not_followed = "its inputs are shown above" if depth < DEEPEST else "its inputs are not followed"
     return Ancestor(
-        role=role, id=found.id, name=found.stage, kind=found.kind, key=found.key, whole=not note, note=note or above
+        role=role,
+        id=artifact.id,
+        name=artifact.stage,
+        kind=artifact.kind,
+        key=artifact.key,
+        whole=not note,
+        note=note or not_followed,
     )
 
 
-def _found(registry: Registry, source: Source, id: str) -> tuple[Artifact | None, str]:
-    """(what is known of an input, what is wrong with it)."""
+def _artifact_of(registry: Registry, source: Source, artifact_id: str) -> tuple[Artifact | None, str]:
+    """(the artifact or the tombstone of an input, the problem with it or "")."""
     try:
-        found = registry.get(id)
+        artifact = registry.get(artifact_id)
     except BadInput:
         return None, "its manifest is not one"
-    if found and found.key == source.key:
-        return found, _standing(registry, found) if was_read(
-            source, found
-        ) else "has other files than those that were read"
-    if found is None and (cleaned := tombstone(registry, id)):
+    if artifact is None:
+        cleaned = tombstone(registry, artifact_id)
+        if cleaned is None:
+            return None, "is gone"
         return cleaned.artifact, f"cleaned {cleaned.at:%Y-%m-%d}: {cleaned.why}"
-    return None, "is another artifact than the one that was read" if found else "is gone"
+    if artifact.key != source.key:
+        return None, "is another artifact than the one that was read"
+    if not was_read(source, artifact):
+        return artifact, "has other files than those that were read"
+    return artifact, _standing(registry, artifact)
 
 
 def _standing(registry: Registry, artifact: Artifact) -> str:
-    """Why an artifact is not to be used; "" where it may be."""
-    about = registry.entries_about(artifact)
-    return f"void: {about[-1].get('reason')}" if about and about[-1].get("void") else ""
+    """The reason why an artifact is void; "" for a usable one."""
+    entries = registry.entries_about(artifact)
+    if not entries or not entries[-1].get("void"):
+        return ""
+    return f"void: {entries[-1].get('reason')}"
 
 
 def _problem(artifact: Artifact) -> Iterator[Ancestor]:
-    """The problem whose rows a step used: its data by their digest, or a built-in one by name and version."""
+    """The problem whose rows a step used: a built-in one by name and version, a custom one by its digest."""
     problem, rows = artifact.identity.get("problem"), artifact.identity.get("rows")
-    if isinstance(problem, dict):
-        facts = [
-            f"{name} {value}" for name, value in problem.items() if isinstance(value, (str, int)) and name != "name"
-        ]
-        what = " ".join([*([str(problem["name"])] if "name" in problem else []), *facts])
-        of = f"{rows.get('split')}[{rows.get('start')}:{rows.get('stop')}] of " if isinstance(rows, dict) else ""
-        yield Ancestor(role="rows", id=None, name=f"{of}{what}", kind="problem", key=key_of(problem), whole=True)
+    if not isinstance(problem, dict):
+        return
+    words = [str(problem["name"])] if "name" in problem else []
+    words += [f"{name} {value}" for name, value in problem.items() if isinstance(value, (str, int)) and name != "name"]
+    described = " ".join(words)
+    if isinstance(rows, dict):
+        described = f"{rows.get('split')}[{rows.get('start')}:{rows.get('stop')}] of {described}"
+    yield Ancestor(role="rows", id=None, name=described, kind="problem", key=key_of(problem), whole=True)

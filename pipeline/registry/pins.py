@@ -1,9 +1,10 @@
-"""Pins: who must not lose an artifact.
+"""Pins: they protect an artifact from clean-up for an owner.
 
     pins/<id>/<owner>.json       {owner, reason, at}
 
-A pin is put before the log of the artifact's key is read (`Registry.hold`), and taken away by its owner. What a dead owner left does not count any
-more, and the next clean-up takes it away: a run's pins count as long as the run lives (`runs.alive`), any other owner's for `LIFE`, a user's for ever.
+A pin is written before the log of the artifact's key is read (`Registry.hold`), and removed by its owner. A user's pin
+counts for ever, a run's as long as the run lives (`runs.alive`), and any other owner's for `LIFE`. The next clean-up
+removes a pin that does not count any more.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from stages.config import Frozen
 from stages.errors import BadInput
 
 USER = "user"
-"""The owner of what people pin."""
+"""The owner of pins that a person sets."""
 LIFE = timedelta(hours=24)
-"""How long a pin counts whose owner is neither a user nor a run: somebody who was about to set an alias."""
+"""Lifetime of a pin whose owner is neither a user nor a run, such as a command that sets an alias."""
 
 
 class Pin(Frozen):
-    """Somebody needs an artifact."""
+    """An owner that needs an artifact."""
 
     owner: str
     """`user`, a run, or a command in the middle of its work."""
@@ -37,17 +38,23 @@ class Pin(Frozen):
 def pins(registry: Registry) -> list[tuple[str, Pin]]:
     """(id of an artifact, pin) for all pins."""
     store = registry.store
-    names = [f"pins/{id}/{name}" for id in store.names("pins") for name in store.names(f"pins/{id}")]
-    found = ((name.split("/")[1], read_as(store, name, Pin)) for name in names)
-    return [(id, pin) for id, pin in found if pin]  # one that went meanwhile was let go
+    found: list[tuple[str, Pin]] = []
+    for artifact_id in store.names("pins"):
+        for name in store.names(f"pins/{artifact_id}"):
+            pin = read_as(store, f"pins/{artifact_id}/{name}", Pin)
+            if pin is not None:  # else it was released meanwhile
+                found.append((artifact_id, pin))
+    return found
 
 
 def counts(registry: Registry, pin: Pin, moment: datetime) -> bool:
-    """Whether a pin's owner is still there."""
+    """Whether a pin still protects its artifact."""
     if pin.owner == USER:
         return True
     lives = alive(registry, pin.owner, moment)
-    return pin.at > moment - LIFE if lives is None else lives
+    if lives is None:
+        return pin.at > moment - LIFE
+    return lives
 
 
 def keep(registry: Registry, artifact: Artifact, reason: str) -> None:
@@ -60,13 +67,13 @@ def keep(registry: Registry, artifact: Artifact, reason: str) -> None:
         raise BadInput(f"{artifact.id} is void or gone, so it cannot be kept; run its recipe to make it again")
 
 
-def let_go(registry: Registry, id: str) -> None:
-    """Take the user's pin away. Raises BadInput when there is none."""
-    if not is_kept(registry, id):
-        raise BadInput(f"{id} is not pinned by a user; switchback pins shows what is")
-    registry.release(id, USER)
+def let_go(registry: Registry, artifact_id: str) -> None:
+    """Remove the user's pin. Raises BadInput when there is none."""
+    if not is_kept(registry, artifact_id):
+        raise BadInput(f"{artifact_id} is not pinned by a user; switchback pins shows what is")
+    registry.release(artifact_id, USER)
 
 
-def is_kept(registry: Registry, id: str) -> bool:
+def is_kept(registry: Registry, artifact_id: str) -> bool:
     """Whether a user has pinned an artifact."""
-    return registry.store.read(f"pins/{id}/{USER}.json") is not None
+    return registry.store.read(f"pins/{artifact_id}/{USER}.json") is not None

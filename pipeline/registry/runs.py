@@ -1,6 +1,7 @@
-"""Runs: one invocation each. What was asked (recipe.yaml, plan.json) and what happened (events/<n>.json), append-only.
+"""Runs: one invocation each. A run has its recipe (recipe.yaml), its plan (plan.json) and a log of its events
+(events/<n>.json).
 
-A run's state is read off its last event; one that never ended and whose process is gone was interrupted.
+The last event gives a run's state. A run without an end whose process is gone was interrupted.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from stages.errors import BadInput, printable
 from stages.runtime.process import started_at
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}"
-"""What a run can be called."""
+"""Pattern of a run's id."""
 FIRST = {"pid", "process", "host"}
-"""What a run's first event says."""
+"""Fields of a run's first event."""
 ENDED = ("done", "failed", "stopped")
 BEAT = 3600.0
 """Seconds between two heartbeats of a run."""
 SILENT = 3
 """Heartbeats that a run on another machine may miss before it counts as interrupted."""
 ALIVE = timedelta(hours=24)
-"""How long after its last event a run that is not done still holds what it needs; one that failed may be resumed until then."""
+"""How long after its last event a run that is not done keeps its pins; a failed run may be resumed until then."""
 _beaten: dict[tuple[str, str], float] = {}
-"""(registry, run) -> when this process last had a heartbeat of it, by the monotonic clock."""
+"""(registry, run) -> monotonic time of the last heartbeat that this process recorded."""
 
 
 class Run(Frozen):
@@ -46,13 +47,13 @@ class Run(Frozen):
     """running, done, failed, stopped (by a signal) or interrupted (its process is gone)."""
     started: str
     resumes: str | None
-    """The run that it goes on with."""
+    """The run that it resumes."""
 
 
 def start(
     registry: Registry, recipe_name: str, recipe_yaml: str, plan: dict[str, Any], resumes: str | None = None
 ) -> str:
-    """Remember a new run, and which one it goes on from; returns its id."""
+    """Record a new run, and the run that it resumes; returns its id."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     run = f"{recipe_name}-{stamp}-{secrets.token_hex(2)}"
     registry.initialise()
@@ -69,18 +70,18 @@ def record(registry: Registry, run: str, event: str, **facts: Any) -> None:
 
 
 def beat(registry: Registry, run: str, every: float = BEAT) -> None:
-    """Say that a run lives, unless that was said within `every` seconds; the first call only starts the clock. To be called often: it costs nothing
-    in between."""
+    """Record a heartbeat of a run, at most one in `every` seconds; the first call only starts the clock. A call that
+    records none costs next to no time."""
     before = _beaten.setdefault((registry.url, run), time.monotonic())
     if time.monotonic() - before >= every:
-        _beaten[registry.url, run] = (
-            time.monotonic()
-        )  # before, so that a registry that does not answer is asked again in an hour
+        # before recording, so that an unreachable registry is tried again only after `every` seconds
+        _beaten[registry.url, run] = time.monotonic()
         record(registry, run, "heartbeat")
 
 
 def alive(registry: Registry, run: str, moment: datetime) -> bool | None:
-    """Whether a run holds on to its artifacts at a moment: it is not done, and was heard of within ALIVE. None when there is no such run."""
+    """Whether a run's pins count at a moment: it is not done, and its last event is younger than ALIVE. None for an
+    unknown run."""
     _, last = registry.store.newest(f"runs/{run}/events")
     if last is None:
         return None
@@ -89,16 +90,20 @@ def alive(registry: Registry, run: str, moment: datetime) -> bool | None:
 
 def events(registry: Registry, run: str) -> list[dict[str, Any]]:
     """Oldest first. Raises BadInput when there is no such run, or when its log is not one that switchback wrote."""
-    found = registry.store.entries(f"runs/{run}/events") if re.fullmatch(NAME, run) else []
-    if not found:
+    log = registry.store.entries(f"runs/{run}/events") if re.fullmatch(NAME, run) else []
+    if not log:
         raise BadInput(f"there is no run {printable(run)} in {registry.url}; switchback runs shows what there is")
-    if not all(map(_is_event, found)) or not (isinstance(found[0].get("pid"), int) and found[0].keys() >= FIRST):
+    if not all(map(_is_event, log)) or not _is_first_event(log[0]):
         raise BadInput(f"runs/{run}/events holds what is no event of a run; remove the run from {registry.url}")
-    return found
+    return log
 
 
 def _is_event(entry: Any) -> bool:
     return isinstance(entry, dict) and isinstance(entry.get("event"), str) and isinstance(entry.get("at"), str)
+
+
+def _is_first_event(event: dict[str, Any]) -> bool:
+    return isinstance(event.get("pid"), int) and event.keys() >= FIRST
 
 
 def planned(registry: Registry, run: str) -> dict[str, Any]:
@@ -109,22 +114,24 @@ def planned(registry: Registry, run: str) -> dict[str, Any]:
 
 def runs(registry: Registry) -> list[Run]:
     """All runs, newest first."""
-    found = [_run(registry, run) for run in registry.store.names("runs") if registry.store.names(f"runs/{run}/events")]
-    return sorted(found, key=lambda run: run.started, reverse=True)
+    started = [run for run in registry.store.names("runs") if registry.store.names(f"runs/{run}/events")]
+    return sorted((_run(registry, run) for run in started), key=lambda run: run.started, reverse=True)
 
 
 def recipe_of(registry: Registry, run: str) -> str:
     """The run's recipe.yaml. Raises BadInput when there is no such run."""
-    if content := registry.store.read(f"runs/{inside(run)}/recipe.yaml"):
-        return content.decode()
-    raise BadInput(f"there is no run {run} in {registry.url}; switchback runs shows what there is")
+    content = registry.store.read(f"runs/{inside(run)}/recipe.yaml")
+    if not content:
+        raise BadInput(f"there is no run {run} in {registry.url}; switchback runs shows what there is")
+    return content.decode()
 
 
 def unfinished(
     registry: Registry, recipe_name: str, is_recipe: Callable[[str], bool], selection: dict[str, Any]
 ) -> str | None:
-    """The newest run of a recipe's name, where that was the same recipe (`is_recipe` of its text) and selection, did not come to its end and is not running. One without a first
-    event does not count: another process is starting it now, or was killed there."""
+    """The newest run of a recipe's name, if it had the same recipe (`is_recipe` of its text) and selection, did not end
+    and is not running. A run without a first event does not count: another process is starting it, or was killed
+    while it did."""
     of_recipe = re.compile(rf"{re.escape(recipe_name)}-\d{{8}}-\d{{6}}-[0-9a-f]{{4}}")
     newest_first = sorted(filter(of_recipe.fullmatch, registry.store.names("runs")), reverse=True)
     newest = next((run for run in newest_first if registry.store.last(f"runs/{run}/events")), None)
@@ -135,7 +142,7 @@ def unfinished(
 
 
 def state(registry: Registry, run: str) -> str:
-    """How a run stands; see Run.state. Raises BadInput when there is no such run."""
+    """The state of a run; see Run.state. Raises BadInput when there is no such run."""
     return _state(events(registry, run))
 
 

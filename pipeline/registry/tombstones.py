@@ -1,4 +1,4 @@
-"""Tombstones: the manifest of an artifact that garbage collection removed, so that lineage still explains what was made from it."""
+"""Tombstones: manifests of artifacts that garbage collection removed, so that lineage still explains them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from stages.config import Frozen
 
 
 class Tombstone(Frozen):
-    """What is left of a cleaned artifact."""
+    """The record of a removed artifact."""
 
     artifact: Artifact
     why: str
     at: AwareDatetime
 
 
-def tombstone(registry: Registry, id: str) -> Tombstone | None:
-    """What an artifact that was cleaned has been; None for any other id."""
-    return read_as(registry.store, _tombstone(id), Tombstone)
+def tombstone(registry: Registry, artifact_id: str) -> Tombstone | None:
+    """The tombstone of a removed artifact; None for any other id."""
+    return read_as(registry.store, tombstone_name(artifact_id), Tombstone)
 
 
-def _tombstone(id: str) -> str:
-    return f"tombstones/{id}.json"
+def tombstone_name(artifact_id: str) -> str:
+    """The name in the store of an artifact's tombstone."""
+    return f"tombstones/{artifact_id}.json"

@@ -1,4 +1,4 @@
-"""Work in progress: where it lies, and the lock by which one run at a time makes a step.
+"""Work in progress: its directory, and the lock that lets one run at a time make a step.
 
 SWITCHBACK_WORK, else work/ in the registry
 <first 12 digits of the key>/    one step's directory (`stages.runtime.workdir`)
@@ -16,23 +16,19 @@ from stages.runtime import locks
 from stages.runtime.workdir import RUN_LOCK
 
 WORK = "SWITCHBACK_WORK"
-"""Environment variable that moves work in progress to another disk."""
-
-
+"""Environment variable with another directory for work in progress."""
 TICK = 0.5
-"""Seconds between two calls of `on_tick` while another run is waited for."""
-
-
+"""Seconds between two calls of `on_tick` while this run waits for another."""
 HOLDER_PATIENCE = 1.0
-"""Seconds in which the holder of a lock has written its pid."""
+"""Seconds to wait for the pid of the lock's holder."""
 
 
 @contextmanager
 def alone(work: Path, on_wait: Callable[[str], None], on_tick: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Be the only run on this machine that makes this step, from the look into the registry to its publication.
 
-    Where another run is at it, `on_wait` hears that run's pid, once, and `on_tick` is called again and again. The kernel frees the lock whatever ends its
-    holder.
+    While another run makes it, `on_wait` is called once with that run's pid, and `on_tick` repeatedly. The kernel frees
+    the lock when its holder ends, however it ends.
     """
     work.mkdir(parents=True, exist_ok=True)
     with (work / RUN_LOCK).open("a+") as lock:
@@ -48,5 +44,5 @@ def alone(work: Path, on_wait: Callable[[str], None], on_tick: Callable[[], None
 
 
 def work_root(registry: Registry) -> Path:
-    """Where work in progress lies: SWITCHBACK_WORK, else `work/` in the registry."""
+    """The directory of work in progress: SWITCHBACK_WORK, else `work/` in the registry."""
     return Path(os.environ.get(WORK) or registry.store.work).absolute()

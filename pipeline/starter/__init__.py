@@ -1,4 +1,5 @@
-"""What `switchback init` writes: a recipe, a problem of one's own, a prompt, and a tiny model, so that the first run needs no internet.
+"""What `switchback init` writes: a recipe, a problem of one's own, a prompt, and a tiny model, so that the first run
+needs no internet.
 
 The tiny model is `configs/tiny-base` of the repository; the wheel carries it here.
 """
@@ -16,23 +17,30 @@ from stages.problems.catalog import PROBLEMS
 HERE = Path(__file__).parent
 OWN = "file"
 SETTINGS = {"scheduling": {"form": "compact"}}
-"""What a built-in problem needs for the tiny model."""
+"""Settings of built-in problems that suit the tiny model."""
 CHOICES = (OWN, *PROBLEMS)
 MODEL = "tiny-base"
 
 
 def write(directory: Path, problem: str) -> list[Path]:
-    """Write the starter; returns what was written. Raises BadInput, before anything is written, for an unknown problem and for files that are there."""
+    """Write the starter; returns what was written. Raises BadInput, before anything is written, for an unknown problem
+    and for files that are there."""
     if problem not in CHOICES:
         raise BadInput(f"--problem: found {problem!r}, expected one of {', '.join(CHOICES)}")
-    names = ["recipe.yaml", "my_prompt.md", *(["my_problem.py"] if problem == OWN else [])]
-    if there := [name for name in (*names, MODEL) if (directory / name).exists()]:
-        raise BadInput(f"{directory / there[0]} is there already and is not overwritten; give another directory")
-    if file := next((one for one in (directory, *directory.parents) if one.exists() and not one.is_dir()), None):
-        raise BadInput(f"{file} is a file; give a directory, or one that is not there")
+    names = ["recipe.yaml", "my_prompt.md"]
+    if problem == OWN:
+        names.append("my_problem.py")
+    for name in (*names, MODEL):
+        if (directory / name).exists():
+            raise BadInput(f"{directory / name} is there already and is not overwritten; give another directory")
+    for path in (directory, *directory.parents):
+        if path.exists() and not path.is_dir():
+            raise BadInput(f"{path} is a file; give a directory, or one that is not there")
     directory.mkdir(parents=True, exist_ok=True)
     shutil.copytree(_tiny_base(), directory / MODEL, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
-    settings = {"file": "my_problem.py"} if problem == OWN else {"name": problem, **SETTINGS.get(problem, {})}
+    settings = {"name": problem, **SETTINGS.get(problem, {})}
+    if problem == OWN:
+        settings = {"file": "my_problem.py"}
     for name in names:
         text = (HERE / name).read_text()
         flow = yaml.safe_dump(settings, default_flow_style=True, sort_keys=False).strip()

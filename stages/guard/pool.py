@@ -1,10 +1,14 @@
-"""Calls of user code that cannot hurt: worker processes that may hang, die, print or fork, and are killed and replaced.
+"""Runs user code in worker processes. A call that hangs, crashes, prints or forks costs one answer, and its process is
+killed and replaced.
 
-payloads -> one Reply each, in order. A worker is two processes: a keeper, which user code sees as its parent, and below it the one that imports user
-code once and then answers (`stages.guard.user_process`). Both die with the stage. Requests and replies are lines of JSON over pipes of their own, never pickle;
-what user code prints is read away and only its end is kept. The invariant: whatever a call does, `map` comes back with a Reply for every payload, after
-at most the time limit for each of them, and what the call started is gone. It guards against accidents and against models that are graded, not
-against whoever wrote the code: what runs here may do all that its user may.
+payloads -> one Reply each, in order. A worker is two processes: a supervisor, which user code sees as its parent, and
+its child, which imports the user code once and then answers (`stages.guard.user_process`). Both die with the stage.
+Requests and replies are lines of JSON over separate pipes, never pickle. Only the end of the output of user code is
+kept.
+
+The invariant: `map` returns a Reply for every payload, after at most the time limit for each, and kills every process
+that a call started. The guard protects against accidents and against graded models, not against the author of the code,
+which has all rights of its user.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from stages.runtime import ranks
 from stages.runtime.process import descendants, kill_marked, kill_tree
 
 MARK = "SWITCHBACK_GUARD"
-"""Environment variable that names a worker: what it forks carries it, wherever it hides in the tree."""
+"""Environment variable that names a worker. Its forks inherit the variable, so they are found in any session."""
 IMPORT_LIMIT = 120.0
 """Seconds that user code may take to be imported."""
 AHEAD = 32
@@ -47,7 +51,7 @@ LOAD = -1
 
 
 class Limits(NamedTuple):
-    """What user code may take."""
+    """Limits of user code."""
 
     seconds: float
     """Wall-clock time of one call."""
@@ -59,18 +63,19 @@ class Limits(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What became of a call."""
+    """The result of a call."""
 
     value: Any
     """JSON; None when it failed."""
     failure: str | None = None
     """timeout, crash, exception, not_a_number, ...; None: it answered."""
     message: str = ""
-    """What a person needs to find the reason."""
+    """The reason of the failure, in one line."""
 
 
 class Guard:
-    """A pool of workers with the same user code; they start when they are needed and end with the guard, or with this process."""
+    """A pool of workers with the same user code; they start when they are needed and end with the guard, or with this
+    process."""
 
     def __init__(self, target: str, spec: dict[str, Any], limits: Limits) -> None:
         self.target, self.spec, self.limits = target, spec, limits
@@ -81,7 +86,7 @@ class Guard:
         self._finalizer = weakref.finalize(self, _end, self._workers)
 
     def about(self) -> Any:
-        """What the user's code says of itself once it is imported. Raises BadInput when it cannot be."""
+        """The facts that the user's code reports after its import. Raises BadInput when the import fails."""
         while self._about is None:
             self._start(1)
             self._turn(deque(), {})
@@ -92,14 +97,15 @@ class Guard:
         reply = self.map(call, [payload], seconds)[0]
         if reply.failure:
             raise BadInput(
-                f"{self.spec['name']}: {call} failed ({reply.failure}): {reply.message}; mend it and run again"
+                f"{self.spec['name']}: {call} failed ({reply.failure}): {reply.message}; fix it and run again"
             )
         return reply.value
 
     def map(
         self, call: str, payloads: Sequence[Any], seconds: float | None = None, counted: bool = False
     ) -> list[Reply]:
-        """A Reply for each payload, in order. `seconds` overrules the time limit; `counted` stops when failures are too many (TooManyFailures)."""
+        """A Reply for each payload, in order. `seconds` overrules the time limit; `counted` stops when failures are too
+        many (TooManyFailures)."""
         limit = seconds or self.limits.seconds
         waiting, replies = deque(range(len(payloads))), dict[int, Reply]()
         lines, done = _Lines(call, payloads), 0
@@ -122,11 +128,12 @@ class Guard:
             worker.sweep()
 
     def note(self, answers: int) -> None:
-        """So many answers were judged in calls that were not counted."""
+        """Count answers that were judged in calls with `counted=False`."""
         self.judged += answers
 
     def blame(self, reply: Reply, answers: int, left: int) -> None:
-        """So many of the answers that `note` was told of failed, all by one reply; `left` are still to be asked for. Raises TooManyFailures."""
+        """Count answers of `note` as failed, all by one reply; `left` answers are still to be judged. Raises
+        TooManyFailures."""
         for _ in range(answers):
             self._count(reply, self.judged, left)
 
@@ -163,15 +170,18 @@ class Guard:
         self._about = reply.value
 
     def _count(self, reply: Reply, seen: int, of: int) -> None:
-        """Stop as soon as the share of failures is sure to be too high when this call ends, in whatever order answers come. `seen`: answers so far."""
+        """Stop as soon as the share of failures is sure to be too high when this call ends, in whatever order answers
+        come. `seen`: answers so far."""
         self._failed[str(reply.failure)] += 1
         self.first = self.first or reply.message
         failed, every = self._failed.total(), max(FEWEST, self.judged + of)
         if failed > self.limits.failures * every:
             counts = ", ".join(f"{name} {count}" for name, count in self._failed.most_common())
             raise TooManyFailures(
-                f"{self.spec['name']} failed on {failed} of the first {seen} answers it was asked to judge ({counts}), more than"
-                f" max_failures={self.limits.failures:g} of {every} allows; the first said: {self.first}; mend it and run again, or raise"
+                f"{self.spec['name']} failed on {failed} of the first {seen} answers it was asked to judge ({counts}), "
+                "more than"
+                f" max_failures={self.limits.failures:g} of {every} allows; the first said: {self.first}; fix it and "
+                "run again, or raise"
                 " problem.max_failures"
             )
 
@@ -186,7 +196,7 @@ def _import_failed(name: str, reply: Reply, seconds: float) -> str:
         return reply.message
     if reply.failure == "timeout":
         return f"{name}: its import did not end within {seconds:g} s; let it do less while it is imported"
-    return f"{name}: its import failed ({reply.failure}): {reply.message}; mend it and run again"
+    return f"{name}: its import failed ({reply.failure}): {reply.message}; fix it and run again"
 
 
 class _Lines(NamedTuple):
@@ -200,7 +210,7 @@ class _Lines(NamedTuple):
 
 
 class _Worker:
-    """One keeper and its worker, seen from the stage."""
+    """The stage's side of one supervisor and its child."""
 
     def __init__(self, target: str, spec: dict[str, Any], import_seconds: float) -> None:
         self.mark = f"{MARK}={uuid.uuid4().hex}"
@@ -211,8 +221,14 @@ class _Worker:
         name, _, value = self.mark.partition("=")
         env = {**os.environ, name: value, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
         self.process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=prints, stderr=prints, pass_fds=(reads, writes), env=env, start_new_session=True
-        )  # fmt: skip
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=prints,
+            stderr=prints,
+            pass_fds=(reads, writes),
+            env=env,
+            start_new_session=True,
+        )
         for fd in (reads, writes, prints):
             os.close(fd)
         self.ended = os.pidfd_open(self.process.pid)
@@ -250,19 +266,21 @@ class _Worker:
         return found, False
 
     def sweep(self) -> None:
-        """Kill what is below it and was not when it had imported the user's code; one that is still importing answered no call yet."""
+        """Kill the descendants that calls started. Those of the import stay; a worker that still imports has none."""
         if LOAD in self.asked:
             return
         for _ in range(SWEEPS):
-            if not (left := descendants(self.process.pid) - self.kept):
+            started = descendants(self.process.pid) - self.kept
+            if not started:
                 return
-            for pid in left:
+            for pid in started:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
     def end(self) -> None:
-        """Kill it and all that it started, in whatever session."""
-        # stopped, it still adopts what loses its parent, and does not end with the worker; not by its pid, which may be another's once it has ended
+        """Kill the worker and all its descendants, in any session."""
+        # A stopped supervisor still adopts orphans, and does not end when its child does. The signal goes through the
+        # Popen handle, since the pid may be reused once the supervisor has ended.
         self.process.send_signal(signal.SIGSTOP)
         kill_tree(self.process.pid)
         self.process.kill()
@@ -272,12 +290,16 @@ class _Worker:
             os.close(fd)
 
     def _failed_first(self, failure: str, message: str) -> list[tuple[int, Reply]]:
-        """The call it was at failed; the others it was asked for are asked again elsewhere."""
-        return [(self.asked.popleft(), Reply(None, failure, self._with_tail(message)))] if self.asked else []
+        """The failed reply of the current call; another worker gets the remaining requests."""
+        if not self.asked:
+            return []
+        return [(self.asked.popleft(), Reply(None, failure, self._with_tail(message)))]
 
     def _with_tail(self, message: str) -> str:
         printed = " ".join(self.tail.decode(errors="replace").split())[-300:]
-        return redacted(f"{message}; it printed last: {printed}") if printed else message
+        if not printed:
+            return message
+        return redacted(f"{message}; it printed last: {printed}")
 
     def _how_it_ended(self) -> str:
         try:
@@ -297,47 +319,58 @@ class _Worker:
                 del self.outgoing[: os.write(self.requests, self.outgoing[: 2**16])]
 
     def _read_output(self) -> None:
-        for _ in range(64):  # a worker that prints without end must not keep us here
-            if not (data := _read(self.output)):
+        for _ in range(64):  # a bound, since a worker may print without end
+            data = _read(self.output)
+            if not data:
                 return
             self.tail = (self.tail + data)[-TAIL:]
 
     def _answers(self) -> tuple[list[tuple[int, Reply]], bool]:
-        """(what came whole, whether the pipe holds nothing else)."""
-        while data := _read(self.replies):
+        """(replies that arrived, whether the pipe is still intact)."""
+        data = _read(self.replies)
+        while data:
             self.incoming += data
             if len(self.incoming) > LONGEST:
                 return [], False
-        sound = data is None
-        *whole, rest = bytes(self.incoming).split(b"\n") if b"\n" in self.incoming else (self.incoming,)
-        self.incoming, found = bytearray(rest), []
-        for line in whole:
-            reply = _reply(line, self.asked[0] if self.asked else None)
+            data = _read(self.replies)
+        intact = data is None
+        replies: list[tuple[int, Reply]] = []
+        for line in self._complete_lines():
+            expected = self.asked[0] if self.asked else None
+            reply = _reply(line, expected)
             if reply is None:
-                return found, False
-            if self.asked[0] == LOAD:
+                return replies, False
+            if expected == LOAD:
                 self.kept |= descendants(self.process.pid)
-            found.append((self.asked.popleft(), reply))
+            replies.append((self.asked.popleft(), reply))
             self.ends_at = time.monotonic() + self.limit
             self.tail.clear()
-        return found, sound
+        return replies, intact
+
+    def _complete_lines(self) -> list[bytes]:
+        """The complete lines of `incoming`, which keeps the rest."""
+        if b"\n" not in self.incoming:  # a long line arrives in many parts: do not copy it for each
+            return []
+        *lines, rest = bytes(self.incoming).split(b"\n")
+        self.incoming = bytearray(rest)
+        return lines
 
 
 def _reply(line: bytes, expected: int | None) -> Reply | None:
-    """None for anything but the answer to what was asked."""
+    """The reply in a line; None for any line but the answer to request `expected`."""
     try:
-        said = json.loads(line)
-        if said["id"] != expected:
+        reply = json.loads(line)
+        if reply["id"] != expected:
             return None
-        failure = said["failure"] and str(said["failure"])
-        message = str(said["message"]).encode(errors="backslashreplace").decode()
-        return Reply(said["value"], failure, redacted(message))
+        failure = reply["failure"] and str(reply["failure"])
+        message = str(reply["message"]).encode(errors="backslashreplace").decode()
+        return Reply(reply["value"], failure, redacted(message))
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
 def _read(fd: int) -> bytes | None:
-    """What is there; b"" for the end, None for nothing yet."""
+    """The bytes in a pipe; b"" at its end, None for an empty pipe."""
     try:
         return os.read(fd, 2**16)
     except BlockingIOError:

@@ -1,4 +1,5 @@
-"""What user code prints or raises goes to terminals, logs and artifacts; the secrets that it was given in its environment do not."""
+"""What user code prints or raises goes to terminals, logs and artifacts; the secrets that it was given in its
+environment do not."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""The process in which user code runs: `python -m stages --guarded STAGE_PID REQUESTS REPLIES`, started by `stages.guard.pool` and by nobody else.
+"""The process in which user code runs: `python -m stages --guarded STAGE_PID REQUESTS REPLIES`, started by
+`stages.guard.pool` alone.
 
-    stage --PDEATHSIG--> keeper --fork, PDEATHSIG--> worker --> whatever user code starts
+    stage --PDEATHSIG--> supervisor --fork, PDEATHSIG--> worker --> processes of user code
 
-The keeper is what user code finds as its parent: killing it kills the worker and not the stage. It adopts orphans, and ends as the worker ended.
-The worker answers one line of JSON with one, in order; the first asks it to import the user's code. A process that user code forked and that comes back here ends.
+User code sees the supervisor as its parent: killing it kills the worker and not the stage. The supervisor adopts
+orphans, and ends with the worker's exit code. The worker answers each line of JSON with one, in order. The first
+request makes it import the user's code. A process that user code forked and that returns here ends.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from stages.errors import CallFailed, CodeRefused
 from stages.runtime.process import adopt_orphans, die_with_parent
 
 TARGETS = {"file": "stages.problems.custom.python_file_worker", "rewards": "stages.problems.custom.rewards_worker"}
-"""What can be loaded -> the module whose `load(spec)` returns (what it says of itself, {call: function of a payload})."""
+"""What can be loaded -> the module whose `load(spec)` returns (what it says of itself, {call: function of a
+payload})."""
 Calls = dict[str, Callable[[Any], Any]]
 
 
@@ -40,15 +43,15 @@ async def _awaited(value: Any) -> Any:
 
 
 def keep(stage: int, requests: int, replies: int) -> None:
-    """The keeper's life."""
+    """Run the supervisor, which starts the worker and ends with it."""
     die_with_parent(stage)
     adopt_orphans()
-    with suppress(OSError):  # where memory runs out, it is user code that goes
+    with suppress(OSError):  # the kernel kills user code first where memory runs out
         Path("/proc/self/oom_score_adj").write_text("1000")
-    keeper = os.getpid()
+    supervisor = os.getpid()
     worker = os.fork()
     if not worker:
-        die_with_parent(keeper)
+        die_with_parent(supervisor)
         _work(requests, replies)
     os.close(requests)
     os.close(replies)
@@ -64,8 +67,8 @@ def _work(requests: int, replies: int) -> None:
     me, calls, rest = os.getpid(), Calls(), b""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
-    while data := os.read(requests, 2**16):
-        *lines, rest = (rest + data).split(b"\n") if b"\n" in data else (rest + data,)
+    for data in iter(lambda: os.read(requests, 2**16), b""):
+        *lines, rest = (rest + data).split(b"\n")
         for line in lines:
             reply = _answer(json.loads(line), calls)
             if os.getpid() != me:
@@ -94,14 +97,19 @@ def _answer(request: dict[str, Any], calls: Calls) -> dict[str, Any]:
     except CodeRefused as error:
         failure, message = "refused", str(error)
     except BaseException as error:  # sys.exit() of user code too
-        failure, message = "exception", told(error)
-    return {"id": request["id"], "value": value if failure is None else None, "failure": failure, "message": message}
+        failure, message = "exception", describe_error(error)
+    if failure is not None:
+        value = None
+    return {"id": request["id"], "value": value, "failure": failure, "message": message}
 
 
-def told(error: BaseException, file: str | None = None) -> str:
-    """`file:line: Type: message` of an error, where it left the user's code last (`file`: only places in it count)."""
+def describe_error(error: BaseException, file: str | None = None) -> str:
+    """`file:line: Type: message` of an error, with the last place in user code (`file`: the last place in it)."""
     ours = str(Path(__file__).parents[1])
     frames = traceback.extract_tb(error.__traceback__)
-    theirs = [frame for frame in frames if (frame.filename == file if file else not frame.filename.startswith(ours))]
+    if file:
+        theirs = [frame for frame in frames if frame.filename == file]
+    else:
+        theirs = [frame for frame in frames if not frame.filename.startswith(ours)]
     where = f"{Path(theirs[-1].filename).name}:{theirs[-1].lineno}: " if theirs else ""
     return f"{where}{type(error).__name__}: {' '.join(str(error).split())[:500]}"

@@ -1,7 +1,9 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): a fresh adapter on the stage's policy while it trains, merged into it when it is published.
+"""Low-rank adapters (LoRA, arXiv 2106.09685): a fresh adapter on the stage's policy while it trains, merged into it
+when it is published.
 
-A policy is always published whole, with the adapter beside it in `adapter/`. So the next stage puts a fresh adapter on a whole policy, and the KL
-reference of an RL stage is its own policy with the adapter off. Cheap to import: torch and peft come with the functions.
+A policy is always published complete, with its adapter in `adapter/`. So the next stage puts a fresh adapter on
+a whole policy, and the KL reference of an RL stage is its own policy with the adapter off. Cheap to import: torch and
+peft come with the functions.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 ADAPTER = "adapter"
-"""Where a published policy keeps the adapter it was made with."""
+"""Directory of the adapter in a published policy."""
 
 
 def peft_config(lora: Lora) -> LoraConfig:
@@ -54,22 +56,21 @@ def refuse_quantization() -> None:
 
     import torch
 
-    missing = [
-        what
-        for what, there in (
-            ("a GPU", torch.cuda.is_available()),
-            ("bitsandbytes", find_spec("bitsandbytes") is not None),
-        )
-        if not there
-    ]
+    missing = []
+    if not torch.cuda.is_available():
+        missing.append("a GPU")
+    if find_spec("bitsandbytes") is None:
+        missing.append("bitsandbytes")
     if missing:
         raise BadInput(
-            f"model.lora.quantize: nf4 needs {' and '.join(missing)}, which is not here; remove it to train in the model's dtype"
+            f"model.lora.quantize: nf4 needs {' and '.join(missing)}, which is not here; remove it to train in the "
+            "model's dtype"
         )
 
 
 def refuse_targets(path: str, lora: Lora) -> None:
-    """Raise BadInput for targets that the model has not, or that its embeddings are among: a merged update would change both ends of a tied model."""
+    """Raise BadInput for targets that the model has not, or that its embeddings are among: a merged update would change
+    both ends of a tied model."""
     import torch
     from peft import get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -81,7 +82,8 @@ def refuse_targets(path: str, lora: Lora) -> None:
         for target in lora.targets if isinstance(lora.targets, tuple) else ():
             if not any(name == target or name.endswith(f".{target}") for name in names):
                 raise BadInput(
-                    f"model.lora.targets: the model has no module called {target}; it ends in names such as {', '.join(_ends(names))}"
+                    f"model.lora.targets: the model has no module called {target}; it ends in names such as "
+                    f"{', '.join(_ends(names))}"
                 )
         try:
             adapted = get_peft_model(model, peft_config(lora))
@@ -95,7 +97,8 @@ def refuse_targets(path: str, lora: Lora) -> None:
 
 def _ends(names: list[str]) -> list[str]:
     """The last part of each name, once each, numbers left out."""
-    return list(dict.fromkeys(end for name in names if (end := name.rpartition(".")[2]) and not end.isdigit()))[:16]
+    ends = [name.rpartition(".")[2] for name in names]
+    return list(dict.fromkeys(end for end in ends if end and not end.isdigit()))[:16]
 
 
 def save_adapter(model: Any, directory: Path, state: dict[str, Any] | None, base: str) -> None:
@@ -103,13 +106,15 @@ def save_adapter(model: Any, directory: Path, state: dict[str, Any] | None, base
     model.save_pretrained(directory, state_dict=state)
     (directory / "README.md").unlink(missing_ok=True)
     path = directory / "adapter_config.json"
-    name = base.removeprefix(HUB).partition("@")[0] if base.startswith(HUB) else Path(base).name
+    name = Path(base).name
+    if base.startswith(HUB):
+        name = base.removeprefix(HUB).partition("@")[0]
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": name}, indent=2))
 
 
 def merged(policy: Any, adapter: Path) -> tuple[Any, float]:
-    """(`policy`, a whole PreTrainedModel on the CPU, with the adapter's update added in float32 before the sum is rounded to the policy's precision;
-    the share of the update that the rounding kept, 1 when there is none).
+    """(`policy`, a whole PreTrainedModel on the CPU, with the adapter's update added in float32 before the sum is
+    rounded to the policy's precision; the share of the update that the rounding kept, 1 when there is none).
 
     A bfloat16 weight has 8 bits: an update of a thousandth of a weight mostly falls below them.
     """
@@ -119,11 +124,12 @@ def merged(policy: Any, adapter: Path) -> tuple[Any, float]:
     layers: list[Any] = [
         module for module in adapted.modules() if hasattr(module, "lora_A") and hasattr(module, "get_delta_weight")
     ]
-    asked = kept = 0.0
+    squared = kept = 0.0
     for layer in layers:
         before = layer.base_layer.weight.detach().float().clone()
         update = layer.get_delta_weight("default").detach().float()
         layer.merge()
-        asked += float(update.square().sum())
+        squared += float(update.square().sum())
         kept += float((update * (layer.base_layer.weight.detach().float() - before)).sum())
-    return adapted.unload(), kept / asked if asked else 1.0
+    share = kept / squared if squared else 1.0
+    return adapted.unload(), share

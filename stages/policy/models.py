@@ -1,7 +1,7 @@
 """Policies on disk and in memory: a directory that `from_pretrained` loads, safetensors only, no code from it ever run.
 
-A published policy carries two chat templates: the serving template, which yields the response prefix, and the training template beside it
-(see `stages.tokens.prefix`).
+A published policy carries two chat templates: the serving template, which yields the response prefix, and the training
+template next to it (see `stages.tokens.prefix`).
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ SAFE_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "addi
 
 
 def local_path(source: str, weights: bool = True) -> str:
-    """The directory of a model; one on the hub is fetched at its revision first, so that whoever loads it again gets the same. Without `weights`,
-    only what a tokenizer needs is fetched."""
+    """The directory of a model; one on the hub is fetched at its revision first, so that every later load gets
+    the same. Without `weights`, only what a tokenizer needs is fetched."""
     if not source.startswith(HUB):
         return source
     from huggingface_hub import snapshot_download
 
     repo, _, revision = source.removeprefix(HUB).partition("@")
-    patterns = SAFE_PATTERNS if weights else [pattern for pattern in SAFE_PATTERNS if pattern != "*.safetensors"]
+    patterns = list(SAFE_PATTERNS)
+    if not weights:
+        patterns.remove("*.safetensors")
     return snapshot_download(repo, revision=revision or None, allow_patterns=patterns)
 
 
@@ -41,7 +43,8 @@ def pick_device(execution: Execution) -> torch.device:
         raise BadInput("launch.device: cuda was asked for, but torch sees no GPU; set launch.device to auto or cpu")
     if torch.cuda.is_available() and execution.device != "cpu" and execution.processes > torch.cuda.device_count():
         raise BadInput(
-            f"launch.processes: {execution.processes} were asked for, but torch sees {torch.cuda.device_count()} GPUs; lower it"
+            f"launch.processes: {execution.processes} were asked for, but torch sees {torch.cuda.device_count()} GPUs; "
+            "lower it"
         )
     use_gpu = execution.device != "cpu" and torch.cuda.is_available()
     return torch.device("cuda", ranks.local_rank()) if use_gpu else torch.device("cpu")
@@ -50,10 +53,14 @@ def pick_device(execution: Execution) -> torch.device:
 def load_policy(
     path: str, dtype: Dtype, device: torch.device | None = None, adapters: lora.Lora | None = None
 ) -> PreTrainedModel:
-    """A model in the given precision, on the CPU or on `device`; its frozen weights in 4 bits where `adapters` say so."""
-    held: dict[str, Any] = {"quantization_config": quantized} if (quantized := lora.quantization(adapters)) else {}
+    """A model in the given precision, on the CPU or on `device`; its frozen weights in 4 bits where `adapters` say
+    so."""
+    options: dict[str, Any] = {}
+    quantization = lora.quantization(adapters)
+    if quantization is not None:
+        options["quantization_config"] = quantization
     model: Any = AutoModelForCausalLM.from_pretrained(
-        path, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, **held
+        path, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, **options
     )
     return model.to(device) if device else model
 
@@ -68,13 +75,15 @@ def refuse_vision(path: str) -> None:
 
 
 def load_tokenizer(path: str, format: Format | None = None) -> PreTrainedTokenizerBase:
-    """A tokenizer that can pad on the left, with the Format's chat template where that names one. Raises BadInput when it has none."""
+    """A tokenizer that can pad on the left, with the Format's chat template where that names one. Raises BadInput when
+    it has none."""
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, padding_side="left")
     if format is not None and format.chat_template is not None:
         tokenizer.chat_template = format.chat_template
     if tokenizer.chat_template is None:
         raise BadInput(
-            f"the tokenizer in {path} has no chat template; add a chat_template.jinja to it, or set format.chat_template"
+            f"the tokenizer in {path} has no chat template; add a chat_template.jinja to it, or set "
+            "format.chat_template"
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -86,9 +95,11 @@ KEPT = 0.9
 
 
 def publish(trainer: Any, tokenizer: PreTrainedTokenizerBase, job: Job) -> tuple[Finding, ...]:
-    """Write what a trainer has made to `job.out`, whole: an adapter is merged into the policy it was trained on, and kept beside it.
+    """Write what a trainer has made to `job.out`, whole: an adapter is merged into the policy it was trained on, and
+    kept next to it.
 
-    All processes call it; the first one writes. Weights that are spread over processes (FSDP, DeepSpeed) are gathered first.
+    All processes call it; the first one writes. Weights that are spread over processes (FSDP, DeepSpeed) are gathered
+    first.
     """
     assert job.format is not None, "the plan gives every stage that trains a Format"
     spread = trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -107,7 +118,8 @@ def publish(trainer: Any, tokenizer: PreTrainedTokenizerBase, job: Job) -> tuple
 
 
 def _end_turns_alike(trained: Any, whole: Any) -> None:
-    """A trainer aligns the model's special tokens with the tokenizer's; the policy that was loaded again has its old ones."""
+    """A trainer aligns the model's special tokens with the tokenizer's; the policy that was loaded again has its old
+    ones."""
     for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
         setattr(whole.config, name, getattr(trained.config, name))
         setattr(whole.generation_config, name, getattr(trained.generation_config, name))
@@ -120,7 +132,10 @@ def _lost_in_the_merge(job: Job, kept: float) -> Iterator[Finding]:
             severity="warn",
             stage=job.name,
             evidence={"kept": kept},
-            advice=f"{job.dtype} could hold only {kept:.0%} of what the adapter has learnt when it was merged into the policy; train in float32, or with a higher learning rate",
+            advice=(
+                f"{job.dtype} could hold only {kept:.0%} of what the adapter has learnt when it was merged into the "
+                "policy; train in float32, or with a higher learning rate"
+            ),
             override="model.dtype=float32",
         )
 
@@ -128,8 +143,8 @@ def _lost_in_the_merge(job: Job, kept: float) -> Iterator[Finding]:
 def save_policy(
     model: Any, tokenizer: PreTrainedTokenizerBase, format: Format, out: Path, state: dict[str, Any] | None = None
 ) -> None:
-    """Write a self-contained policy, a PreTrainedModel, whose serving template yields the Format's prefix. Other named templates of its tokenizer are
-    left out: they would not yield it."""
+    """Write a self-contained policy, a PreTrainedModel, whose serving template yields the Format's prefix. Other named
+    templates of its tokenizer are left out: they would not yield it."""
     model.save_pretrained(out, state_dict=state)
     training = chat.training_template(tokenizer)
     tokenizer.chat_template = {"default": prefix.serving_template(training, format), chat.TRAINING: training}

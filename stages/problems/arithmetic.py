@@ -2,8 +2,8 @@
 
     12 - 40 =    is answered    -28
 
-The answer is everything after the last </think>, or the whole completion where nobody thought: a whole number of at most 18 digits, and blank space
-around it. The score is 1 when it is right.
+The answer is everything after the last </think>, or the completion itself where there is none: a whole number of at
+most 18 digits, and blank space around it. The score is 1 when it is right.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from stages.config import Config, FromList, identity
-from stages.errors import BadInput
 from stages.job import Split
-from stages.problems.base import Answer, Judgement, Row, first_error, row_id, stream, taken
+from stages.problems.base import Answer, Judgement, Row, generated, parsed_line, row_id
 
 Operation = Literal["+", "-", "*"]
 OPERATIONS: Mapping[Operation, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
@@ -30,7 +29,8 @@ MAX_DIGITS = 9
 NUMBER = re.compile(r"-?[0-9]{1,18}")
 THOUGHT = "</think>"
 RIGHT_ANSWERS = 0.5
-"""Share of the demonstrations that are right; the others are off by up to 3. They show the form and leave the task to be learned."""
+"""Share of the demonstrations that are right; the others are off by up to 3. They show the form and leave the task to
+be learned."""
 
 
 class ArithmeticSettings(Config):
@@ -69,20 +69,19 @@ class Arithmetic:
 
     def rows(self, split: Split, start: int, stop: int, seed: int) -> list[Row]:
         """See Problem.rows. Raises BadInput when there are not so many."""
-        return [*taken(stream(self._generate, split, seed), start, stop)]
+        return generated(self._generate, split, start, stop, seed)
 
     def row(self, columns: Mapping[str, Any]) -> Row:
         """See Problem.row. The columns are `a`, `operation` and `b`, of any size up to 9 digits."""
-        try:
-            line = _Line.model_validate(columns)
-        except ValidationError as error:
-            raise BadInput(first_error(error)) from None
+        line = parsed_line(_Line, columns)
         return _row(line.a, line.operation, line.b)
 
     def demonstration(self, row: Row, rng: random.Random) -> str:
         """See Problem.demonstration."""
-        off = 0 if rng.random() < RIGHT_ANSWERS else rng.choice((-3, -2, -1, 1, 2, 3))
-        return str(cast(ArithmeticRow, row).result + off)
+        answer = cast(ArithmeticRow, row).result
+        if rng.random() >= RIGHT_ANSWERS:
+            answer += rng.choice((-3, -2, -1, 1, 2, 3))
+        return str(answer)
 
     def baselines(self, row: Row, rng: random.Random) -> Mapping[str, str]:
         """See Problem.baselines."""
@@ -108,18 +107,22 @@ class Arithmetic:
 
 
 def read(completion: str) -> int | None:
-    """The number that a completion answers with; None when it is none."""
-    said = completion[completion.rfind(THOUGHT) + len(THOUGHT) :] if THOUGHT in completion else completion
-    said = said.strip()
-    return int(said) if NUMBER.fullmatch(said) else None
+    """The number that a completion answers with; None for any other answer."""
+    answer = completion.rpartition(THOUGHT)[2].strip()
+    return int(answer) if NUMBER.fullmatch(answer) else None
 
 
 def _judge(row: ArithmeticRow, completion: str) -> Judgement:
-    said = read(completion)
-    right = said == row.result
-    outcome = "right" if right else "format" if said is None else "wrong"
-    rewards = {"format": float(said is not None), "right": float(right)}
-    return Judgement(float(right), outcome, solved=right, well_formed=said is not None, rewards=rewards)
+    number = read(completion)
+    well_formed, right = number is not None, number == row.result
+    if not well_formed:
+        outcome = "format"
+    elif right:
+        outcome = "right"
+    else:
+        outcome = "wrong"
+    rewards = {"format": float(well_formed), "right": float(right)}
+    return Judgement(float(right), outcome, solved=right, well_formed=well_formed, rewards=rewards)
 
 
 def _row(a: int, operation: Operation, b: int) -> ArithmeticRow:

@@ -1,9 +1,11 @@
-"""What a checkable problem is: rows to work on, rewards to train by, and a score that says what the task means.
+"""The interface of a checkable problem: rows, rewards for training, and a score for evaluation.
 
-A problem is a value with the methods of `Problem`. It knows nothing of models, prompts or prefixes: it sees rows and the texts of completions
-(response prefix included), and answers with plain numbers. The same row and text always give the same answer.
+A problem is a value with the methods of `Problem`. It knows nothing of models, prompts or prefixes: it sees rows and
+the texts of completions (response prefix included), and answers with plain numbers. The same row and text always give
+the same answer.
 
-Rows belong to a split by the digest of their content (`split_of`), so no row can be in two splits, whatever the seeds and ranges.
+Rows belong to a split by the digest of their content (`split_of`), so no row can be in two splits, whatever the seeds
+and ranges.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from stages.errors import TooFew
+from stages.errors import BadInput, TooFew
 from stages.job import Split
 
 
@@ -32,7 +34,7 @@ class Row:
     """The instance in words, as the user's turn says it; the Format's user template may put more around it."""
 
     def columns(self) -> Mapping[str, Any]:
-        """What the user template and a prefix per row can name, `id` and `prompt` among them."""
+        """Values that the user template and a prefix per row can name, `id` and `prompt` among them."""
         return asdict(self)
 
 
@@ -46,12 +48,12 @@ class Answer(NamedTuple):
     text: str
     """Response prefix included."""
     ids: Sequence[int] = ()
-    """What was sampled, the prefix not included; empty for a text that nobody sampled."""
+    """The sampled ids, without the prefix; empty for a text that was not sampled."""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a completion earns in training (`rewards`), and what it is worth to the task (everything else)."""
+    """The rewards of a completion in training, and its score and outcome in the task."""
 
     score: float
     """0..1; 0 when any rule is broken."""
@@ -64,7 +66,8 @@ class Judgement:
     rewards: Mapping[str, float | None] = field(default_factory=dict)
     """Component -> its value; None where it does not apply to the row, or could not be had."""
     failure: str | None = None
-    """What user code did instead of judging, such as `timeout`; every reward is then None and the score 0. None: it judged."""
+    """What user code did instead of judging, such as `timeout`; every reward is then None and the score 0. None: it
+    judged."""
 
 
 def total(rewards: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
@@ -99,7 +102,8 @@ class Problem(Protocol):
         ...
 
     def baselines(self, row: Row, rng: random.Random) -> Mapping[str, str]:
-        """Name -> a completion that needs no model, for the audit; `gold` is the best there is. Empty: none are known."""
+        """Name -> a completion that needs no model, for the audit; `gold` is the best there is. Empty: none are
+        known."""
         ...
 
     def judge(self, answers: Sequence[Answer]) -> list[Judgement]:
@@ -121,17 +125,17 @@ def row_id(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()[:16]
 
 
-def split_of(id: str) -> Split:
-    """Half of all possible rows are for training, a quarter each for validation and held-out; decided by the id alone."""
-    return ("train", "train", "validation", "held_out")[int(id[:8], 16) % 4]
+def split_of(row_id: str) -> Split:
+    """The split of a row, by its id alone: train for half of all possible rows, a quarter each for the other two."""
+    return ("train", "train", "validation", "held_out")[int(row_id[:8], 16) % 4]
 
 
 EXHAUSTED = 20_000
-"""Rows in a stream of which none is new, after which there are taken to be no more."""
+"""Consecutive rows without a new one, after which a stream counts as exhausted."""
 
 
 def allotted(rows: Iterator[R], split: Split) -> Iterator[R]:
-    """The rows of a stream that belong to a split, each once, until nothing new comes."""
+    """The distinct rows of a stream that belong to a split, until the stream is exhausted."""
     seen: set[str] = set()
     stale = 0
     for row in rows:
@@ -146,27 +150,42 @@ def allotted(rows: Iterator[R], split: Split) -> Iterator[R]:
 
 def taken(rows: Iterator[R], start: int, stop: int) -> list[R]:
     """Rows start..stop. Raises TooFew when there are fewer."""
-    found = list(islice(rows, stop))
-    if len(found) < stop:
+    first = list(islice(rows, stop))
+    if len(first) < stop:
         raise TooFew(
-            f"the problem has only {len(found)} in this split, but row {stop - 1} was asked for; ask for fewer, or for harder rows"
+            f"the problem has only {len(first)} in this split, but row {stop - 1} was asked for; ask for fewer, or for "
+            "harder rows"
         )
-    return found[start:]
+    return first[start:]
 
 
-def first_error(error: ValidationError) -> str:
-    """The first complaint about a line of a file: which field, and what is wrong with it."""
-    first = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg'][0].lower()}{first['msg'][1:]}"
+L = TypeVar("L", bound=BaseModel)
+
+
+def parsed_line(model: type[L], columns: Mapping[str, Any]) -> L:
+    """A line of a file as a model. Raises BadInput with the first invalid field."""
+    try:
+        return model.model_validate(columns)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field_name, message = ".".join(map(str, first["loc"])), first["msg"]
+        raise BadInput(f"{field_name}: {message[0].lower()}{message[1:]}") from None
 
 
 STREAMS: dict[Split, str] = {"train": "train-{seed}", "validation": "validation", "held_out": "held-out-7c41"}
-"""What seeds the generator of a split's stream. Validation and held-out rows are the same for every seed."""
+"""Seed of the generator of a split's stream. Validation and held-out rows are the same for every seed."""
 
 
 def stream(generate: Callable[[random.Random], Iterator[R]], split: Split, seed: int) -> Iterator[R]:
-    """The rows of (split, seed) of a problem that makes them up."""
+    """The rows of (split, seed) of a problem that generates them."""
     return allotted(generate(random.Random(STREAMS[split].format(seed=seed))), split)
+
+
+def generated(
+    generate: Callable[[random.Random], Iterator[Row]], split: Split, start: int, stop: int, seed: int
+) -> list[Row]:
+    """`Problem.rows` of a problem that generates its rows. Raises TooFew when there are fewer."""
+    return taken(stream(generate, split, seed), start, stop)
 
 
 LARGEST_WEIGHT = 1e6

@@ -1,6 +1,8 @@
-"""The checkable problems. A cheap table says what exists, under which version and with which settings; `load` makes the problem itself.
+"""The checkable problems. A cheap table says what exists, under which version and with which settings; `load` makes the
+problem itself.
 
-A built-in problem's identity is its name, version and settings: raise the version whenever its rows, rewards or scores change.
+A built-in problem's identity is its name, version and settings: raise the version whenever its rows, rewards or scores
+change.
 """
 
 from __future__ import annotations
@@ -47,23 +49,23 @@ def settings_of(problem: dict[str, Any]) -> Config:
 
 
 def load(problem: dict[str, Any]) -> Problem:
-    """The problem that a recipe's `problem` names. Nothing of a user's own runs yet."""
-    asked = settings_of(problem)
-    if isinstance(asked, FileProblem):
+    """The problem that a recipe's `problem` names. Runs no user code yet."""
+    settings = settings_of(problem)
+    if isinstance(settings, FileProblem):
         from stages.problems.custom.python_file import OwnFile
 
-        return OwnFile(asked)
-    if isinstance(asked, DatasetProblem):
+        return OwnFile(settings)
+    if isinstance(settings, DatasetProblem):
         from stages.problems.custom.dataset import Dataset
 
-        return Dataset(asked)
-    made_from = {name: getattr(asked, name) for name in type(asked).model_fields if name != "name"}
-    return PROBLEMS[problem["name"]].make(**made_from)
+        return Dataset(settings)
+    arguments = {name: getattr(settings, name) for name in type(settings).model_fields if name != "name"}
+    return PROBLEMS[problem["name"]].make(**arguments)
 
 
-def rows(problem: Problem, range: RowRange) -> list[Row]:
+def rows(problem: Problem, row_range: RowRange) -> list[Row]:
     """The rows of a range."""
-    return problem.rows(range.split, range.start, range.stop, range.seed)
+    return problem.rows(row_range.split, row_range.start, row_range.stop, row_range.seed)
 
 
 __all__ = [

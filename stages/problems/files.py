@@ -1,6 +1,6 @@
-"""Rows and completions that somebody wrote into files: a JSON object a line.
+"""Rows and completions from files, a JSON object per line.
 
-A line that cannot be used is named by file and number, and nothing after it is read.
+An error names the file and the number of the invalid line. Later lines are not read.
 """
 
 from __future__ import annotations
@@ -32,23 +32,25 @@ def lines(path: Path) -> Iterator[Line]:
         raise BadInput(f"{path} is empty; expected a JSON object a line")
     # split there and nowhere else: a JSON string may hold other ends of lines
     for number, line in enumerate(text.split("\n"), start=1):
-        yield Line(where := f"{path}, line {number}", _object(line, where))
+        where = f"{path}, line {number}"
+        yield Line(where, _object(line, where))
 
 
 def rows(problem: Problem, path: Path) -> list[Row]:
     """The rows of a file, as the problem reads them."""
-    found: list[Row] = []
+    read: list[Row] = []
     for where, columns in lines(path):
         try:
             refuse_half_pairs(columns)
-            found.append(problem.row(columns))
+            read.append(problem.row(columns))
         except BadInput as error:
             raise BadInput(f"{where}: {error}") from None
-    return found
+    return read
 
 
 def answers(path: Path, rows: Sequence[Row]) -> list[tuple[int, Answer]]:
-    """(row, answer) of each line {"row": line of the rows, from 0, "completion": text}; other columns are left alone."""
+    """(row, answer) of each line {"row": line of the rows, from 0, "completion": text}; other columns are left
+    alone."""
     return [_answer(line, rows) for line in lines(path)]
 
 
@@ -64,16 +66,17 @@ def _answer(line: Line, rows: Sequence[Row]) -> tuple[int, Answer]:
 
 def _object(line: str, where: str) -> dict[str, Any]:
     try:
-        found = json.loads(line)
+        value = json.loads(line)
     except (ValueError, RecursionError) as error:  # ValueError: also a number of more than 4300 digits
         raise BadInput(f"{where}: found no JSON ({error}), expected an object") from None
-    if not isinstance(found, dict):
-        raise BadInput(f"{where}: found {_short(found)}, expected an object")
-    return found
+    if not isinstance(value, dict):
+        raise BadInput(f"{where}: found {_short(value)}, expected an object")
+    return value
 
 
 def refuse_half_pairs(columns: dict[str, Any]) -> None:
-    """Raise BadInput where a text cannot be encoded: a JSON escape can say half of a surrogate pair, which no tokenizer takes."""
+    """Raise BadInput where a text cannot be encoded: a JSON escape can say half of a surrogate pair, which no tokenizer
+    takes."""
     try:
         json.dumps(columns, ensure_ascii=False).encode()
     except UnicodeEncodeError:

@@ -1,10 +1,11 @@
-"""Resume checkpoints: what of a stage's training survives its process. Files only; what is in them is the trainer's (`stages.trl.resume`).
+"""Resume checkpoints: what of a stage's training survives its process. Files only; what is in them is the trainer's
+(`stages.trl.resume`).
 
     work/checkpoint-<step>/   model, optimiser, random state, logs up to that step, and complete.json
     work/set-aside/           checkpoints that cannot be used, until the stage is published
 
-Trainers write checkpoints in place. A checkpoint is whole only when its own record says so: complete.json, written last, names every file with size
-and digest, what was asked and in which execution. The newest whole one is used.
+Trainers write checkpoints in place. A checkpoint is whole only when its own record says so: complete.json, written
+last, names every file with size and digest, what was asked and in which execution. The newest whole one is used.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from stages.runtime.disk import HashedFile, digest_files, replace, sync_tree
 
 COMPLETE = "complete.json"
 LOGS = "logs"
-"""What a stage has logged, inside a checkpoint."""
+"""Directory of the stage's logs inside a checkpoint."""
 SET_ASIDE = "set-aside"
 TEMPORARY = (chunks.DIRECTORY, SET_ASIDE)
-"""What else lies in `work` until a stage is published."""
+"""Other directories in `work` until a stage is published."""
 
 
 def _inside(path: str) -> str:
@@ -50,19 +51,19 @@ class Record(Frozen):
     asked: str
     """Digest of the job but for its places (`asked`)."""
     execution: dict[str, Any]
-    """What the bits depend on beside that: processes, micro-batch, device."""
+    """Further settings that the bits depend on: processes, micro-batch, device."""
     files: tuple[Entry, ...]
 
 
 class Belongs(NamedTuple):
-    """What a checkpoint has to be of, to be used."""
+    """The job and the execution that a usable checkpoint must have."""
 
     asked: str
     execution: dict[str, Any]
 
 
 class Found(NamedTuple):
-    """Where a stage can go on, and what was said on the way."""
+    """The checkpoint from which a stage resumes, and the messages about the search for it."""
 
     checkpoint: Path | None
     """None: at its start."""
@@ -70,7 +71,7 @@ class Found(NamedTuple):
 
 
 def directory(work: Path, step: int) -> Path:
-    """Where a step's checkpoint lies."""
+    """The directory of a step's checkpoint."""
     return work / f"checkpoint-{step}"
 
 
@@ -87,14 +88,18 @@ def seal(checkpoint: Path, step: int, belongs: Belongs) -> None:
 
 
 def newest(work: Path, belongs: Belongs) -> Found:
-    """The newest checkpoint that a job can go on from. Those that are newer and cannot be used are set aside, and named."""
+    """The newest checkpoint that a job can go on from. Those that are newer and cannot be used are set aside, and
+    named."""
     words: list[str] = []
     for checkpoint in reversed(_all(work)):
-        if not (wrong := what_is_wrong(checkpoint, belongs)):
+        problem = what_is_wrong(checkpoint, belongs)
+        if not problem:
             return Found(checkpoint, words)
         _set_aside(checkpoint)
-        words.append(f"set aside {checkpoint.name}: {wrong}")
-    return Found(None, [*words, "starts from its beginning"] if words else [])
+        words.append(f"set aside {checkpoint.name}: {problem}")
+    if words:
+        words.append("starts from its beginning")
+    return Found(None, words)
 
 
 def what_is_wrong(checkpoint: Path, belongs: Belongs) -> str:
@@ -165,7 +170,7 @@ def _remove(path: Path) -> None:
     """Under another name first, so that what is left of it is never taken for a torn checkpoint."""
     gone = path.with_name(f".removed-{path.name}")
     shutil.rmtree(gone, ignore_errors=True)
-    with suppress(FileNotFoundError):  # somebody else is at it, too
+    with suppress(FileNotFoundError):  # another process removes it, too
         path.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
 

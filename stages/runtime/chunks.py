@@ -1,7 +1,9 @@
-"""Work that is done for good as it is done: batches of sampled completions in `work/chunks/`, a file each, named by what was asked for.
+"""Work that is done for good as it is done: batches of sampled completions in `work/chunks/`, a file each, named by
+what was asked for.
 
-A shelf holds the answers to one question, such as all completions of a policy at a temperature; an answer is found by its own name, whatever
-batch it was made in. A stage that is killed finds them again; one that asks for something else does not. JSON in, JSON out, all or nothing.
+A shelf holds the answers to one question, such as all completions of a policy at a temperature; an answer is found by
+its own name, whatever batch it was made in. A stage that is killed finds them again; one that asks for something else
+does not. JSON in, JSON out, all or nothing.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ class Chunks:
     """Its path, which holds its artifact's id."""
 
     def shelf(self, question: Any) -> Shelf:
-        """Where the answers to a question, any JSON, lie or will lie."""
+        """The shelf for the answers to a question, which is any JSON value."""
         return Shelf(self.work / DIRECTORY, _digest([self.policy, question]))
 
 

@@ -1,4 +1,4 @@
-"""What it takes for bytes to be on a disk, whatever happens next: whole files, in directories that know them."""
+"""Durable writes: complete files, in directories that are synced too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The worker's running commentary: one JSON line a step in `metrics.jsonl`, which the launcher draws progress from and an artifact keeps.
+"""The worker's running commentary: one JSON line a step in `metrics.jsonl`, which the launcher draws progress from and
+an artifact keeps.
 
 Every line has step, total and seconds since the start; training adds TRL's own metric names.
 """
@@ -36,7 +37,9 @@ class MetricsLog:
 
 def _seconds_so_far(path: Path) -> float:
     """Of the log that a resumed stage goes on with."""
-    lines = path.read_text().splitlines() if path.is_file() else []
+    if not path.is_file():
+        return 0.0
+    lines = path.read_text().splitlines()
     return json.loads(lines[-1])["seconds"] if lines else 0.0
 
 
@@ -48,8 +51,10 @@ def say(job: Job, text: str) -> None:
 
 
 def latest(out: Path, wanted: Iterable[str]) -> dict[str, float]:
-    """The last value of each metric that was logged in a job's directory; nothing in a process that writes no log."""
-    found: dict[str, float] = {}
-    for line in map(json.loads, (out / FILE).read_text().splitlines()) if ranks.first() else ():
-        found |= {name: line[name] for name in wanted if line.get(name) is not None}
-    return found
+    """The last value of each wanted metric in a job's log; empty in a process that writes no log."""
+    if not ranks.first():
+        return {}
+    last: dict[str, float] = {}
+    for line in map(json.loads, (out / FILE).read_text().splitlines()):
+        last |= {name: line[name] for name in wanted if line.get(name) is not None}
+    return last

@@ -1,7 +1,8 @@
 """Processes that cannot outlive the one that needs them (Linux).
 
-A launcher, and what serves it, adopt orphans (`adopt_orphans`), so that every descendant stays findable from them, in whatever session it put
-itself. A child asks the kernel to be killed with its parent (`die_with_parent`). `kill_tree` kills all descendants until none is left.
+A launcher, and what serves it, adopt orphans (`adopt_orphans`), so that every descendant stays findable from them, in
+whatever session it put itself. A child asks the kernel to be killed with its parent (`die_with_parent`). `kill_tree`
+kills all descendants until none is left.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import ctypes
 import os
 import signal
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,7 +25,8 @@ def adopt_orphans() -> None:
 
 
 def die_with_parent(parent: int) -> None:
-    """SIGKILL this process when the thread that started it ends. `parent` is its pid, looked at in case it ended before we asked."""
+    """SIGKILL this process when the thread that started it ends. `parent` is its pid, looked at in case it ended before
+    we asked."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
@@ -35,23 +38,32 @@ def outlive_parent() -> None:
 
 
 def descendants(root: int) -> set[int]:
-    """The living processes below `root`, zombies left out."""
-    parent_of: dict[int, int] = {}
+    """The living processes below `root`, without zombies."""
+    parent_of = {int(entry.name): int(stat[1]) for entry, stat in _living()}
+    below: set[int] = set()
+    newest = {root}
+    while newest:
+        newest = {pid for pid, parent in parent_of.items() if parent in newest and pid not in below}
+        below |= newest
+    return below
+
+
+def _living() -> Iterator[tuple[Path, list[str]]]:
+    """(directory in /proc, fields of its stat) of every process that is no zombie."""
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and (stat := _stat(entry)) and stat[0] != "Z":
-            parent_of[int(entry.name)] = int(stat[1])
-    found: set[int] = set()
-    grown = {root}
-    while grown:
-        grown = {pid for pid, parent in parent_of.items() if parent in grown and pid not in found}
-        found |= grown
-    return found
+        if not entry.name.isdigit():
+            continue
+        stat = _stat(entry)
+        if stat and stat[0] != "Z":
+            yield entry, stat
 
 
 def kill_tree(root: int) -> None:
     """SIGKILL everything below `root` until nothing is left."""
-    while left := descendants(root):
-        _kill(left)
+    pids = descendants(root)
+    while pids:
+        _kill(pids)
+        pids = descendants(root)
 
 
 def _kill(pids: set[int]) -> None:
@@ -62,9 +74,12 @@ def _kill(pids: set[int]) -> None:
 
 
 def started_at(pid: int) -> str | None:
-    """When a process started, in clock ticks since boot: with the pid, its name for ever. None when there is no such process."""
+    """The start of a process in clock ticks since boot, which together with the pid identifies it. None when there is
+    no such process."""
     stat = _stat(Path("/proc", str(pid)))
-    return stat[19] if stat and stat[0] != "Z" else None
+    if not stat or stat[0] == "Z":
+        return None
+    return stat[19]
 
 
 def _stat(proc: Path) -> list[str] | None:
@@ -77,20 +92,21 @@ def _stat(proc: Path) -> list[str] | None:
 
 
 def marked(mark: str) -> set[int]:
-    """Living processes whose environment holds `mark` (NAME=value), wherever they are in the tree."""
-    found: set[int] = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and (stat := _stat(entry)) and stat[0] != "Z":
-            try:
-                environment = (entry / "environ").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if mark.encode() in environment:
-                found.add(int(entry.name))
-    return found
+    """Living processes whose environment holds `mark` (NAME=value), anywhere in the process tree."""
+    pids: set[int] = set()
+    for entry, _ in _living():
+        try:
+            environment = (entry / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if mark.encode() in environment:
+            pids.add(int(entry.name))
+    return pids
 
 
 def kill_marked(mark: str) -> None:
-    """SIGKILL every process whose environment holds `mark`, until none is left; this one is spared."""
-    while left := marked(mark) - {os.getpid()}:
-        _kill(left)
+    """SIGKILL every process but this one whose environment holds `mark`, until none is left."""
+    pids = marked(mark) - {os.getpid()}
+    while pids:
+        _kill(pids)
+        pids = marked(mark) - {os.getpid()}

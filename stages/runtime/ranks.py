@@ -1,7 +1,8 @@
 """Several processes of one stage: who this one is, and how they put together what each has made.
 
-torchrun says it in the environment (RANK, WORLD_SIZE, LOCAL_RANK); without it there is one process, and nothing here costs anything. The processes that
-switchback starts meet through a file, because the store that torch would open listens on every interface of the machine.
+torchrun says it in the environment (RANK, WORLD_SIZE, LOCAL_RANK); without it there is one process, and nothing here
+costs anything. The processes that switchback starts meet through a file, because the store that torch would open
+listens on every interface of the machine.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def first() -> bool:
 
 
 def meet(on_gpu: bool) -> None:
-    """Make the process group before anybody else does. Nothing happens where somebody else's launcher started the processes: theirs is env://."""
+    """Make the process group, before torch or accelerate does. Processes of another launcher keep its own: env://."""
     if world() == 1 or MEETING not in os.environ:
         return
     import torch
@@ -51,7 +52,7 @@ def meet(on_gpu: bool) -> None:
 
     if on_gpu:
         torch.cuda.set_device(local_rank())
-    # what processes tell each other beside tensors goes over the CPU
+    # objects, unlike tensors, are exchanged over the CPU
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     store = FileStore(f"{os.environ[MEETING]}/store", world())
     distributed.init_process_group(backend, store=store, rank=rank(), world_size=world(), timeout=PATIENCE)

@@ -1,5 +1,6 @@
-"""How a stage is asked to stop: SIGTERM (or Ctrl-C where it runs on a terminal) leaves a file in `work`, which training looks for after every
-optimiser step. A second signal, and any signal to a stage that has nothing to save, ends it at once.
+"""How a stage is asked to stop: SIGTERM (or Ctrl-C where it runs on a terminal) leaves a file in `work`, which training
+looks for after every optimiser step. A second signal, and any signal to a stage that has nothing to save, ends it at
+once.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The sampler: token ids in, token ids out. What is sampled is kept as it is; nobody re-tokenises it.
+"""The sampler: token ids in, token ids out. Sampled ids are kept, and never tokenised again.
 
-prompts and their keys -> `samples` completions each. With the backend `transformers`, what a sequence gets follows from (seed, key, sample number) alone:
-not from its batch, from the process that samples it, from the order of the prompts or from which others there are (`stages.sampling.draws`).
-A backend is an Engine: a policy that is loaded, and completes what it is given. This module cuts the work into batches, shares them among processes
-and keeps what is done.
+prompts and their keys -> `samples` completions each. With the backend `transformers`, a completion follows from (seed,
+key, sample number) alone. Its batch, its process and the other prompts do not matter (`stages.sampling.draws`). A
+backend is an Engine: a loaded policy that completes batches. This module cuts the work into batches, shares them among
+processes and commits what is done.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import chain
 from json import dumps
 from typing import Any, NamedTuple, Protocol
 
@@ -31,25 +30,25 @@ class Decoding:
     """Completions per prompt."""
 
 
-class Asked(NamedTuple):
-    """One sequence that is to be sampled."""
+class SequenceRequest(NamedTuple):
+    """One sequence to sample."""
 
     row: int
-    """Place of its prompt."""
+    """Index of its prompt."""
     sample: int
     prompt: Sequence[int]
     seed: int
-    """0 <= seed < 2**128; its own."""
+    """0 <= seed < 2**128; each sequence has its own."""
     name: str
-    """Digest of everything that tells it from others of the same policy and decoding."""
+    """Digest that identifies it among the sequences of one policy and decoding."""
 
 
 class Engine(Protocol):
-    """A policy that is loaded and completes prompts: what a backend is."""
+    """A loaded policy that completes prompts; every backend is one."""
 
     @property
     def name(self) -> str:
-        """What the recipe calls the backend."""
+        """The backend's name in a recipe."""
         ...
 
     @property
@@ -59,11 +58,11 @@ class Engine(Protocol):
 
     @property
     def batch_tokens(self) -> int:
-        """What it is given at a time: sequences x (prompt + longest completion)."""
+        """Size of a batch in tokens: sequences x (prompt + longest completion)."""
         ...
 
-    def complete(self, batch: Sequence[Asked], decoding: Decoding) -> list[list[int]]:
-        """A completion of each, with its end where it came to one."""
+    def complete(self, batch: Sequence[SequenceRequest], decoding: Decoding) -> list[list[int]]:
+        """A completion of each, with its end token unless it was cut off."""
         ...
 
 
@@ -76,73 +75,84 @@ def sample(
     on_progress: Callable[[int], None] = lambda done: None,
     chunks: Chunks | None = None,
 ) -> list[list[list[int]]]:
-    """`samples` completions of each prompt, in the order of the prompts, each with its turn end where it came to one.
+    """`samples` completions of each prompt, in the order of the prompts, each with its end token unless it was cut off.
 
-    `keys` name the prompts; equal prompts under equal keys get equal completions. `on_progress` hears how many prompts' worth of sequences is done.
-    What was sampled is committed to `chunks`, batch by batch, and is not sampled again, in whatever batches it is asked for.
+    `keys` name the prompts: equal prompts under equal keys get equal completions. `on_progress` gets the number of
+    finished prompts. Completions are committed to `chunks` batch by batch. A committed one is not sampled again, even
+    if the next call forms other batches.
     """
-    asked = list(_asked(prompts, keys, decoding.samples, seed))
-    done = ranks.together(_sampled(engine, asked, decoding, on_progress, chunks))
+    requests = list(_requests(prompts, keys, decoding.samples, seed))
+    done = ranks.together(_sampled(engine, requests, decoding, on_progress, chunks))
     return [[done[i * decoding.samples + k] for k in range(decoding.samples)] for i in range(len(prompts))]
 
 
-def _asked(prompts: Sequence[Sequence[int]], keys: Sequence[str], samples: int, seed: int) -> Iterator[Asked]:
-    """Every sequence, a prompt's after another's."""
+def _requests(
+    prompts: Sequence[Sequence[int]], keys: Sequence[str], samples: int, seed: int
+) -> Iterator[SequenceRequest]:
+    """All sequences, prompt by prompt."""
     for row, (prompt, key) in enumerate(zip(prompts, keys, strict=True)):
         for number in range(samples):
-            own = _digest([seed, key, number])
-            yield Asked(row, number, prompt, int(own[:32], 16), _digest([own, list(prompt)])[:32])
+            digest = _digest([seed, key, number])
+            yield SequenceRequest(row, number, prompt, int(digest[:32], 16), _digest([digest, list(prompt)])[:32])
 
 
-def batches(asked: Iterable[Asked], longest: int, tokens: int) -> list[list[Asked]]:
-    """Sequences side by side, those with the longest prompts first, so that what does not fit into memory shows at once. A batch holds at most `tokens`
-    tokens, padding and completions of `longest` counted, or one sequence."""
-    cut: list[list[Asked]] = []
-    for one in sorted(asked, key=lambda one: (-len(one.prompt), one.row, one.sample)):
+def batches(requests: Iterable[SequenceRequest], longest: int, tokens: int) -> list[list[SequenceRequest]]:
+    """Batches of sequences, longest prompts first, so that the batch that needs most memory runs first. A batch holds
+    one sequence, or at most `tokens` tokens: padded prompts, and completions of `longest` tokens."""
+    cut: list[list[SequenceRequest]] = []
+    for request in sorted(requests, key=lambda request: (-len(request.prompt), request.row, request.sample)):
         if not cut or (len(cut[-1]) + 1) * (len(cut[-1][0].prompt) + longest) > tokens:
             cut.append([])
-        cut[-1].append(one)
+        cut[-1].append(request)
     return cut
 
 
 def _sampled(
     engine: Engine,
-    asked: Sequence[Asked],
+    requests: Sequence[SequenceRequest],
     decoding: Decoding,
     on_progress: Callable[[int], None],
     chunks: Chunks | None,
 ) -> dict[int, list[int]]:
-    """Sequence's place -> its completion, of this process's share: every world-th batch, less what is committed."""
+    """Index of a sequence -> its completion, for this process's share: every world-th batch."""
     shelf = chunks.shelf(_question(engine, decoding)) if chunks else None
     committed = shelf.read() if shelf else {}
     done: dict[int, list[int]] = {}
-    for batch in batches(asked, decoding.max_completion_length, engine.batch_tokens)[ranks.rank() :: ranks.world()]:
-        if left := [one for one in batch if one.name not in committed]:
-            fresh = dict(zip((one.name for one in left), engine.complete(left, decoding), strict=True))
+    for batch in batches(requests, decoding.max_completion_length, engine.batch_tokens)[ranks.rank() :: ranks.world()]:
+        missing = [request for request in batch if request.name not in committed]
+        if missing:
+            completions = engine.complete(missing, decoding)
+            fresh = {request.name: ids for request, ids in zip(missing, completions, strict=True)}
             committed |= fresh
             if shelf:
                 shelf.commit(fresh)
-        done |= {one.row * decoding.samples + one.sample: committed[one.name] for one in batch}
-        on_progress(min(len(asked), len(done) * ranks.world()) // decoding.samples)
+        done |= {request.row * decoding.samples + request.sample: committed[request.name] for request in batch}
+        on_progress(min(len(requests), len(done) * ranks.world()) // decoding.samples)
     return done
 
 
 def _question(engine: Engine, decoding: Decoding) -> list[Any]:
-    """What all sequences have in common, and what must be equal for one that is committed to be the one that is asked for."""
+    """The settings that all sequences share; a committed completion counts only under equal ones."""
     return [engine.name, decoding.temperature, decoding.max_completion_length, sorted(engine.ends)]
 
 
 def until_end(ids: Sequence[int], ends: frozenset[int]) -> list[int]:
-    """Ids up to and including the first end; all of them when it never came."""
-    stop = next((i + 1 for i, id in enumerate(ids) if id in ends), len(ids))
-    return list(ids[:stop])
+    """Ids up to and including the first end; all of them when there is none."""
+    for i, token in enumerate(ids):
+        if token in ends:
+            return list(ids[: i + 1])
+    return list(ids)
 
 
 def turn_ends(tokenizer: Any, generation_config: Any) -> frozenset[int]:
-    """Ids that end a completion: the tokenizer's eos and all that the model's generation settings declare."""
+    """Ids that end a completion: the tokenizer's eos and those of the model's generation settings."""
+    ends = [tokenizer.eos_token_id]
     declared = generation_config.eos_token_id if generation_config else None
-    every = chain([tokenizer.eos_token_id], declared if isinstance(declared, list) else [declared])
-    return frozenset(end for end in every if end is not None)
+    if isinstance(declared, list):
+        ends += declared
+    else:
+        ends.append(declared)
+    return frozenset(end for end in ends if end is not None)
 
 
 def _digest(value: Any) -> str:

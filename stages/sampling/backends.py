@@ -16,7 +16,10 @@ from stages.sampling import Engine, turn_ends, vllm_engine
 from stages.sampling.continuous_engine import Continuous
 from stages.sampling.transformers_engine import Transformers
 
-UNVERIFIED = "sampler: vllm was written against vLLM's documentation and has not been run on a GPU by us; look at what it samples"
+UNVERIFIED = (
+    "sampler: vllm was written against vLLM's documentation and has not been run on a GPU by us; look at what it "
+    "samples"
+)
 
 
 def opened(job: Job, path: str, tokenizer: PreTrainedTokenizerBase) -> Engine:
@@ -41,7 +44,8 @@ def _vllm(job: Job, path: str, tokenizer: PreTrainedTokenizerBase) -> Engine:
 
 
 def _generation_config(path: str) -> GenerationConfig:
-    """A policy's generation settings, which it may have in a file of their own or in its config, without its weights."""
+    """A policy's generation settings, which it may have in a file of their own or in its config, without its
+    weights."""
     try:
         return GenerationConfig.from_pretrained(path)
     except OSError:

@@ -1,8 +1,9 @@
 """Which token a sequence gets: one uniform number a token, from a generator that is the sequence's own.
 
-logits (B, V) + a uniform number each -> ids (B). The token is the first whose cumulative probability is above the number: the inverse of the
-distribution function, so token i is drawn with exactly its probability, the length of its piece of [0, 1). Because the number depends on the
-sequence alone, another batch can change the token only where rounding moves a boundary across it.
+logits (B, V) + a uniform number each -> ids (B). The token is the first whose cumulative probability is above the
+number: the inverse of the distribution function, so token i is drawn with exactly its probability, the length of its
+piece of [0, 1). Because the number depends on the sequence alone, another batch can change the token only where
+rounding moves a boundary across it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ AT_ONCE = 2**24
 class Uniforms:
     """The numbers of sequences that go step by step together.
 
-    Philox (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011) keyed by the sequence's seed; numpy guarantees its stream of raw bits.
+    Philox (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011) keyed by the sequence's seed; numpy
+    guarantees its stream of raw bits.
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
@@ -29,7 +31,8 @@ class Uniforms:
         self._block = np.empty((len(seeds), BLOCK))
 
     def at(self, step: int, running: Sequence[int]) -> torch.Tensor:
-        """(len(running)) float64 in [0, 1), of the sequences in `running`. Steps are asked for in order, and who has left does not come back."""
+        """(len(running)) float64 in [0, 1), of the sequences in `running`. Steps are asked for in order, and who has
+        left does not come back."""
         if step % BLOCK == 0:
             for i in running:
                 self._block[i] = (self._generators[i].random_raw(BLOCK) >> 11) * 2.0**-53

@@ -1,6 +1,7 @@
 """Keys and values that are written in place. transformers' own layer copies everything it holds for each token.
 
-A full-attention layer of a DynamicCache after its prompt -> one with room for the completion. Layers with a sliding window stay as they are.
+A full-attention layer of a DynamicCache after its prompt -> one with room for the completion. Layers with a sliding
+window stay as they are.
 """
 
 from __future__ import annotations
@@ -55,11 +56,13 @@ class InPlaceLayer(DynamicLayer):
 
 
 def empty(model: PreTrainedModel, sampler: str) -> DynamicCache:
-    """A cache as the model's layers want it, full or with a sliding window. Raises BadInput for layers whose state is not keys and values of tokens."""
+    """A cache as the model's layers want it, full or with a sliding window. Raises BadInput for layers whose state is
+    not keys and values of tokens."""
     cache = DynamicCache(config=model.config)
     if not all(hasattr(layer, "batch_select_indices") for layer in cache.layers):
         raise BadInput(
-            f"sampler: {sampler} cannot take the state of {model.config.model_type} apart by sequence: it has recurrent layers; "
+            f"sampler: {sampler} cannot take the state of {model.config.model_type} apart by sequence: it has "
+            "recurrent layers; "
             "set sampler to vllm, or use a model that has attention only"
         )
     return cache

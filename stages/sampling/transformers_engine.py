@@ -1,7 +1,8 @@
-"""The backend `transformers`: a decoding loop of our own over a PreTrainedModel.
+"""The backend `transformers`: our own decoding loop over a PreTrainedModel.
 
-A batch of sequences -> their completions. A prompt is read once, whatever number of samples it has; keys and values are written in place;
-sequences that have come to their end leave the batch. The model's own generation settings are never read, so temperature is all there is.
+A batch of sequences -> their completions. A prompt is read once for all its samples. Keys and values are written in
+place, and finished sequences leave the batch. The loop ignores the model's generation settings, so temperature is the
+only setting of the sampler.
 """
 
 from __future__ import annotations
@@ -9,17 +10,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from stages.sampling import Asked, Decoding
+from stages.sampling import Decoding, SequenceRequest
 from stages.sampling.draws import Uniforms, draw
 from stages.sampling.kv_cache import empty, in_place
 
 LEAVE = 1 / 8
-"""Share of a batch that has to be finished before it leaves: a smaller batch is a copy of all keys and values."""
+"""Share of a batch that must be finished before it leaves, since a smaller batch copies all keys and values."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,13 @@ class Transformers:
     name: str = "transformers"
 
     @torch.inference_mode()
-    def complete(self, batch: Sequence[Asked], decoding: Decoding) -> list[list[int]]:
-        """See `Engine`. Raises BadInput for a model whose cache cannot be taken apart by sequence."""
+    def complete(self, batch: Sequence[SequenceRequest], decoding: Decoding) -> list[list[int]]:
+        """See `Engine`. Raises BadInput for a model whose cache cannot be split by sequence."""
         self.model.eval()
         completions: list[list[int]] = [[] for _ in batch]
-        running = list(range(len(batch)))  # whose each line of the batch is; finished ones too, until they leave
-        uniforms, state = Uniforms([one.seed for one in batch]), self._read(batch, decoding.max_completion_length)
+        running = list(range(len(batch)))  # the sequence of each line; a finished one too, until it leaves
+        uniforms = Uniforms([request.seed for request in batch])
+        state = self._read(batch, decoding.max_completion_length)
         finished = set[int]()
         for step in range(decoding.max_completion_length):
             if decoding.temperature > 0:
@@ -60,15 +63,15 @@ class Transformers:
             self._step(state, tokens)
         return completions
 
-    def _read(self, batch: Sequence[Asked], longest: int) -> State:
-        """The batch after its prompts, each distinct one of which is read once."""
-        distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(one.prompt) for one in batch))}
+    def _read(self, batch: Sequence[SequenceRequest], longest: int) -> State:
+        """The batch after its prompts; each distinct prompt is read once."""
+        distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(request.prompt) for request in batch))}
         ids, mask = _left_padded(list(distinct), self.pad, self.model.device)
         state = State(
             empty(self.model, self.name), torch.cat([mask, mask.new_ones(len(distinct), longest)], 1), ids.size(1)
         )
         self._forward(state, ids, (mask.cumsum(1) - 1).clamp(min=0))
-        state.keep([distinct[tuple(one.prompt)] for one in batch])
+        state.keep([distinct[tuple(request.prompt)] for request in batch])
         in_place(state.cache, longest)
         return state
 
@@ -79,14 +82,18 @@ class Transformers:
         self._forward(state, tokens[:, None], positions)
 
     def _forward(self, state: State, ids: torch.Tensor, positions: torch.Tensor) -> None:
-        takes = inspect.signature(self.model.forward).parameters
         optional = {"position_ids": positions, "logits_to_keep": 1}
-        given = {name: value for name, value in optional.items() if name in takes}
+        supported = {name: value for name, value in optional.items() if name in self._parameters}
         mask = state.mask[:, : state.width]
         output: Any = self.model(
-            input_ids=ids, attention_mask=mask, past_key_values=state.cache, use_cache=True, **given
+            input_ids=ids, attention_mask=mask, past_key_values=state.cache, use_cache=True, **supported
         )
         state.logits = output.logits[:, -1]
+
+    @cached_property
+    def _parameters(self) -> frozenset[str]:
+        """Names of the parameters of the model's forward pass, which not all models have in common."""
+        return frozenset(inspect.signature(self.model.forward).parameters)
 
 
 class State:
@@ -95,13 +102,13 @@ class State:
     def __init__(self, cache: DynamicCache, mask: torch.Tensor, width: int) -> None:
         self.cache = cache
         self.mask = mask
-        """(B, T) of everything that may ever be read; the first `width` columns are."""
+        """(B, T) with columns for the longest completion; the first `width` columns are filled."""
         self.width = width
         self.logits = torch.empty(0)
         """(B, V) of the next token."""
 
     def keep(self, lines: list[int]) -> None:
-        """Go on with these lines of the batch; one may be named several times."""
+        """Continue with these lines of the batch; a line may occur several times."""
         index = torch.tensor(lines, device=self.mask.device)
         self.mask, self.logits = self.mask[index], self.logits[index]
         self.cache.batch_select_indices(index)

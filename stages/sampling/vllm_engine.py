@@ -1,7 +1,9 @@
-"""The backend `vllm`. UNVERIFIED: written against vLLM's documentation (docs.vllm.ai: LLM, SamplingParams, TokensPrompt), and never run by us on a GPU.
+"""The backend `vllm`. UNVERIFIED: written against vLLM's documentation (docs.vllm.ai: LLM, SamplingParams,
+TokensPrompt), and never run by us on a GPU.
 
-Each sequence is a request with a seed of its own, so what it gets does not depend on the order of requests; vLLM promises the same completion for the
-same seed only for equal batches, because its kernels round differently in others. One process: vLLM makes its own.
+Each sequence is a request with a seed of its own, so what it gets does not depend on the order of requests; vLLM
+promises the same completion for the same seed only for equal batches, because its kernels round differently in others.
+One process: vLLM makes its own.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any
 
 from stages.errors import BadInput
 from stages.job import Dtype
-from stages.sampling import Asked, Decoding
+from stages.sampling import Decoding, SequenceRequest
 
 QUEUE_TOKENS = 2**22
 """Tokens of the sequences that are handed to vLLM at a time, and committed together; it schedules them itself."""
@@ -31,16 +33,16 @@ class Vllm:
     name: str = "vllm"
     batch_tokens: int = QUEUE_TOKENS
 
-    def complete(self, batch: Sequence[Asked], decoding: Decoding) -> list[list[int]]:
+    def complete(self, batch: Sequence[SequenceRequest], decoding: Decoding) -> list[list[int]]:
         """See `Engine`."""
-        prompts = [{"prompt_token_ids": list(one.prompt)} for one in batch]
-        outputs = self.llm.generate(prompts, [self._params(one, decoding) for one in batch], use_tqdm=False)
+        prompts = [{"prompt_token_ids": list(request.prompt)} for request in batch]
+        outputs = self.llm.generate(prompts, [self._params(request, decoding) for request in batch], use_tqdm=False)
         return [self._ids(output.outputs[0]) for output in outputs]
 
-    def _params(self, one: Asked, decoding: Decoding) -> Any:
+    def _params(self, request: SequenceRequest, decoding: Decoding) -> Any:
         return import_module("vllm").SamplingParams(
             n=1,
-            seed=one.seed % SEEDS,
+            seed=request.seed % SEEDS,
             temperature=decoding.temperature,
             max_tokens=decoding.max_completion_length,
             stop_token_ids=sorted(self.ends),
@@ -48,14 +50,10 @@ class Vllm:
         )
 
     def _ids(self, completion: Any) -> list[int]:
-        """With the end that stopped it, which vLLM names in `stop_reason` where it is not the tokenizer's eos."""
-        ids = list(completion.token_ids)
-        if (
-            completion.finish_reason == "stop"
-            and isinstance(completion.stop_reason, int)
-            and ids[-1:] != [completion.stop_reason]
-        ):
-            ids.append(completion.stop_reason)
+        """The ids with their end token, which vLLM names in `stop_reason` where it is not the tokenizer's eos."""
+        ids, end = list(completion.token_ids), completion.stop_reason
+        if completion.finish_reason == "stop" and isinstance(end, int) and ids[-1:] != [end]:
+            ids.append(end)
         return ids
 
 

@@ -1,1 +1,2 @@
-"""From messages to token rows: the chat template, the response prefix, a role for every token, and the loss weight of each role."""
+"""From messages to token rows: the chat template, the response prefix, a role for every token, and the loss weight of
+each role."""

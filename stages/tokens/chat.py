@@ -2,8 +2,9 @@
 
     messages -> [(role, text), ...] up to the policy's turn -> ids with a role each
 
-Roles are found by rendering a second time with a mark around the words of every message; where the template then says something else, it reads or
-changes the words, and is refused rather than guessed at. The prompt is tokenised as one string, as TRL and `apply_chat_template` do.
+Roles are found by rendering a second time with a mark around the words of every message; where the template then says
+something else, it reads or changes the words, and is refused rather than guessed at. The prompt is tokenised as one
+string, as TRL and `apply_chat_template` do.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Pieces = list[tuple[str, str]]
 """(letter of the role, text); together they are the whole text."""
 
 TRAINING = "training"
-"""Name of the training template beside the serving template: additional_chat_templates/training.jinja."""
+"""Name of the training template, next to the serving template: additional_chat_templates/training.jinja."""
 OPEN, CLOSE = "\ue000", "\ue001"
 MARKED = re.compile(f"{OPEN}(\\d+){CLOSE}")
 
@@ -39,12 +40,14 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
-    """The prompt as text, generation prompt included. Raises BadInput when it ends in an assistant turn, or when the template refuses it."""
+    """The prompt as text, generation prompt included. Raises BadInput when it ends in an assistant turn, or when the
+    template refuses it."""
     if not messages:
         raise BadInput("a conversation starts with an assistant turn; start it with the user's")
     if messages[-1]["role"] == "assistant":
         raise BadInput(
-            f"a prompt ends in an assistant turn ({messages[-1]['content'][:40]!r}); end it with the user's, and say how answers start with format.response_prefix"
+            f"a prompt ends in an assistant turn ({messages[-1]['content'][:40]!r}); end it with the user's, and say "
+            "how answers start with format.response_prefix"
         )
     return _rendered(tokenizer, messages)
 
@@ -60,7 +63,8 @@ def pieces(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> P
             _nothing_is_dropped(skeleton, messages)
             return found
     raise BadInput(
-        "the chat template changes the words of a message, so what is prompt and what is template cannot be told; use another template"
+        "the chat template changes the words of a message, so what is prompt and what is template cannot be told; use "
+        "another template"
     )
 
 
@@ -78,7 +82,8 @@ def _nothing_is_dropped(skeleton: list[str], messages: Sequence[Message]) -> Non
     for i, message in enumerate(messages):
         if message["content"] and str(i) not in skeleton[1::2]:
             raise BadInput(
-                f"the chat template drops the {message['role']} message; move its words into the user template, or use another chat template"
+                f"the chat template drops the {message['role']} message; move its words into the user template, or use "
+                "another chat template"
             )
 
 
@@ -113,12 +118,14 @@ def with_roles(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Pieces]) ->
 
 
 def starts(offsets: Sequence[tuple[int, int]]) -> list[int]:
-    """Where each token begins: where the one before it ended, because some tokenizers leave blanks out of a token's offsets."""
+    """Where each token begins: where the one before it ended, because some tokenizers leave blanks out of a token's
+    offsets."""
     return [0, *(end for _, end in offsets[:-1])] if offsets else []
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that ends the policy's turn. Raises BadInput when the template does not end a turn with the tokenizer's eos token."""
+    """The id that ends the policy's turn. Raises BadInput when the template does not end a turn with the tokenizer's
+    eos token."""
     turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     text = tokenizer.apply_chat_template(turn, chat_template=training_template(tokenizer), tokenize=False)
     ending = cast(str, text).rpartition("!")[2]

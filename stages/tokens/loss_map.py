@@ -17,19 +17,26 @@ NAMES = {letter: role for role, letter in ROLES.items()}
 
 
 def of_row(row: TokenRow, weights: Weights, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """{"row", "tokens": [{"text", "id", "role", "weight", "share"}]}; share is of the row's total weight, so the shares add up to 1.
+    """{"row", "tokens": [{"text", "id", "role", "weight", "share"}]}; share is of the row's total weight, so the shares
+    add up to 1.
 
     The first token has nothing before it and is never predicted: its weight is 0 whatever its role.
     """
-    each = row_weights(row, weights)
-    total = sum(each) or 1.0
+    token_weights = row_weights(row, weights)
+    total = sum(token_weights) or 1.0
     tokens = [
-        {"text": tokenizer.decode([id]), "id": id, "role": NAMES[letter], "weight": weight, "share": weight / total}
-        for id, letter, weight in zip(row.ids, row.roles, each, strict=True)
+        {
+            "text": tokenizer.decode([token_id]),
+            "id": token_id,
+            "role": NAMES[letter],
+            "weight": weight,
+            "share": weight / total,
+        }
+        for token_id, letter, weight in zip(row.ids, row.roles, token_weights, strict=True)
     ]
     return {"row": row.row, "tokens": tokens}
 
 
 def write(out: Path, loss_map: dict[str, Any]) -> None:
-    """Beside the policy, so that one can look up what was trained."""
+    """Write a loss map into the policy's directory, as a record of what was trained."""
     (out / FILE).write_text(json.dumps(loss_map))

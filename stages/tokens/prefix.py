@@ -1,12 +1,14 @@
 """The response prefix: the only module that knows where it is added, and what a policy is served with.
 
-A row becomes messages, messages become prompt ids by the *training template* (`stages.tokens.chat`), and a completion is prefix + what was sampled:
+A row becomes messages, messages become prompt ids by the *training template* (`stages.tokens.chat`), and a completion
+is prefix + what was sampled:
 
     prompt ids | prefix ids | sampled ids, turn end
 
-The prefix is tokenised on its own and never together with what stands before or after it, so the boundary is the same in SFT, RL, rejection
-sampling and evaluation. SFT trains prefix + sampled as the completion; sampling gives the model prompt + prefix; rewards, saved rollouts and
-scores see prefix + sampled as text. Serving needs none of this: the *serving template* ends its generation prompt with the prefix.
+The prefix is tokenised on its own and never together with what stands before or after it, so the boundary is the same
+in SFT, RL, rejection sampling and evaluation. SFT trains prefix + sampled as the completion; sampling gives the model
+prompt + prefix; rewards, saved rollouts and scores see prefix + sampled as text. Serving needs none of this: the
+*serving template* ends its generation prompt with the prefix.
 
 A Format has one prefix, or says which column gives each row its own (`per_row`); the serving template then adds none.
 """
@@ -45,7 +47,8 @@ def serving_template(training: str, format: Format) -> str:
     # jinja2 drops one newline at the end of a template, but not one before more text
     ending = training.removesuffix("\n")
     literal = json.dumps(format.response_prefix, ensure_ascii=False)
-    return f"{ending}{{{{ {literal} if add_generation_prompt else '' }}}}"  # an expression: a block would trim blanks around it
+    # an expression, since a block would trim the blanks around it
+    return f"{ending}{{{{ {literal} if add_generation_prompt else '' }}}}"
 
 
 def seen_format(format: Format, tokenizer: PreTrainedTokenizerBase) -> Format:
@@ -55,7 +58,7 @@ def seen_format(format: Format, tokenizer: PreTrainedTokenizerBase) -> Format:
 
 
 def format_digest(format: Format) -> str:
-    """SHA-256 of everything that dresses text; the prompt's name is not part of it."""
+    """SHA-256 of the settings that format text; the prompt's name is not one of them."""
     return hashlib.sha256(format.model_dump_json(exclude={"prompt", "chat_template"}).encode()).hexdigest()
 
 
@@ -68,7 +71,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def card(tokenizer: PreTrainedTokenizerBase, format: Format) -> dict[str, Any]:
-    """What makes rows: kept beside them, and compared with what trains on them."""
+    """The tokenizer and the Format that made rows; a stage that trains on the rows compares them with its own."""
     return {"tokenizer": tokenizer_digest(tokenizer), "format": format.model_dump(mode="json")}
 
 
@@ -94,11 +97,13 @@ def of_row(format: Format, row: Columns) -> str:
     columns = _columns(row)
     if format.per_row not in columns:
         raise BadInput(f"format.per_row: there is no column {format.per_row!r}; a row has {', '.join(columns)}")
-    if not isinstance(found := columns[format.per_row], str):
+    response_prefix = columns[format.per_row]
+    if not isinstance(response_prefix, str):
         raise BadInput(
-            f"format.per_row: found {found!r} in column {format.per_row!r}, expected text; a row has {', '.join(columns)}"
+            f"format.per_row: found {response_prefix!r} in column {format.per_row!r}, expected text; a row has "
+            f"{', '.join(columns)}"
         )
-    return found
+    return response_prefix
 
 
 def _columns(row: Columns) -> Mapping[str, Any]:
@@ -114,12 +119,16 @@ def prefix_ids(tokenizer: PreTrainedTokenizerBase, response_prefix: str) -> list
     """The prefix on its own. Raises BadInput when the tokenizer cannot write it down and read it back."""
     if response_prefix and str(tokenizer.eos_token) in response_prefix:
         raise BadInput(
-            f"format.response_prefix: {response_prefix!r} holds {tokenizer.eos_token!r}, which ends the turn it would start"
+            f"format.response_prefix: {response_prefix!r} holds {tokenizer.eos_token!r}, which ends the turn it would "
+            "start"
         )
-    ids = encode(tokenizer, response_prefix) if response_prefix else []
-    if (back := tokenizer.decode(ids) if ids else "") != response_prefix:
+    if not response_prefix:
+        return []
+    ids = encode(tokenizer, response_prefix)
+    decoded = tokenizer.decode(ids) if ids else ""
+    if decoded != response_prefix:
         raise BadInput(
-            f"format.response_prefix: {response_prefix!r} comes back from the tokenizer as {back!r}; choose another"
+            f"format.response_prefix: {response_prefix!r} comes back from the tokenizer as {decoded!r}; choose another"
         )
     return ids
 
@@ -135,14 +144,17 @@ def answer(start: Sequence[int], rest: Sequence[int]) -> Dressed:
 
 
 def demonstration(tokenizer: PreTrainedTokenizerBase, response_prefix: str, text: str) -> Dressed:
-    """Prefix ids + the rest of a completion's text + turn end: the SFT target. Raises BadInput when the text does not start with the prefix."""
+    """Prefix ids + the rest of a completion's text + turn end: the SFT target. Raises BadInput when the text does not
+    start with the prefix."""
     if str(tokenizer.eos_token) in text:
         raise BadInput(
-            f"an answer holds {tokenizer.eos_token!r}, which ends a turn and is added where it does; remove it: {text[-40:]!r}"
+            f"an answer holds {tokenizer.eos_token!r}, which ends a turn and is added where it does; remove it: "
+            f"{text[-40:]!r}"
         )
     if not text.startswith(response_prefix):
         raise BadInput(
-            f"the response prefix is {response_prefix!r}, but a demonstration starts with {text[:40]!r}; make them agree"
+            f"the response prefix is {response_prefix!r}, but a demonstration starts with {text[:40]!r}; make them "
+            "agree"
         )
     rest = encode(tokenizer, text.removeprefix(response_prefix))
     return answer(prefix_ids(tokenizer, response_prefix), [*rest, chat.turn_end(tokenizer)])
@@ -151,10 +163,12 @@ def demonstration(tokenizer: PreTrainedTokenizerBase, response_prefix: str, text
 def conversation(
     tokenizer: PreTrainedTokenizerBase, response_prefix: str, turns: Sequence[Message], given: int = 0
 ) -> Dressed:
-    """A whole conversation as one row: every assistant turn after the first `given` turns is completion and starts with the prefix.
+    """A whole conversation as one row: every assistant turn after the first `given` turns is completion and starts with
+    the prefix.
 
-    Each turn stands where serving would put it: what the template makes of the turns before it must begin with what was trained so far. Raises
-    BadInput where it does not (templates that drop earlier reasoning), and for a conversation that does not end with an assistant turn.
+    Each turn stands where serving would put it: what the template makes of the turns before it must begin with what was
+    trained so far. Raises BadInput where it does not (templates that drop earlier reasoning), and for a conversation
+    that does not end with an assistant turn.
     """
     if not turns or turns[-1]["role"] != "assistant":
         raise BadInput("a conversation does not end with an assistant turn; remove what comes after the last one")
@@ -165,8 +179,9 @@ def conversation(
         text = chat.render(tokenizer, turns[:i])
         if not text.startswith(context):
             raise BadInput(
-                "the chat template writes an earlier assistant turn otherwise than it is trained (it drops its reasoning, or adds to it),"
-                " so the conversation cannot be trained as it will be served; give each turn a row of its own"
+                "the chat template writes an earlier assistant turn otherwise than it is trained (it drops its "
+                "reasoning, or adds to it), so the conversation cannot be trained as it will be served; give each turn "
+                "a row of its own"
             )
         ((prompt, letters),) = chat.with_roles(tokenizer, [_after(len(context), chat.pieces(tokenizer, turns[:i]))])
         target, target_letters = demonstration(tokenizer, response_prefix, turn["content"])
@@ -176,7 +191,7 @@ def conversation(
 
 
 def _after(start: int, pieces: chat.Pieces) -> chat.Pieces:
-    """What of the text comes after its first `start` characters."""
+    """The pieces of the text after its first `start` characters."""
     left: chat.Pieces = []
     for letter, piece in pieces:
         if start < len(piece):
@@ -186,14 +201,15 @@ def _after(start: int, pieces: chat.Pieces) -> chat.Pieces:
 
 
 def merges_at_boundary(tokenizer: PreTrainedTokenizerBase, row: TokenRow) -> bool:
-    """Whether the tokenizer, left to itself, would put a token across the start of the row's first answer or across the end of its prefix."""
+    """Whether the tokenizer, left to itself, would put a token across the start of the row's first answer or across the
+    end of its prefix."""
     edges = {len(cast(str, tokenizer.decode(row.ids[:edge]))) for edge in row.edges}
     encoded: Any = tokenizer(tokenizer.decode(row.ids), add_special_tokens=False, return_offsets_mapping=True)
     return not edges <= set(chat.starts(encoded["offset_mapping"]))
 
 
 def completion_text(tokenizer: PreTrainedTokenizerBase, response_prefix: str, sampled: Sequence[int]) -> str:
-    """What rewards and scores judge: the prefix, then what was sampled."""
+    """The text that rewards and scores judge: the prefix, then the sampled tokens."""
     return response_prefix + cast(str, tokenizer.decode(list(sampled), skip_special_tokens=True))
 
 

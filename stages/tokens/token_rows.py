@@ -1,6 +1,8 @@
-"""Rows as token ids with a role each: how rollouts travel from rejection sampling to SFT, so that what was sampled is what is trained.
+"""Rows as token ids with a role each: how rollouts travel from rejection sampling to SFT, so that what was sampled is
+what is trained.
 
-A row says what every token is, so that weights are decided by role and nothing is ever rendered or tokenised a second time:
+A row says what every token is, so that weights are decided by role and nothing is ever rendered or tokenised a second
+time:
 
     s  system      words of the system prompt
     u  user        words of a user's (or tool's) turn
@@ -20,9 +22,22 @@ from typing import Any
 FILE = "rows.parquet"
 CARD = "card.json"
 """Beside the rows: which tokenizer and which Format made them."""
-PROVENANCE = {"policy": "string", "step": "int64", "sample": "int64", "seed": "int64", "temperature": "double", "max_completion_length": "int64",
-              "prefix": "string", "text": "string", "score": "double", "outcome": "string", "reward": "double", "rank": "int64", "rule": "string"}  # fmt: skip
-"""What is told of where a row comes from: column -> its type in Arrow's words. Beside these, a column `reward_<component>` each."""
+PROVENANCE = {
+    "policy": "string",
+    "step": "int64",
+    "sample": "int64",
+    "seed": "int64",
+    "temperature": "double",
+    "max_completion_length": "int64",
+    "prefix": "string",
+    "text": "string",
+    "score": "double",
+    "outcome": "string",
+    "reward": "double",
+    "rank": "int64",
+    "rule": "string",
+}
+"""Columns with the origin of a row -> their Arrow types. A column `reward_<component>` per component follows them."""
 SYSTEM, USER, TEMPLATE, PREFIX, COMPLETION = "sutpc"
 ROLES = {"system": SYSTEM, "user": USER, "template": TEMPLATE, "prefix": PREFIX, "completion": COMPLETION}
 """Role -> its letter; the position of a role in this table is its code in a batch."""
@@ -41,11 +56,11 @@ class TokenRow:
     roles: str
     """A letter a token."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """Where it comes from: names of PROVENANCE, and `reward_<component>`."""
+    """Its origin: columns of PROVENANCE, and `reward_<component>`."""
 
     @property
     def edges(self) -> tuple[int, int]:
-        """Where the first answer begins, and where its prefix ends; both the row's length when there is no answer."""
+        """Start of the first answer and end of its prefix; both are the row's length when there is no answer."""
         start = min((self.roles.index(role) for role in ANSWERED if role in self.roles), default=len(self.roles))
         return start, len(self.roles) - len(self.roles[start:].lstrip(PREFIX))
 
@@ -74,16 +89,16 @@ def read(directory: Path) -> list[TokenRow]:
 
 
 def read_card(directory: Path) -> dict[str, Any]:
-    """What made the rows."""
+    """The card of the rows (`prefix.card`)."""
     return json.loads((directory / CARD).read_text())
 
 
 def labelled(row: TokenRow) -> dict[str, list[int]]:
-    """What SFTTrainer takes: input_ids, and in `labels` the code of each token's role.
+    """Columns for SFTTrainer: input_ids, and in `labels` the code of each token's role.
 
-    A list column named `labels` is the only thing beside the ids that TRL carries through truncation, every packing strategy and its collator, which
-    writes -100 where nothing is to be learned: on padding, and on the first token of a document in a padding-free batch. The loss takes its
-    targets from `input_ids`.
+    A list column named `labels` is the only thing beside the ids that TRL carries through truncation, every packing
+    strategy and its collator, which writes -100 where nothing is to be learned: on padding, and on the first token of a
+    document in a padding-free batch. The loss takes its targets from `input_ids`.
     """
     return {"input_ids": row.ids, "labels": [CODES[role] for role in row.roles]}
 

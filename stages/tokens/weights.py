@@ -6,13 +6,17 @@ The loss of an optimiser step, over all its micro-batches and processes, is
 
 w_i the weight of token i's role and N one of three numbers (`NORMALISERS`):
 
-    weight_sum         sum_i w_i        A weighted mean: the scale of the weights cancels, so only their ratio matters. What
-                                        davidsvaughn/prompt-loss-weight run_plw.py computes (per device there, per step here).
-    nonzero_count      #{i: w_i != 0}   Weighted Instruction Tuning, arXiv 2507.07817 section 3, and TRL PR #6747: halving every weight halves
-                                        the gradient, and the first weight above 0 on the prompt enlarges N at once.
-    completion_count   #{i: i answered} The response's own gradient does not depend on the prompt's weight; the whole gradient grows with it.
+    weight_sum         sum_i w_i        A weighted mean: the scale of the weights cancels, so only their ratio
+                                        matters. As in davidsvaughn/prompt-loss-weight run_plw.py (per device there,
+                                        per step here).
+    nonzero_count      #{i: w_i != 0}   Weighted Instruction Tuning, arXiv 2507.07817 section 3, and TRL PR #6747:
+                                        halving every weight halves the gradient, and the first weight above 0 on the
+                                        prompt enlarges N at once.
+    completion_count   #{i: i answered} The gradient of the response does not depend on the prompt's weight. The total
+                                        gradient grows with it.
 
-With prompt weight 0 and completion weight 1 all three are completion-only training, with 1 and 1 the first two are full-sequence training.
+With prompt weight 0 and completion weight 1 all three are completion-only training, with 1 and 1 the first two are
+full-sequence training.
 
 The first token of a sequence has nothing before it and is never predicted: it counts nowhere.
 """
@@ -40,7 +44,8 @@ def is_answered(codes: Tensor) -> Tensor:
 
 
 def token_weights(codes: Tensor, weights: Weights) -> Tensor:
-    """float32 weight of each token as a target, not yet shifted; 0 where nothing is to be learned. `codes` as `tokens.labelled` gives them."""
+    """float32 weight of each token as a target, not yet shifted; 0 where nothing is to be learned. `codes` as
+    `tokens.labelled` gives them."""
     import torch
 
     table = torch.tensor([weights[role] for role in ROLES], dtype=torch.float32, device=codes.device)
@@ -53,7 +58,9 @@ def normaliser(codes: Tensor, weights: Weights, kind: Normaliser) -> Tensor:
     if kind == "completion_count":
         return is_answered(codes).sum().double()
     w = token_weights(codes, weights)
-    return (w != 0).sum().double() if kind == "nonzero_count" else w.double().sum()
+    if kind == "nonzero_count":
+        return (w != 0).sum().double()
+    return w.double().sum()
 
 
 def row_weights(row: TokenRow, weights: Weights) -> list[float]:
@@ -63,7 +70,7 @@ def row_weights(row: TokenRow, weights: Weights) -> list[float]:
 
 
 def total_weight(rows: Iterable[TokenRow], weights: Weights) -> float:
-    """What the rows weigh together."""
+    """Sum of the weights of all tokens of the rows."""
     return sum(sum(row_weights(row, weights)) for row in rows)
 
 
@@ -73,5 +80,6 @@ def prompt_share(rows: Iterable[TokenRow], weights: Weights) -> float:
     for row in rows:
         for role, weight in zip(row.roles, row_weights(row, weights), strict=True):
             total += weight
-            prompt += 0.0 if role in ANSWERED else weight
+            if role not in ANSWERED:
+                prompt += weight
     return prompt / total if total else 0.0

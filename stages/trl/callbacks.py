@@ -1,4 +1,5 @@
-"""What listens to a trainer: the metrics log, and a stop on a loss that is no number. With several processes the first one listens."""
+"""What listens to a trainer: the metrics log, and a stop on a loss that is no number. With several processes the first
+one listens."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from stages.training import same_world
 
 
 class MetricsCallback(TrainerCallback):
-    """Writes what TRL logs to the job's metrics, under TRL's names. Raises FloatingPointError when the loss is not finite."""
+    """Writes what TRL logs to the job's metrics, under TRL's names. Raises FloatingPointError when the loss is not
+    finite."""
 
     def __init__(self, log: MetricsLog) -> None:
         self.log = log
@@ -40,7 +42,8 @@ class MetricsCallback(TrainerCallback):
 
 
 def listen(trainer: Trainer, job: Job) -> None:
-    """Let the job's metrics log be the trainer's only voice. Raises BadInput when the trainer runs in another world than the job is for."""
+    """Let the job's metrics log be the trainer's only voice. Raises BadInput when the trainer runs in another world
+    than the job is for."""
     same_world(trainer, job)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)

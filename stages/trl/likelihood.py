@@ -1,10 +1,11 @@
-"""GRPO beside general rows, which have no reward and are trained by likelihood:
+"""GRPO mixed with general rows, which have no reward and are trained by likelihood:
 
     L = L_grpo + coefficient * L_nll,    L_nll = - sum log p(completion token) / N,
 
-the sum and N over all general rows of an optimiser step. Every process has all of them and knows N; they are dealt out to micro-steps and processes, and a
-micro-step that is dealt none runs one at weight 0, so that all processes run the model equally often. The gradient does not depend on either number. Which
-rows a step has follows from the step alone, so a resumed stage needs no further state.
+the sum and N over all general rows of an optimiser step. Every process has all of them and knows N; they are dealt out
+to micro-steps and processes, and a micro-step that is dealt none runs one at weight 0, so that all processes run the
+model equally often. The gradient does not depend on either number. Which rows a step has follows from the step alone,
+so a resumed stage needs no further state.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from stages.trl.rewarding import RewardedGRPOTrainer
 
 @dataclass(frozen=True)
 class General:
-    """What is trained by likelihood."""
+    """The general rows, which are trained by likelihood."""
 
     rows: Sequence[TokenRow]
     """All that the stage's steps take, in the order in which a file's lines are drawn."""
     a_step: int
     """How many each optimiser step takes."""
     coefficient: float
-    """What their mean loss weighs beside that of GRPO."""
+    """Weight of their mean loss; GRPO's loss has weight 1."""
     seed: int
     """Of the order of every pass after the first."""
 

@@ -1,8 +1,8 @@
 """GRPOTrainer with a response prefix that is prompt to the policy and completion to the rewards.
 
-The prefix ids are appended to the prompt ids, so loss, KL, entropy and length leave them out by construction, whatever generates; the prefix
-text is put back in front of the completions that rewards and logs see. The prefix travels with the prompt, in its last turn, so that every row may
-have its own. Two hooks: `_tokenize_prompts` and `_generate`.
+The prefix ids are appended to the prompt ids, so loss, KL, entropy and length leave them out by construction, whatever
+generates; the prefix text is put back in front of the completions that rewards and logs see. The prefix travels with
+the prompt, in its last turn, so that every row may have its own. Two hooks: `_tokenize_prompts` and `_generate`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from stages.trl.resume import ExactResume
 START = "response_prefix"
 """Key of a prompt's last turn that holds its prefix; templates do not look at it."""
 COMPLETION_IDS, COMPLETIONS = 1, 3
-"""Where the sampled ids and the decoded completions are in what `GRPOTrainer._generate` returns."""
+"""Positions of the sampled ids and of the decoded completions in the result of `GRPOTrainer._generate`."""
 
 
 def prefilled(messages: list[Message], response_prefix: str) -> list[Message]:
@@ -27,7 +27,8 @@ def prefilled(messages: list[Message], response_prefix: str) -> list[Message]:
 
 
 class PrefillGRPOTrainer(ExactResume, GRPOTrainer):
-    """GRPOTrainer that renders with the training template and samples after the prefix. Prompts are made by `prefilled`."""
+    """GRPOTrainer that renders with the training template and samples after the prefix. Prompts are made by
+    `prefilled`."""
 
     def _tokenize_prompts(self, prompts: list[list[Message]]) -> tuple[list[list[int]], None, dict[str, Any]]:
         """Prompt ids + prefix ids, each distinct prompt rendered once."""
@@ -43,7 +44,8 @@ class PrefillGRPOTrainer(ExactResume, GRPOTrainer):
         return [[*prompt, *start] for prompt, start in zip(ids, starts, strict=True)]
 
     def _generate(self, prompts: list[list[Message]]) -> tuple[Any, ...]:
-        """What rewards and logs see is made from the ids again: a tokenizer with a response template would have put the prefix elsewhere."""
+        """What rewards and logs see is made from the ids again: a tokenizer with a response template would have put the
+        prefix elsewhere."""
         out = list(super()._generate(prompts))
         texts = [
             prefix.completion_text(self._tokenizer, prompt[-1][START], ids)

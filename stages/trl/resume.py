@@ -1,8 +1,9 @@
 """Exact resume: a trainer that is killed and goes on from a checkpoint ends where it would have ended.
 
-transformers saves model, optimiser, schedule and random state. What TRL keeps beside that (the rollouts that are still to be trained on, where in a
-generation it is, the tokens it has seen) is added here, in one file a process; `held` and `take_up` are where more of a trainer's state joins.
-A checkpoint counts once all processes have written and the first has sealed it (`stages.runtime.checkpoints`).
+transformers saves model, optimiser, schedule and random state. TRL's further state (the rollouts that are still
+to be trained on, where in a generation it is, the tokens it has seen) is added here, in one file a process; `held` and
+`take_up` are where more of a trainer's state joins. A checkpoint counts once all processes have written and the first
+has sealed it (`stages.runtime.checkpoints`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from stages.runtime.metrics import say
 from stages.training import TrainingConfig, all_steps_ran
 
 PICKLE = "training_args.bin"
-"""A pickle of the arguments that transformers writes into every checkpoint, and nobody reads."""
+"""A pickle of the arguments that transformers writes into every checkpoint; it is never read."""
 GO_ON, SAVE, SAVE_AND_STOP = 0, 1, 2
 
 
@@ -39,12 +40,14 @@ class ExactResume(Trainer):
     """Goes before a TRL trainer in the order of bases: `class Mine(ExactResume, GRPOTrainer)`."""
 
     out: Path | None = None
-    """Where the job logs; None for a trainer on its own, whose checkpoints are complete all the same, and not sealed."""
+    """Where the job logs; None for a trainer on its own, whose checkpoints are complete all the same, and not
+    sealed."""
     belongs: checkpoints.Belongs
-    """What its checkpoints are of."""
+    """The job and the execution that its checkpoints belong to."""
 
     def held(self) -> dict[str, Any]:
-        """State of this process that transformers does not save: tensors, numbers, strings, and lists and dicts of them."""
+        """State of this process that transformers does not save: tensors, numbers, strings, and lists and dicts of
+        them."""
         state: dict[str, Any] = {"tokens": self._total_train_tokens}
         if hasattr(self, "_buffered_inputs"):
             state |= {"micro_step": self._step, "rollouts": self._rollouts_to_come()}
@@ -62,7 +65,8 @@ class ExactResume(Trainer):
         return self._sampler
 
     def _shuffle_as_often(self, epochs: int) -> None:
-        """TRL's RepeatSampler shuffles at every epoch, from where its generator is: a resumed one would see the first epoch's order again."""
+        """TRL's RepeatSampler shuffles at every epoch, from where its generator is: a resumed one would see the first
+        epoch's order again."""
         for _ in range(epochs if self._sampler.shuffle else 0):
             torch.randperm(self._sampler.num_samples, generator=self._sampler.generator)
 
@@ -93,9 +97,9 @@ class ExactResume(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             file = Path(checkpoint, _file_of_rank())
-            device = (
-                self.args.device if self.args.device.type != "cpu" else "cpu"
-            )  # of several processes it is cpu:0, which torch cannot read
+            device: Any = self.args.device
+            if device.type == "cpu":
+                device = "cpu"  # of several processes it is cpu:0, which torch cannot read
             self.take_up(torch.load(file, map_location=device, weights_only=True))
 
 
@@ -116,8 +120,8 @@ def _file_of_rank() -> str:
 
 
 def asked(job: Job, config: Config) -> str:
-    """SHA-256 of what is to be done, wherever it lies and however it is run. `config` is the job's. A second look only: checkpoints lie below their step's
-    key, which also knows the bytes of files that are only named here."""
+    """SHA-256 of what is to be done, wherever it lies and however it is run. `config` is the job's. A second look only:
+    checkpoints lie below their step's key, which also knows the bytes of files that are only named here."""
     inputs = {role: Path(path).parts[-2:] for role, path in job.inputs.items()}
     what = job.model_dump(mode="json", include={"kind", "rows", "format", "seed", "dtype", "lora"})
     problem = identity_values(catalog.settings_of(job.problem)) if job.problem else None
@@ -126,7 +130,7 @@ def asked(job: Job, config: Config) -> str:
 
 
 def execution(trainer: Trainer) -> dict[str, Any]:
-    """What of the execution a checkpoint is bound to."""
+    """The part of the execution that a checkpoint is bound to."""
     args = trainer.args
     kind = str(trainer.accelerator.distributed_type.value)
     return {
@@ -138,11 +142,10 @@ def execution(trainer: Trainer) -> dict[str, Any]:
 
 
 def find(trainer: ExactResume, job: Job, config: TrainingConfig) -> str | None:
-    """Where the job can go on, its logs cut back to there; None: at its start. All processes call it. What was found is said."""
-    trainer.out, trainer.belongs = (
-        Path(job.out),
-        checkpoints.Belongs(asked(job, config), execution(trainer)),
-    )
+    """Where the job can go on, its logs cut back to there; None: at its start. All processes call it. What was found is
+    said."""
+    trainer.out = Path(job.out)
+    trainer.belongs = checkpoints.Belongs(asked(job, config), execution(trainer))
     mine = {0: _newest(trainer, job)} if ranks.first() else {}
     return ranks.together(mine)[0]
 
@@ -159,8 +162,8 @@ def _newest(trainer: ExactResume, job: Job) -> str | None:
 
 
 def train(trainer: ExactResume, job: Job, config: TrainingConfig, checkpoint: str | None, expected: int) -> None:
-    """Train to the end, with checkpoints on the way. Raises StageStopped when the job was asked to stop, RuntimeError when TRL ran another number of
-    optimiser steps than expected."""
+    """Train to the end, with checkpoints on the way. Raises StageStopped when the job was asked to stop, RuntimeError
+    when TRL ran another number of optimiser steps than expected."""
     saver = SaveCallback(job, config)
     trainer.add_callback(saver)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -170,7 +173,8 @@ def train(trainer: ExactResume, job: Job, config: TrainingConfig, checkpoint: st
 
 
 class SaveCallback(TrainerCallback):
-    """When to save: every so many steps, every so many minutes, and when the job is asked to stop. The first process decides for all."""
+    """When to save: every so many steps, every so many minutes, and when the job is asked to stop. The first process
+    decides for all."""
 
     def __init__(self, job: Job, config: TrainingConfig) -> None:
         self.stopped = False
@@ -204,8 +208,10 @@ class SaveCallback(TrainerCallback):
         if self._every is None:
             return GO_ON
         if isinstance(self._every, int):
-            return SAVE if state.global_step % self._every == 0 else GO_ON
-        return SAVE if time.monotonic() - self._saved >= self._every else GO_ON
+            due = state.global_step % self._every == 0
+        else:
+            due = time.monotonic() - self._saved >= self._every
+        return SAVE if due else GO_ON
 
 
 def _of_first(decision: int, device: torch.device) -> int:

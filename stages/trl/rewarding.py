@@ -1,8 +1,10 @@
-"""GRPOTrainer whose rewards are a problem's judgements: judged once for all components, composed as the stage says, and every rollout logged.
+"""GRPOTrainer whose rewards are a problem's judgements: judged once for all components, composed as the stage says, and
+every rollout logged.
 
-completions -> `problem.judge` and the stage's penalties -> (rollouts, components), gathered over processes -> `rewards.composed` -> TRL. A rollout that
-could not be judged is NaN in every component: TRL leaves it out of its group's mean and gives it the advantage 0. Two hooks: `_calculate_rewards`, and
-`_generate_and_score_completions`, after which the raw components are what is logged, whatever was made of them.
+completions -> `problem.judge` and the stage's penalties -> (rollouts, components), gathered over processes ->
+`rewards.composed` -> TRL. A rollout that could not be judged is NaN in every component: TRL leaves it out of its
+group's mean and gives it the advantage 0. Two hooks: `_calculate_rewards`, and `_generate_and_score_completions`, after
+which the raw components are what is logged, whatever was made of them.
 """
 
 from __future__ import annotations
@@ -28,11 +30,11 @@ from stages.trl.prefill import START, PrefillGRPOTrainer
 
 @dataclass(frozen=True)
 class Judging:
-    """What judges, and where it is written down."""
+    """The problem that judges rollouts, and the directory of their log."""
 
     problem: Problem
     rows: Sequence[Row]
-    """What the dataset's `row` column indexes."""
+    """Rows that the dataset's `row` column indexes."""
     weights: Mapping[str, float]
     """Component -> weight, penalties included (`rewards.weights_of`)."""
     settings: Rewards
@@ -51,7 +53,7 @@ class RewardedGRPOTrainer(PrefillGRPOTrainer):
         self._running = compose.nothing_seen(len(judging.weights))
 
     def held(self) -> dict[str, Any]:
-        """What components were like so far, beside what every trainer holds."""
+        """The state of every trainer, and the statistics of the components so far."""
         return super().held() | {"components": [part.tolist() for part in self._running]}
 
     def take_up(self, state: dict[str, Any]) -> None:
@@ -76,7 +78,8 @@ class RewardedGRPOTrainer(PrefillGRPOTrainer):
         values = [self._values(answer, judgement) for answer, judgement in zip(answers, judgements, strict=True)]
         if self.model.training and self.judging.log:
             self._log_rollouts(prompts, answers, judgements, values)
-        table = [[torch.nan if one[name] is None else one[name] for name in self.judging.weights] for one in values]
+        names = list(self.judging.weights)
+        table = [[torch.nan if rewards[name] is None else rewards[name] for name in names] for rewards in values]
         mine_and_others = gather(torch.tensor(table, dtype=torch.float32, device=self.accelerator.device))
         self._raw = cast(torch.Tensor, mine_and_others)
         failed = torch.tensor([float(one.failure is not None) for one in judgements], device=self._raw.device)
@@ -86,11 +89,11 @@ class RewardedGRPOTrainer(PrefillGRPOTrainer):
         if self.judging.settings.as_they_are:
             return self._raw
         size = self.num_generations if self.model.training else self.num_generations_eval
-        return compose.composed(self._raw, [*self.judging.weights], self.judging.settings, size, self._running)
+        return compose.composed(self._raw, names, self.judging.settings, size, self._running)
 
     def _values(self, answer: Answer, judgement: Judgement) -> dict[str, float | None]:
-        """Component -> its value; None in all of them, penalties too, where the problem has none to give: the rollout was not judged, or nothing
-        applies to its row."""
+        """Component -> its value; None in all of them, penalties too, where the problem has none to give: the rollout
+        was not judged, or nothing applies to its row."""
         if all(value is None for value in judgement.rewards.values()):
             return dict.fromkeys(self.judging.weights)
         found = {**judgement.rewards, **compose.penalties(self.judging.settings, answer.ids)}
@@ -127,7 +130,7 @@ class RewardedGRPOTrainer(PrefillGRPOTrainer):
 
 
 def _named(name: str) -> Any:
-    """What TRL reads a component's name from; `_calculate_rewards` never calls it."""
+    """A function named for a component, as TRL requires; `_calculate_rewards` never calls it."""
 
     def component(**_: Any) -> list[float]:
         raise AssertionError("rewards come from the problem's judgements")

@@ -1,8 +1,8 @@
 """SFTTrainer with a weight for every token, inside TRL's fused LM head: the full logits are never built.
 
-TRL packs, collates and scores; the batch's `labels` hold each token's role (`tokens.labelled`). We turn roles into weights per micro-batch
-(`stages.tokens.weights`), let the fused head score every token that has one, and divide by a number of the whole optimiser step, so the gradient does not
-depend on micro-batch, packing or process count.
+TRL packs, collates and scores; the batch's `labels` hold each token's role (`tokens.labelled`). We turn roles into
+weights per micro-batch (`stages.tokens.weights`), let the fused head score every token that has one, and divide by a
+number of the whole optimiser step, so the gradient does not depend on micro-batch, packing or process count.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from stages.tokens.weights import NOTHING, Normaliser, Weights, is_answered, nor
 from stages.trl.resume import ExactResume
 
 LEAST: dict[Normaliser, float] = {"weight_sum": 1e-8, "nonzero_count": 1.0, "completion_count": 1.0}
-"""What a step's loss is divided by at least, where N would be 0. TRL's 1 is wrong for weights, whose sum may be less."""
+"""What a step's loss is divided by at least, where N would be 0. TRL's 1 is wrong for weights, whose sum may be
+less."""
 
 
 class WeightedSFTTrainer(ExactResume, SFTTrainer):
@@ -51,7 +52,8 @@ class WeightedSFTTrainer(ExactResume, SFTTrainer):
         return total / self.get_tp_size()
 
     def _forget_repeats(self, batch_samples: list[dict[str, Tensor]]) -> None:
-        """Mask what accelerate put in twice: at the end of an epoch it repeats rows until every process has a whole last batch.
+        """Mask what accelerate put in twice: at the end of an epoch it repeats rows until every process has a whole
+        last batch.
 
         Packed sequences cannot be told apart once they lie end to end; there the repeats stay, as in plain TRL.
         """
@@ -63,7 +65,9 @@ class WeightedSFTTrainer(ExactResume, SFTTrainer):
         last = batch_samples[-1]
         if "position_ids" not in last:
             last["labels"][mine:] = NOTHING
-        elif len(starts := (last["position_ids"][0] == 0).nonzero()) > mine:  # rows lie end to end
+            return
+        starts = (last["position_ids"][0] == 0).nonzero()  # rows lie end to end
+        if len(starts) > mine:
             last["labels"][:, starts[mine] :] = NOTHING
 
     def compute_loss(
@@ -80,7 +84,9 @@ class WeightedSFTTrainer(ExactResume, SFTTrainer):
         if self.aux_loss_enabled:
             scored["output_router_logits"] = True
         out = model(**scored, fused_lm_head=True)  # log_probs is (B, T-1), 0 where the label is -100
-        total = normaliser(codes, self.weights, self.normaliser) if num_items_in_batch is None else num_items_in_batch
+        total = num_items_in_batch
+        if total is None:
+            total = normaliser(codes, self.weights, self.normaliser)
         weighted = -(weights[:, 1:] * out.log_probs).sum()
         loss = weighted / total.clamp(min=LEAST[self.normaliser])
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -93,12 +99,14 @@ class WeightedSFTTrainer(ExactResume, SFTTrainer):
 
     @torch.no_grad()
     def _log_parts(self, out: Any, answered: Tensor, inputs: dict[str, Tensor]) -> None:
-        """Unweighted loss of each part, so that runs with different weights can be compared; entropy and accuracy of the completion."""
+        """Unweighted loss of each part, so that runs with different weights can be compared; entropy and accuracy of
+        the completion."""
         completion, prompt = answered & out.label_mask, out.label_mask & ~answered
         nll = -out.log_probs
-        tokens = (
-            inputs["attention_mask"].sum() if "attention_mask" in inputs else torch.tensor(inputs["input_ids"].numel())
-        )
+        if "attention_mask" in inputs:
+            tokens = inputs["attention_mask"].sum()
+        else:
+            tokens = torch.tensor(inputs["input_ids"].numel())
         sums = [completion.sum(), prompt.sum(), (nll * completion).sum(), (nll * prompt).sum()]
         sums += [(out.entropy * completion).sum(), (out.is_top1 * completion).sum(), tokens.to(nll.device)]
         gathered = self.accelerator.gather_for_metrics(torch.stack([s.double() for s in sums])[None]).sum(0).tolist()

@@ -1,1 +1,1 @@
-"""What commands print: tables, progress, loss maps."""
+"""Output of the commands: tables, progress, loss maps."""

@@ -1,4 +1,5 @@
-"""A loss map for people: on a terminal the row's own text, coloured by role and shaded by weight; when piped, a line a token."""
+"""Loss maps as text: on a terminal the row's text, coloured by role and shaded by weight; when piped, a line per
+token."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ SHADES = (234, 235, 236, 238, 240)
 
 
 def show_map(stage: str, row: int, found: dict[str, Any]) -> None:
-    """The tokens, then what each role weighs, then the stage's numbers."""
+    """Print the tokens, then the weight of each role, then the stage's numbers."""
     terminal = console()
     if terminal.is_terminal:
         terminal.print(_text(found["tokens"]), end="\n\n")
@@ -27,29 +28,30 @@ def show_map(stage: str, row: int, found: dict[str, Any]) -> None:
         _role(terminal, role, style, found["tokens"])
     metrics = found["metrics"]
     line = found["row"].removeprefix(MARK)
-    of_mix = f" (line {line} of its mix)" if line != found["row"] else ""
+    mixed = f" (line {line} of its mix)" if line != found["row"] else ""
     terminal.print(
-        f"{stage}, row {row} of {metrics['rows']:.0f}{of_mix}; over all rows: R_g {metrics['generation_ratio']:.2f} (completion / prompt tokens),"
-        f" prompt tokens carry {metrics['prompt_weight_share']:.1%} of the weight{_mix(metrics)}",
+        f"{stage}, row {row} of {metrics['rows']:.0f}{mixed}; over all rows: R_g {metrics['generation_ratio']:.2f} "
+        f"(completion / prompt tokens), prompt tokens carry {metrics['prompt_weight_share']:.1%} of the weight"
+        f"{_mix(metrics)}",
         soft_wrap=True,
     )
 
 
 def _mix(metrics: dict[str, float]) -> str:
-    """What general rows are of all rows, where there are any."""
+    """The share of general rows in the weight; "" for a stage without a mix."""
     if "mix_rows" not in metrics:
         return ""
     return f", the last {metrics['mix_rows']:.0f} rows, of the mix, {metrics['mix_weight_share']:.1%}"
 
 
 def _text(tokens: list[dict[str, Any]]) -> Text:
-    """What the policy reads and learns, as it is."""
+    """The row's text with the colours of its roles and weights."""
     text = Text()
     greatest = max(token["weight"] for token in tokens) or 1.0
     for token in tokens:
         shade = SHADES[round(token["weight"] / greatest * (len(SHADES) - 1))]
-        on = f" on color({shade})" if token["weight"] else ""
-        text.append(token["text"].replace("\x1b", "␛"), f"{STYLES[token['role']]}{on}")
+        background = f" on color({shade})" if token["weight"] else ""
+        text.append(token["text"].replace("\x1b", "␛"), f"{STYLES[token['role']]}{background}")
     return text
 
 
@@ -60,12 +62,12 @@ def _lines(tokens: list[dict[str, Any]]) -> None:
 
 
 def _role(terminal: Console, role: str, style: str, tokens: list[dict[str, Any]]) -> None:
-    """One line, for a role that the row has."""
-    of_role = [(i, token) for i, token in enumerate(tokens) if token["role"] == role]
-    if of_role:
-        weights = sorted({token["weight"] for i, token in of_role if i}) or [
-            0.0
-        ]  # the first token of a row is never predicted
-        share = sum(token["share"] for _, token in of_role)
-        said = f"{len(of_role):>5} tokens, weight {', '.join(f'{w:g}' for w in weights)}, {share:.1%} of the row"
-        terminal.print(Text.assemble((f"{role:<11}", style), said))
+    """Print one line about a role, if the row has tokens of it."""
+    role_tokens = [token for token in tokens if token["role"] == role]
+    if not role_tokens:
+        return
+    predicted = [token for token in tokens[1:] if token["role"] == role]  # the first token of a row never is
+    weights = sorted({token["weight"] for token in predicted}) or [0.0]
+    share = sum(token["share"] for token in role_tokens)
+    facts = f"{len(role_tokens):>5} tokens, weight {', '.join(f'{w:g}' for w in weights)}, {share:.1%} of the row"
+    terminal.print(Text.assemble((f"{role:<11}", style), facts))

@@ -1,4 +1,4 @@
-"""What a running climb looks like: a live line a stage on a terminal, a plain line now and then when piped.
+"""Progress of a run: a live line per stage on a terminal, a plain line every few seconds when piped.
 
 rl1        30/50 | 12.1 s | eta 8 s | reward 0.614 | kl 0.3121 | entropy 0.112
 """
@@ -23,17 +23,17 @@ from stages.job import Evaluation, Finding
 EVERY = 10.0
 """Seconds between two plain lines of one step."""
 SHOWN = {"loss": "loss", "completion_loss": "completion loss", "reward": "reward", "kl": "kl", "entropy": "entropy"}
-"""Metric -> what it is called on the terminal."""
+"""Metric -> its name on the terminal."""
 
 
 class Progress:
-    """An Observer (`pipeline.run.step`) that prints; owns the terminal's live line while it lasts."""
+    """An Observer (`pipeline.run.observer`) that prints, and owns the terminal's live line while it lasts."""
 
     def __init__(self) -> None:
         self._console = console()
-        self._live = (
-            Live(console=self._console, auto_refresh=False, transient=True) if self._console.is_terminal else None
-        )
+        self._live: Live | None = None
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, auto_refresh=False, transient=True)
         self._width = 18
         self._printed = 0.0
         self._last: dict[str, Any] = {}
@@ -48,7 +48,7 @@ class Progress:
             self._live.stop()
 
     def found(self, finding: Finding) -> None:
-        """A preflight has something to say."""
+        """Print a finding of a preflight."""
         override = f" (--set {finding.override})" if finding.override else ""
         self._console.print(
             Text(
@@ -58,19 +58,20 @@ class Progress:
         )
 
     def reused(self, step: Step, artifact: Artifact) -> None:
-        """Nothing to do."""
+        """Print that a step reuses an artifact."""
         self._line(step, f"reuse {artifact.id}", "green")
 
     def skipped(self, step: Step) -> None:
-        """Not selected."""
+        """Print that a step is not selected."""
         self._line(step, "skip, not selected", "dim")
 
     def waiting(self, step: Step, pid: str) -> None:
-        """Another run is making it."""
-        self._line(step, f"waits for {f'process {pid}' if pid else 'another process'}, which is making it", "dim")
+        """Print that another run is making a step."""
+        process = f"process {pid}" if pid else "another process"
+        self._line(step, f"waits for {process}, which is making it", "dim")
 
     def started(self, step: Step, why: str) -> None:
-        """A job begins; what the user has changed is named."""
+        """Print that a job begins, and which settings have changed since the nearest artifact."""
         self._printed, self._last = time.monotonic(), {}
         if " -> " in why:
             self._line(step, f"runs, because {why}", "dim")
@@ -78,52 +79,57 @@ class Progress:
             self._live.update(Text(f"{step.name:<{self._width}} starting"), refresh=True)
 
     def said(self, step: Step, text: str) -> None:
-        """A job says where it goes on."""
+        """Print a message of a job."""
         self._console.print(f"{step.name}: {escape(text)}", soft_wrap=True)
 
     def logged(self, step: Step, line: dict[str, Any]) -> None:
-        """A job has logged."""
+        """Show a line of a job's metrics log."""
         self._last = line
         if self._live:
-            self._live.update(Text(f"{step.name:<{self._width}} {said(line)}"), refresh=True)
+            self._live.update(Text(f"{step.name:<{self._width}} {progress_line(line)}"), refresh=True)
         elif time.monotonic() - self._printed > EVERY:
             self._printed = time.monotonic()
-            self._line(step, said(line))
+            self._line(step, progress_line(line))
 
     def finished(self, step: Step, artifact: Artifact) -> None:
-        """A job has been published."""
+        """Print that a job's artifact is published, with its last metrics."""
         seconds = artifact.provenance.get("seconds", 0.0)
-        values = " | ".join(metrics(self._last) or kept(artifact))
-        self._line(step, f"done in {seconds:.1f} s, {artifact.id}{f' | {values}' if values else ''}", "bold")
+        facts = [f"done in {seconds:.1f} s, {artifact.id}", *(metrics(self._last) or kept(artifact))]
+        self._line(step, " | ".join(facts), "bold")
 
     def evaluated(self, step: Step, found: Evaluation, before: str, gain: Difference | None) -> None:
-        """A policy has a score."""
-        gained = f", {100 * gain.difference:+.1f} on {before} ({_between(gain.interval, '+.1f')})" if gain else ""
-        self._line(step, f"mean {100 * found.mean:.1f} ({_between(found.interval, '.1f')}){gained}")
+        """Print the score of a policy, and its gain on the policy before it."""
+        text = f"mean {100 * found.mean:.1f} ({_between(found.interval, '.1f')})"
+        if gain is not None:
+            text += f", {100 * gain.difference:+.1f} on {before} ({_between(gain.interval, '+.1f')})"
+        self._line(step, text)
 
     def asked(self, name: str) -> Callable[[dict[str, Any]], None]:
-        """What hears the metrics of a question."""
+        """A function that shows the metrics of an inspection while it runs."""
 
-        def heard(line: dict[str, Any]) -> None:
+        def show(line: dict[str, Any]) -> None:
             if self._live:
-                self._live.update(Text(f"{name:<{self._width}} {said(line)}"), refresh=True)
+                self._live.update(Text(f"{name:<{self._width}} {progress_line(line)}"), refresh=True)
 
-        return heard
+        return show
 
     def _line(self, step: Step, text: str, style: str = "") -> None:
-        said_so = f"[{style}]{escape(text)}[/]" if style else escape(text)
-        self._console.print(f"{step.name:<{self._width}} {said_so}", soft_wrap=True)
+        markup = f"[{style}]{escape(text)}[/]" if style else escape(text)
+        self._console.print(f"{step.name:<{self._width}} {markup}", soft_wrap=True)
         if self._live:
             self._live.update(Text(""), refresh=True)
 
 
 def kept(artifact: Artifact) -> list[str]:
-    """What of the rollouts of a rejection stage became data, and what each rule that dropped some of them left; nothing for another stage."""
+    """The rollouts that a rejection stage kept, and the rules that dropped some; empty for another stage."""
     left = [(name.partition("/")[2], count) for name, count in artifact.metrics.items() if name.startswith("funnel/")]
     if not left:
         return []
+    text = f"kept {left[-1][1]:.0f} of {left[0][1]:.0f} rollouts"
     rules = [f"{rule} left {count:.0f}" for (_, before), (rule, count) in pairwise(left) if count < before]
-    return [f"kept {left[-1][1]:.0f} of {left[0][1]:.0f} rollouts" + (f" ({', '.join(rules)})" if rules else "")]
+    if rules:
+        text += f" ({', '.join(rules)})"
+    return [text]
 
 
 def _between(interval: tuple[float, float], form: str) -> str:
@@ -131,15 +137,15 @@ def _between(interval: tuple[float, float], form: str) -> str:
     return " to ".join(f"{100 * end:{form}}" for end in interval)
 
 
-def said(line: dict[str, Any]) -> str:
-    """One metrics line for people: step/total, seconds, time to go, the metrics that matter."""
+def progress_line(line: dict[str, Any]) -> str:
+    """A line of the metrics log as text: step/total, seconds, time to go, the shown metrics."""
     step, total, seconds = line["step"], line["total"], line["seconds"]
     to_go = seconds / step * (total - step) if step else 0.0
     return " | ".join([f"{step:>6}/{total}", f"{seconds:.1f} s", f"eta {to_go:.0f} s", *metrics(line)])
 
 
 def metrics(line: dict[str, Any]) -> list[str]:
-    """The metrics of a line that are shown."""
+    """The shown metrics of a line."""
     shown = dict(SHOWN)
     if "reward" in line or "completion_loss" in line:
         del shown["loss"]  # GRPO's is about 0 by construction; SFT's mixes prompt and completion

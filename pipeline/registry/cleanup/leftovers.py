@@ -1,4 +1,4 @@
-"""What is left behind: resume checkpoints of published stages, and what killed writers left."""
+"""Leftovers: resume checkpoints of published stages, and files of killed writers."""
 
 from __future__ import annotations
 
@@ -17,35 +17,36 @@ from stages.runtime.checkpoints import TEMPORARY
 from stages.runtime.workdir import KEY_DIGITS, LOCK, RUN_LOCK
 
 STALE = timedelta(hours=24)
-"""How old what a killed writer left has to be."""
+"""Age from which a file of a killed writer is removed."""
 RESUMABLE = ("checkpoint-[0-9]*", ".removed-*", *TEMPORARY)
-"""What a job resumes from, as `stages.runtime.checkpoints` names it."""
+"""Names of the files that a job resumes from, as `stages.runtime.checkpoints` writes them."""
 
 
 class Removal(Frozen):
-    """One thing that goes."""
+    """One thing to be removed."""
 
     what: Literal["checkpoint", "artifact", "remains", "pin"]
     name: str
     """An artifact's id, a checkpoint's path, a name in the registry."""
     why: str
     bytes: int | None
-    """What it frees; None where the store cannot tell."""
+    """Bytes it frees; None where the store cannot tell."""
 
 
 def resumable(registry: Registry, work: Path) -> Iterator[tuple[Path, list[Removal]]]:
-    """(directory of a job, what in it nobody will resume from), where a job's stage is published; no job works there as long as this is at it."""
+    """(directory of a job, its resume checkpoints) for each job whose stage is published. The directory is locked while
+    the caller handles it."""
     keys = registry.store.names("keys")
     for job in sorted({path.parent for pattern in RESUMABLE for path in work.glob(f"*/{pattern}")}):
-        of_job = [key for key in keys if len(job.name) == KEY_DIGITS and key.startswith(job.name)]
+        job_keys = [key for key in keys if len(job.name) == KEY_DIGITS and key.startswith(job.name)]
         with _unused(job) as unused:
-            if unused and any(registry.find(key) for key in of_job):
+            if unused and any(registry.find(key) for key in job_keys):
                 yield job, [_resumable(path) for pattern in RESUMABLE for path in sorted(job.glob(pattern))]
 
 
 @contextmanager
 def _unused(job: Path) -> Iterator[bool]:
-    """Whether neither a job nor a run works in a directory; none can start there while this block lasts."""
+    """Whether no job and no run uses a directory; none can start there while this block lasts."""
     with ExitStack() as stack:
         files = [stack.enter_context((job / name).open()) for name in (LOCK, RUN_LOCK) if (job / name).exists()]
         yield all(map(locks.try_lock, files))
@@ -57,21 +58,21 @@ def _resumable(path: Path) -> Removal:
 
 
 def rubbish(registry: Registry, moment: datetime) -> Iterator[Removal]:
-    """What no log and no artifact speaks of any more."""
+    """Directories without a manifest, files of killed writers, and pins of owners that are gone."""
     store = registry.store
     for name in store.abandoned("artifacts", MANIFEST):
         yield Removal(
-            what="remains", name=name, why="it has no manifest, and nobody writes it", bytes=store.weight(name)
+            what="remains", name=name, why="it has no manifest, and no process writes it", bytes=store.weight(name)
         )
     for name in store.leftovers(moment - STALE):
         yield Removal(what="remains", name=name, why="its writer was killed", bytes=store.weight(name))
-    for id, pin in pins(registry):
+    for artifact_id, pin in pins(registry):
         if not counts(registry, pin, moment):
-            yield Removal(what="pin", name=f"pins/{id}/{pin.owner}.json", why="its owner is gone", bytes=0)
+            yield Removal(what="pin", name=f"pins/{artifact_id}/{pin.owner}.json", why="its owner is gone", bytes=0)
 
 
 def remove(registry: Registry, removal: Removal) -> None:
-    """Take one piece of rubbish away."""
+    """Remove one of the `rubbish`."""
     if removal.name.startswith("artifacts/"):
         registry.store.remove_tree(removal.name, MANIFEST)
     else:

@@ -1,1 +1,1 @@
-"""Where a registry's bytes lie: a local disk, or an object store."""
+"""Stores of a registry's bytes: a local disk, or an object store."""

@@ -1,8 +1,8 @@
-"""Copies of what lies in an object store: SWITCHBACK_CACHE, else ~/.cache/switchback, with a directory for each store.
+"""Local copies of artifacts in an object store: SWITCHBACK_CACHE, else ~/.cache/switchback, a directory per store.
 
-A copy is made under a name of its own that is locked while it is made, and renamed when it is whole; so any number of processes may fetch the same
-thing at once, and what a killed one leaves is cleaned by the next. Nothing there is ever the only copy: the cache may be removed at any time when
-nothing runs.
+A copy is written under a unique name, locked meanwhile, and renamed when it is complete. So any number of processes may
+fetch one artifact at once, and the next one cleans up after a killed one. The cache never holds the only copy: it may
+be removed while no run is active.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from stages.runtime.disk import HashedFile, digest_file, sync_tree
 
 
 def cache_of(place: str) -> LocalStore:
-    """Where the copies of a store lie; `place` tells it from all others."""
+    """The cache of one store, which `place` identifies."""
     return LocalStore(cache_directory() / hashlib.sha256(place.encode()).hexdigest()[:16])
 
 
 def is_whole(copy: Path, files: Sequence[HashedFile], manifest: str, with_bytes: bool) -> bool:
-    """Whether everything is there, of its size, and `with_bytes` of its digest too."""
+    """Whether all files are there with their sizes and, `with_bytes`, their digests."""
     if not (copy / manifest).is_file() or any(_size(copy / file.path) != file.size for file in files):
         return False
     return not with_bytes or all(digest_file(copy / file.path) == file.sha256 for file in files)
@@ -34,9 +34,10 @@ def is_whole(copy: Path, files: Sequence[HashedFile], manifest: str, with_bytes:
 
 @contextmanager
 def copying(cache: LocalStore, name: str, manifest: str) -> Iterator[Path]:
-    """A new directory that becomes the copy of a name when the block ends well, unless another process was faster; else it is removed.
+    """A new directory that becomes the copy of a name when the block succeeds, unless another process was faster. It is
+    removed otherwise.
 
-    Raises BadInput when the disk does not take it.
+    Raises BadInput when the disk cannot be written.
     """
     path = cache.path(name)
     with _writable(path):
@@ -52,7 +53,7 @@ def copying(cache: LocalStore, name: str, manifest: str) -> Iterator[Path]:
 
 
 def adopt(cache: LocalStore, directory: Path, name: str, manifest: str) -> None:
-    """Make a directory that has been published the copy of its name; it is gone afterwards. Raises BadInput when the disk does not take it."""
+    """Move a published directory into the cache. Raises BadInput when the disk cannot be written."""
     path = cache.path(name)
     with _writable(path):
         try:
@@ -62,7 +63,7 @@ def adopt(cache: LocalStore, directory: Path, name: str, manifest: str) -> None:
 
 
 def discard(cache: LocalStore, name: str) -> None:
-    """Take a copy away that is not whole."""
+    """Remove an incomplete copy."""
     path = cache.path(name)
     aside = _unnamed(path)
     with _writable(path), suppress(FileNotFoundError):
@@ -76,7 +77,8 @@ def _writable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise BadInput(
-            f"cache: {error.filename or path} cannot be written: {error.strerror}; make room there, or set {CACHE} to another directory"
+            f"cache: {error.filename or path} cannot be written: {error.strerror}; make room there, or set {CACHE} to "
+            "another directory"
         ) from None
 
 
@@ -89,9 +91,9 @@ def _settle(partial: Path, path: Path) -> None:
 
 
 def _clean(cache: LocalStore, parent: Path, manifest: str) -> None:
-    """Remove what killed processes left."""
-    for left in cache.abandoned(str(parent), manifest):
-        cache.remove_tree(left, manifest)
+    """Remove the directories of killed processes."""
+    for name in cache.abandoned(str(parent), manifest):
+        cache.remove_tree(name, manifest)
 
 
 def _unnamed(path: Path) -> Path:
@@ -99,15 +101,18 @@ def _unnamed(path: Path) -> Path:
 
 
 def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() and not path.is_symlink() else None
+    if path.is_symlink() or not path.is_file():
+        return None
+    return path.stat().st_size
 
 
 CACHE = "SWITCHBACK_CACHE"
-"""Environment variable that names another directory for what can be made again."""
+"""Environment variable with another directory for files that can be made again."""
 
 
 def cache_directory() -> Path:
     """SWITCHBACK_CACHE, else `switchback` in XDG_CACHE_HOME, else in ~/.cache."""
-    if own := os.environ.get(CACHE):
-        return Path(own).absolute()
+    directory = os.environ.get(CACHE)
+    if directory:
+        return Path(directory).absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "switchback").absolute()

@@ -1,7 +1,7 @@
-"""A store in a directory: files that are written once, by links and renames.
+"""A store in a local directory: files that are written once, by links and renames.
 
-`put` links a finished file to its name, which fails when the name is taken; `take_in` renames a finished directory, and from another file system copies it
-beside its place first, under a lock that the kernel frees with its holder.
+`put` links a finished file to its name, which fails when the name is taken. `take_in` renames a finished directory.
+From another file system it copies the directory first, under a lock that the kernel frees when its holder ends.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from stages.runtime import locks
 from stages.runtime.disk import HashedFile, digest_file, sync, sync_tree, write_through
 
 NO_FILE = (errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENAMETOOLONG)
-"""What opening says of a link, a socket, a directory or a name that cannot be."""
+"""Errors on opening a link, a socket, a directory or an impossible name."""
 PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}")
-"""What a file is called while it is put."""
+"""Name of a file while it is put."""
 PUT_BELOW = ("keys", "refs", "pins", "tombstones", "runs")
-"""Where single files are put, besides the root itself; artifacts are taken in whole."""
+"""Directories for single files, besides the root itself; `artifacts` takes directories."""
 
 
 class LocalStore(Store):
@@ -51,7 +51,7 @@ class LocalStore(Store):
                 )
 
     def path(self, name: str) -> Path:
-        """Where a name lies. Raises BadInput for one that would leave the root."""
+        """The path of a name. Raises BadInput for one that would leave the root."""
         return self.root / inside(name)
 
     @override
@@ -89,17 +89,19 @@ class LocalStore(Store):
         except OSError as error:
             if error.errno in NO_FILE:
                 raise BadInput(
-                    f"{self.url}/{printable(name)} cannot be read ({error.strerror}); what switchback wrote is a plain file, and no link"
+                    f"{self.url}/{printable(name)} cannot be read ({error.strerror}); what switchback wrote is a plain "
+                    "file, and no link"
                 ) from None
             raise Unreadable(
-                f"{self.url}/{printable(name)} cannot be read ({error.strerror}); mend that and try again"
+                f"{self.url}/{printable(name)} cannot be read ({error.strerror}). Fix: make it readable and try again."
             ) from None
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             os.close(descriptor)
             raise BadInput(f"{self.url}/{printable(name)} is a directory or a device, where a file was expected")
         with os.fdopen(descriptor, "rb") as file:
-            content = file.read(min(found.st_size, JSON_LIMIT) + 1)  # room for the limit costs as much as the reading
+            # a buffer as large as the limit would cost as much time as the reading
+            content = file.read(min(status.st_size, JSON_LIMIT) + 1)
         if len(content) > JSON_LIMIT:
             raise BadInput(f"{self.url}/{name} has more than {JSON_LIMIT} bytes; it was not written by switchback")
         return content
@@ -184,21 +186,20 @@ class LocalStore(Store):
     @override
     def abandoned(self, prefix: str, manifest: str) -> list[str]:
         directory = self.path(prefix)
-        found = sorted(path for path in directory.iterdir() if path.is_dir()) if directory.is_dir() else []
-        return [
-            f"{prefix}/{path.name}"
-            for path in found
-            if not (path / manifest).exists() or path.name[0] == "."
-            if _free(path)
+        if not directory.is_dir():
+            return []
+        incomplete = [
+            path
+            for path in sorted(directory.iterdir())
+            if path.is_dir() and (path.name[0] == "." or not (path / manifest).exists())
         ]
+        return [f"{prefix}/{path.name}" for path in incomplete if _free(path)]
 
     @override
     def leftovers(self, before: datetime) -> list[str]:
-        inner = (path for top in PUT_BELOW for path in self.path(top).rglob(".*"))
-        mine = (
-            path for path in self.root.glob(".*") if PARTIAL.fullmatch(path.name)
-        )  # a user's own may lie beside them
-        partials = (path for path in (*mine, *inner) if path.is_file())
+        inner = [path for top in PUT_BELOW for path in self.path(top).rglob(".*")]
+        at_root = [path for path in self.root.glob(".*") if PARTIAL.fullmatch(path.name)]  # a user may have others
+        partials = [path for path in (*at_root, *inner) if path.is_file()]
         return sorted(str(path.relative_to(self.root)) for path in partials if _changed(path) < before.timestamp())
 
     @override
@@ -208,7 +209,7 @@ class LocalStore(Store):
         return sum(file.lstat().st_size for file in files)
 
     def _free_path(self, name: str) -> Path:
-        """Where a new directory is to lie. Raises FileExistsError when something is there."""
+        """The path for a new directory. Raises FileExistsError when it is taken."""
         path = self.path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
@@ -221,7 +222,7 @@ def copy_tree(directory: Path, into: Path, stopped: Stopped) -> None:
     for path in sorted(directory.rglob("*")):
         copy = into / path.relative_to(directory)
         if path.is_dir():
-            copy.mkdir(exist_ok=True)  # a killed copy has left it
+            copy.mkdir(exist_ok=True)  # it may be there from a killed copy
         else:
             with copy.open("wb") as out:
                 out.writelines(parts(path, stopped))
@@ -230,35 +231,35 @@ def copy_tree(directory: Path, into: Path, stopped: Stopped) -> None:
 def parts(path: Path, stopped: Stopped) -> Iterator[bytes]:
     """A file's bytes, PART at a time. Raises InterruptedError soon after it is stopped."""
     with path.open("rb") as file:
-        while part := file.read(PART):
+        for part in iter(lambda: file.read(PART), b""):
             if stopped():
                 raise InterruptedError(path)
             yield part
 
 
 def _unlisted(error: OSError) -> None:
-    """A directory that is not there has no files; one that cannot be listed may have any."""
+    """Raise Unreadable for a directory that cannot be listed, since it may hold any files; a missing one holds none."""
     if not isinstance(error, FileNotFoundError):
-        raise Unreadable(f"{error.filename} cannot be listed ({error.strerror}); mend that and try again")
+        raise Unreadable(f"{error.filename} cannot be listed ({error.strerror}). Fix: make it readable and try again.")
 
 
 def walk(root: Path) -> Iterator[tuple[Path, int]]:
-    """(path, bytes) of every file below a directory; -1 for what is no plain file: a link, to a directory too or the root itself, a pipe, a device.
-    Nothing is opened."""
+    """(path, bytes) of every file below a directory; -1 for a link, a pipe or a device. A link counts even where it is
+    the root, or points at a directory. Opens no file."""
     if root.is_symlink():
         yield root, -1
         return
     for directory, inner, names in os.walk(root, onerror=_unlisted):
         for name in (*inner, *names):
             path = Path(directory, name)
-            found = path.lstat()
-            if not stat.S_ISDIR(found.st_mode):
-                yield path, found.st_size if stat.S_ISREG(found.st_mode) else -1
+            status = path.lstat()
+            if not stat.S_ISDIR(status.st_mode):
+                yield path, status.st_size if stat.S_ISREG(status.st_mode) else -1
 
 
 @contextmanager
 def held(directory: Path) -> Iterator[Path]:
-    """A new directory that is locked as long as this block lasts; the kernel frees it whatever ends its holder."""
+    """A new directory that is locked while this block lasts; the kernel frees the lock however its holder ends."""
     while True:
         directory.mkdir(exist_ok=True)
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
@@ -273,7 +274,7 @@ def held(directory: Path) -> Iterator[Path]:
 
 @contextmanager
 def _seized(directory: Path) -> Iterator[bool]:
-    """Whether this block holds a directory's lock; False when somebody else does, or when the directory is gone."""
+    """Whether this block holds a directory's lock; False when another process does, or when the directory is gone."""
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
@@ -286,7 +287,7 @@ def _seized(directory: Path) -> Iterator[bool]:
 
 
 def _free(directory: Path) -> bool:
-    """Whether a directory is there and nobody holds its lock."""
+    """Whether a directory is there and its lock is free."""
     with _seized(directory) as held:
         return held
 

@@ -1,8 +1,9 @@
 """A store on S3, GCS or Azure, through obstore.
 
-An object is put whole or not at all, and `put` is a conditional put, so what a local directory promises by links and renames holds here as well. A
-directory goes up file by file, its manifest last; it comes down into a local cache, verified on the way (`cache`). Requests are repeated when an answer
-is lost, so every conditional put carries a mark of its own: who finds the name taken knows whether it was itself.
+A put of an object is atomic, and `put` is a conditional put, so this store keeps the promises of a local directory.
+A directory is uploaded file by file, its manifest last. It is downloaded into a local cache and verified meanwhile
+(`download_cache`). A request is repeated when its answer is lost, so every conditional put writes a mark of its own: a
+put that finds the name taken can tell whether its own first try took it.
 
 obstore does not survive a fork: only the launching process may use this module, never a worker.
 """
@@ -38,9 +39,9 @@ from stages.runtime.disk import HashedFile
 MOST_PARTS = 9000
 """S3 takes 10,000."""
 AT_ONCE, SMALL_AT_ONCE = 4, 16
-"""Big files that are under way at a time, and parts of each; small ones."""
+"""Big files in transfer at a time, and parts of each; small files in transfer at a time."""
 FIRST_ANSWER, LATER_ANSWERS = timedelta(seconds=8), timedelta(minutes=3)
-"""How long a request is repeated: little until the place has answered once, so that a wrong address is soon known."""
+"""How long a request is repeated: shorter before the first answer, so that a wrong address fails soon."""
 FIRST_PATIENCE, LATER_PATIENCE = "8 seconds", "1 day"
 """How long one request may take: a part of a big file takes what it takes."""
 GRACE = timedelta(hours=24)
@@ -84,7 +85,8 @@ class ObjectStore(Store):
             self.remove(name)
         if second or not first:
             raise BadInput(
-                f"registry: {self.url} ignores conditional puts (If-None-Match), so two writers could overwrite each other; use a store that keeps them"
+                f"registry: {self.url} ignores conditional puts (If-None-Match), so two writers could overwrite each "
+                "other; use a store that keeps them"
             )
 
     @override
@@ -95,8 +97,9 @@ class ObjectStore(Store):
                 try:
                     obstore.put(self._store, inside(name), content, mode="create", attributes={MARK: mark})
                 except AlreadyExistsError:
-                    if (writer := self._writer(name)) is not None:
-                        return writer == mark  # an answer to our own put was lost, and it was repeated
+                    writer = self._writer(name)
+                    if writer is not None:
+                        return writer == mark  # our own put may have been repeated, because its answer was lost
                 else:
                     return True
 
@@ -104,12 +107,12 @@ class ObjectStore(Store):
     def read(self, name: str) -> bytes | None:
         with self._answers():
             try:
-                found = obstore.get(self._store, inside(name))
+                answer = obstore.get(self._store, inside(name))
             except FileNotFoundError:
                 return None
-            if found.meta["size"] > JSON_LIMIT:
+            if answer.meta["size"] > JSON_LIMIT:
                 raise BadInput(f"{self.url}/{name} has more than {JSON_LIMIT} bytes; it was not written by switchback")
-            return bytes(found.bytes())
+            return bytes(answer.bytes())
 
     @override
     def read_each(self, names: Sequence[str]) -> list[bytes | None]:
@@ -118,8 +121,8 @@ class ObjectStore(Store):
     @override
     def names(self, prefix: str) -> list[str]:
         with self._answers():
-            found = obstore.list_with_delimiter(self._store, inside(prefix))
-        paths = [*found["common_prefixes"], *(one["path"] for one in found["objects"])]
+            listing = obstore.list_with_delimiter(self._store, inside(prefix))
+        paths = [*listing["common_prefixes"], *(entry["path"] for entry in listing["objects"])]
         return sorted(path.rpartition("/")[2] for path in paths)
 
     @override
@@ -135,12 +138,13 @@ class ObjectStore(Store):
     def copy_in(self, directory: Path, name: str, manifest: str, stopped: Stopped) -> None:
         if self.read(f"{name}/{manifest}") is not None:
             raise FileExistsError(f"{self.url}/{name}")
-        found = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
-        content = found.pop(manifest).read_bytes()
-        several(lambda path, ended: self._send(found[path], f"{name}/{path}", ended), sorted(found), stopped)
-        there, sent = self.files(name), {path: file.stat().st_size for path, file in found.items()}
-        if there != sent:
-            wrong = sorted(path for path in there.keys() | sent.keys() if there.get(path) != sent.get(path))
+        local = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+        content = local.pop(manifest).read_bytes()
+        several(lambda path, ended: self._send(local[path], f"{name}/{path}", ended), sorted(local), stopped)
+        sent = {path: file.stat().st_size for path, file in local.items()}
+        arrived = self.files(name)
+        if arrived != sent:
+            wrong = sorted(path for path in arrived.keys() | sent.keys() if arrived.get(path) != sent.get(path))
             raise BadInput(f"{self.url}/{name}/{wrong[0]} did not arrive whole; run the same command again")
         if not self.put(f"{name}/{manifest}", content):
             raise FileExistsError(f"{self.url}/{name}")
@@ -158,14 +162,15 @@ class ObjectStore(Store):
     @override
     def copy_out(self, name: str, files: Sequence[HashedFile], manifest: str, into: Path) -> None:
         several(lambda file, ended: self._bring(f"{name}/{file.path}", file, into, ended), files)
-        if (content := self.read(f"{name}/{manifest}")) is None:
+        content = self.read(f"{name}/{manifest}")
+        if content is None:
             raise Damaged(f"{self.url}/{name}/{manifest} is gone")
         (into / manifest).write_bytes(content)
 
     @override
     def files(self, name: str) -> dict[str, int]:
         start = f"{inside(name)}/"
-        return {one["path"].removeprefix(start): one["size"] for one in self._below(name)}
+        return {entry["path"].removeprefix(start): entry["size"] for entry in self._below(name)}
 
     @override
     def digest(self, name: str) -> str:
@@ -185,21 +190,21 @@ class ObjectStore(Store):
     @override
     def remove_tree(self, name: str, manifest: str) -> None:
         self.remove(f"{name}/{manifest}")
-        self._delete([one["path"] for one in self._below(name)])
+        self._delete([entry["path"] for entry in self._below(name)])
         self._cache.remove_tree(name, manifest)
 
     @override
     def abandoned(self, prefix: str, manifest: str) -> list[str]:
         newest: dict[str, datetime] = {}
-        whole: set[str] = set()
+        complete: set[str] = set()
         start = f"{inside(prefix)}/"
-        for one in self._below(prefix):
-            directory, _, path = one["path"].removeprefix(start).partition("/")
-            newest[directory] = max(one["last_modified"], newest.get(directory, one["last_modified"]))
-            if path in (manifest, ""):  # a file that lies beside the directories is none of them
-                whole.add(directory)
+        for entry in self._below(prefix):
+            directory, _, path = entry["path"].removeprefix(start).partition("/")
+            newest[directory] = max(entry["last_modified"], newest.get(directory, entry["last_modified"]))
+            if path in (manifest, ""):  # "": a file directly below the prefix is no directory
+                complete.add(directory)
         old = datetime.now(UTC) - GRACE
-        return [f"{prefix}/{name}" for name, at in sorted(newest.items()) if name not in whole and at < old]
+        return [f"{prefix}/{name}" for name, at in sorted(newest.items()) if name not in complete and at < old]
 
     def _open(self, repeat: timedelta, patience: str) -> S3Store | GCSStore | AzureStore:
         opens, _ = OPENS[self._place.scheme]
@@ -213,17 +218,17 @@ class ObjectStore(Store):
             return opens(self._place.bucket, prefix=self._place.prefix or None, client_options=options, **more)
 
     def _writer(self, name: str) -> str | None:
-        """The mark of who put a name, "" for nobody of ours; None when it is not there after all."""
+        """The mark of the put that wrote a name, "" for one without a mark; None when the name is gone again."""
         try:
             return obstore.get(self._store, inside(name)).attributes.get(MARK, "")
         except FileNotFoundError:
             return None
 
     def _below(self, prefix: str) -> Iterator[Any]:
-        """Everything below a prefix, however deep."""
+        """All objects below a prefix, at any depth."""
         with self._answers():
-            for some in obstore.list(self._store, inside(prefix), chunk_size=1000):
-                yield from some
+            for page in obstore.list(self._store, inside(prefix), chunk_size=1000):
+                yield from page
 
     def _delete(self, names: str | list[str]) -> None:
         with self._answers(), suppress(FileNotFoundError):
@@ -240,7 +245,7 @@ class ObjectStore(Store):
             obstore.put(self._store, name, content, chunk_size=part, max_concurrency=AT_ONCE)
 
     def _bring(self, name: str, file: HashedFile, into: Path, stopped: Stopped) -> None:
-        """Download a file and see that it is the one that was published."""
+        """Download a file and verify it."""
         path, digest, size = into / file.path, hashlib.sha256(), 0
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as out:
@@ -252,21 +257,23 @@ class ObjectStore(Store):
                 size += len(part)
         if (size, digest.hexdigest()) != (file.size, file.sha256):
             raise Damaged(
-                f"{self.url}/{name} is damaged: its bytes are not those that were published; switchback verify names all that is wrong"
+                f"{self.url}/{name} is damaged: its bytes are not those that were published; switchback verify names "
+                "all that is wrong"
             )
 
     def _stream(self, name: str) -> Iterator[Any]:
         """The bytes under a name. Raises Damaged when there are none."""
         with self._answers():
             try:
-                found = obstore.get(self._store, inside(name))
+                answer = obstore.get(self._store, inside(name))
             except FileNotFoundError:
                 raise Damaged(f"{self.url}/{name} is gone; switchback verify names all that is wrong") from None
-            yield from found.stream(min_chunk_size=PART)
+            yield from answer.stream(min_chunk_size=PART)
 
     @contextmanager
     def _answers(self) -> Iterator[None]:
-        """Whatever the place answers but what was asked for becomes one line. obstore's own words have requests in them, and never get out."""
+        """Raise every error of the store as Unreadable with one line. obstore's own messages are never shown, since
+        they quote requests."""
         try:
             yield
         except (BaseError, FileNotFoundError) as error:
@@ -276,7 +283,7 @@ class ObjectStore(Store):
 def several(
     work: Callable[[T, Stopped], R], items: Iterable[T], stopped: Stopped = never, at_once: int = AT_ONCE
 ) -> list[R]:
-    """Work on items, some at a time; the results in their order. Whatever ends this early, an error or a signal, stops those under way."""
+    """The results of `work` on items, a few at a time, in order. An error or a signal stops the items in progress."""
     failed = Event()
     with ThreadPoolExecutor(at_once) as pool:
         try:
@@ -289,41 +296,59 @@ def several(
 
 
 def endpoint() -> str:
-    """Where S3 is, when it is not Amazon's; "" when it is."""
-    return next((value for name in ENDPOINTS if (value := os.environ.get(name))), "")
+    """The URL of an S3 server other than Amazon's; "" for Amazon's."""
+    values = [os.environ.get(name) for name in ENDPOINTS]
+    return next((value for value in values if value), "")
 
 
 def plain_http() -> bool:
-    """Whether requests may go without TLS: only within this machine, or when the user says so. Raises BadInput where they would, and may not."""
+    """Whether requests go without TLS. Raises BadInput for plain http to another machine, unless AWS_ALLOW_HTTP permits
+    it."""
     if os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true"):
         return True
     where = urlsplit(endpoint())
     if where.scheme == "http" and where.hostname not in ("localhost", "127.0.0.1", "::1"):
         raise BadInput(
-            f"registry: the endpoint {where.hostname} is plain http; use https, or set AWS_ALLOW_HTTP=true if the network is yours"
+            f"registry: the endpoint {where.hostname} is plain http; use https, or set AWS_ALLOW_HTTP=true if the "
+            "network is yours"
         )
     return where.scheme == "http"
 
 
 def _cause(error: Exception, place: Bucket) -> str:
-    """What went wrong, from what obstore said of it."""
-    said, (_, variables) = str(error), OPENS[place.scheme]
-    code = re.search(r"<Code>(\w{1,60})</Code>", said) or re.search(r"status code: (\d{3})", said)
+    """The cause of an error and its fix, from obstore's message."""
+    message, (_, variables) = str(error), OPENS[place.scheme]
+    code = re.search(r"<Code>(\w{1,60})</Code>", message) or re.search(r"status code: (\d{3})", message)
     answer = code[1] if code else "no answer"
-    causes = {
-        r"NoSuchBucket|ContainerNotFound|bucket does not exist": f"there is no bucket {place.bucket}; make it, or give another URL",
-        r"169\.254\.169\.254|token request|Missing(AccessKeyId|SecretAccessKey|Account)": f"no credentials were found; set {variables}",
-        r"service account|credentials file": f"the credentials cannot be read; check {variables}",
-        r"PermanentRedirect|AuthorizationHeaderMalformed|incorrectly configured region": "the bucket is in another region; set AWS_REGION",
-        r"status code: 40[13]|PermissionDenied|Unauthenticated": f"access was refused ({answer}); check {variables}",
-        r"status code: \d{3}": f"the store answered {answer} where something else was expected; check the URL{_at(place)}",
-        r"error sending request|HTTP error|[Tt]imed? ?out|Connect": f"the store cannot be reached; check the network and the URL{_at(place)}",
-    }
-    unknown = f"the store failed ({type(error).__name__}); check the URL, and {variables}"
-    return next((cause for pattern, cause in causes.items() if re.search(pattern, said)), unknown)
+    for pattern, cause in CAUSES.items():
+        if re.search(pattern, message):
+            return cause.format(bucket=place.bucket, variables=variables, answer=answer, endpoint=_at(place))
+    return f"the store failed ({type(error).__name__}); check the URL, and {variables}"
+
+
+CAUSES = {
+    r"NoSuchBucket|ContainerNotFound|bucket does not exist": (
+        "there is no bucket {bucket}; make it, or give another URL"
+    ),
+    r"169\.254\.169\.254|token request|Missing(AccessKeyId|SecretAccessKey|Account)": (
+        "no credentials were found; set {variables}"
+    ),
+    r"service account|credentials file": "the credentials cannot be read; check {variables}",
+    r"PermanentRedirect|AuthorizationHeaderMalformed|incorrectly configured region": (
+        "the bucket is in another region; set AWS_REGION"
+    ),
+    r"status code: 40[13]|PermissionDenied|Unauthenticated": "access was refused ({answer}); check {variables}",
+    r"status code: \d{3}": ("the store answered {answer} where something else was expected; check the URL{endpoint}"),
+    r"error sending request|HTTP error|[Tt]imed? ?out|Connect": (
+        "the store cannot be reached; check the network and the URL{endpoint}"
+    ),
+}
+"""Pattern in obstore's message -> the cause and its fix; the first match counts."""
 
 
 def _at(place: Bucket) -> str:
-    """The endpoint's host, where one is set: never its user or password."""
-    where = urlsplit(endpoint()) if place.scheme == "s3" and endpoint() else None
-    return f", and the endpoint at {where.hostname}:{where.port or where.scheme}" if where else ""
+    """The endpoint's host and port, where one is set: never its user or password."""
+    if place.scheme != "s3" or not endpoint():
+        return ""
+    url = urlsplit(endpoint())
+    return f", and the endpoint at {url.hostname}:{url.port or url.scheme}"

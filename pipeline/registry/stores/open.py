@@ -1,4 +1,4 @@
-"""A place by what a user calls it: a path, or a URL of an object store."""
+"""Opens the store at a path or a URL."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from stages.errors import BadInput
 
 
 def open_store(place: str) -> Store:
-    """Relative paths count from the working directory. Raises BadInput for what is no place, and for an object store that does not answer."""
+    """The store at a path, relative to the working directory, or at a URL. Raises BadInput for an invalid place, and
+    for an object store that does not answer."""
     scheme = check(place)
     return PLACES[scheme](place)
 
 
 def check(place: str) -> str:
-    """The scheme of a URL, "" for a path, as far as can be said without opening it. Raises BadInput for what is no place."""
+    """The scheme of a URL, "" for a path; opens nothing. Raises BadInput for an invalid place."""
     scheme, separator, _ = place.partition("://")
     if not separator:
         return ""
@@ -40,4 +41,4 @@ def _objects(place: str) -> Store:
 
 
 PLACES: dict[str, Callable[[str], Store]] = {"": _directory, "s3": _objects, "gs": _objects, "az": _objects}
-"""Scheme of a URL -> what opens it; "" is a path."""
+"""Scheme of a URL -> function that opens it; "" is a path."""

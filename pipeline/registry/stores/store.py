@@ -1,7 +1,7 @@
-"""Where bytes live. A registry needs few promises of a place, and a local directory and an object store can both keep them.
+"""The interface of a store, and the promises that a registry needs from a local directory or an object store.
 
-`put` is all or nothing and says whether it was first; nothing that was put is ever changed; a directory is taken in whole, its manifest last. What
-needs an order of its own (who made a key, where an alias points, what a run did) is an append-only log: entry n+1 is put where none may be.
+`put` is atomic and says whether it was first. A name that was put never changes. A directory is moved in with its
+manifest last. Keys, aliases and runs are append-only logs: entry n+1 is put only if there is none.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ JSON_LIMIT = 64 * 2**20
 """Bytes that a JSON file may have; a longer one is refused before it is parsed."""
 
 PART = 8 * 2**20
-"""Bytes of a big file that are moved at a time."""
+"""Bytes of a big file that are copied at a time."""
 Stopped = Callable[[], bool]
-"""Whether somebody wants a long copy to end early."""
+"""Whether a long copy is to end early."""
 
 
 def never() -> bool:
-    """Nobody ends it early."""
+    """A `Stopped` for a copy that does not end early."""
     return False
 
 
 class Store(ABC):
-    """A tree of names, each put once. Names are relative and have `/` in them, whatever the place."""
+    """A tree of names, each put once. Names are relative, with `/` as separator in every store."""
 
     url: str
-    """What a user would give to open the same place again: an absolute path, or a URL."""
+    """The absolute path or the URL that opens this store again."""
     work: Path
-    """Where work in progress lies, unless the user says otherwise: always a local directory."""
+    """Default directory of work in progress, which is always local."""
 
     verifies: bool
-    """Whether what `fetch` gives has been verified by it."""
+    """Whether `fetch` verifies the files that it returns."""
 
     @abstractmethod
     def probe(self) -> None:
-        """Raise BadInput for a place that cannot be written, or that does not keep these promises."""
+        """Raise BadInput for a store that cannot be written, or that does not keep these promises."""
 
     @abstractmethod
     def put(self, name: str, content: bytes) -> bool:
@@ -59,57 +59,58 @@ class Store(ABC):
 
     @abstractmethod
     def names(self, prefix: str) -> list[str]:
-        """What lies directly below a prefix, sorted; nothing that is still being written."""
+        """The names directly below a prefix, sorted, without those that are still being written."""
 
     @abstractmethod
     def remove(self, name: str) -> None:
-        """Take one name away; one that is gone already is fine. Logs and artifacts are never touched by it."""
+        """Remove one name, if it is there. Callers never remove entries of logs or files of artifacts with it."""
 
     @abstractmethod
     def take_in(self, directory: Path, name: str, manifest: str) -> None:
-        """Move a finished directory in, under a name that must not exist. Whoever sees its `manifest` sees all of it; `directory` is gone afterwards."""
+        """Move a finished directory in, under a name that must not exist. A reader that sees its `manifest` sees all
+        its files."""
 
     @abstractmethod
     def copy_in(self, directory: Path, name: str, manifest: str, stopped: Stopped) -> None:
-        """The same, but `directory` stays. Raises InterruptedError soon after it is stopped."""
+        """Copy a finished directory in, as `take_in` does. Raises InterruptedError soon after it is stopped."""
 
     @abstractmethod
     def copy_out(self, name: str, files: Sequence[HashedFile], manifest: str, into: Path) -> None:
-        """Copy these files and the manifest of a directory into an empty local one, every one verified. Raises Damaged for a file that is not what it
-        should be, and for one that is gone."""
+        """Copy files and the manifest of a directory into an empty local one, and verify every file. Raises Damaged for
+        a file with other bytes, and for a missing one."""
 
     @abstractmethod
     def fetch(self, name: str, files: Sequence[HashedFile], manifest: str) -> Path:
-        """A local directory with these files and the manifest of a directory of the store. What is fetched from elsewhere is verified; what is local
-        already is not. Raises Damaged as `copy_out` does."""
+        """A local directory with these files and the manifest of a directory of the store. An object store verifies
+        them, a local one does not. Raises Damaged as `copy_out` does."""
 
     @abstractmethod
     def files(self, name: str) -> dict[str, int]:
-        """Path -> size of every file below a directory, as the place itself has them; -1 for what is no plain file (a link, a pipe, a device), which is
-        never followed or opened."""
+        """Path -> size of every file below a directory, as the store itself has them; -1 for a link, a pipe or a
+        device, which is never followed or opened."""
 
     @abstractmethod
     def digest(self, name: str) -> str:
-        """SHA-256 of the bytes under a name, as the place itself has them. Raises Damaged when there are none."""
+        """SHA-256 of the bytes under a name, as the store itself has them. Raises Damaged when there are none."""
 
     @abstractmethod
     def start(self, name: str, length: int) -> bytes:
-        """The first bytes under a name, at most so many. Raises FileNotFoundError when there are none."""
+        """The first `length` bytes under a name, or fewer. Raises FileNotFoundError for a missing name."""
 
     @abstractmethod
     def remove_tree(self, name: str, manifest: str) -> None:
-        """Take a directory away, its manifest first, so that what is left of it is never taken for whole. One that is gone already is fine."""
+        """Remove a directory, if it is there: its manifest first, so that the rest never counts as complete."""
 
     @abstractmethod
     def abandoned(self, prefix: str, manifest: str) -> list[str]:
-        """Directories below a prefix that have no manifest and that nobody is still writing."""
+        """Directories below a prefix that have no manifest and no writer any more."""
 
     def leftovers(self, before: datetime) -> list[str]:
-        """Names that puts which were killed before a moment have left, to be removed; none where a put leaves nothing."""
+        """Files that puts left when they were killed before a moment; none where a put leaves nothing behind."""
         return []
 
     def weight(self, name: str) -> int | None:
-        """Bytes below a name; None where a place cannot tell."""
+        """Bytes below a name; None where the store cannot tell."""
         return None
 
     def put_new(self, name: str, content: Any) -> bool:
@@ -117,7 +118,7 @@ class Store(ABC):
         return self.put(name, json.dumps(content, indent=1).encode())
 
     def read_each(self, names: Sequence[str]) -> list[bytes | None]:
-        """`read` of many names; a store that is far away reads several at a time."""
+        """`read` of many names; an object store reads several at a time."""
         return [self.read(name) for name in names]
 
     def get(self, name: str) -> Any:
@@ -140,25 +141,29 @@ class Store(ABC):
         return number
 
     def append_at(self, log: str, number: int, content: Any) -> bool:
-        """Put entry `number` of a log; False when somebody else has put it. With `last() + 1` this is a compare-and-swap."""
+        """Put entry `number` of a log; False when there is one. With `last() + 1` this is a compare-and-swap."""
         return self.put_new(f"{log}/{number:06d}.json", content)
 
     def entries(self, log: str) -> list[Any]:
-        """A log's entries, oldest first. Raises BadInput for a log with anything else in it."""
+        """A log's entries, oldest first. Raises BadInput for an invalid log."""
         names = [f"{log}/{number:06d}.json" for number in self._numbers(log)]
         return [self._parsed(name, content) for name, content in zip(names, self.read_each(names), strict=True)]
 
     def last(self, log: str) -> int:
-        """The number of a log's newest entry; 0 when it has none. Raises BadInput for a log with anything else in it, or with a number left out."""
+        """The number of a log's newest entry; 0 when it has none. Raises BadInput for another file in it, or a missing
+        number."""
         return max(self._numbers(log), default=0)
 
     def newest(self, log: str) -> tuple[int, Any]:
         """(number, content) of a log's newest entry; (0, None) when it has none."""
         number = self.last(log)
-        return number, self.get(f"{log}/{number:06d}.json") if number else None
+        if number == 0:
+            return 0, None
+        return number, self.get(f"{log}/{number:06d}.json")
 
     def _numbers(self, log: str) -> list[int]:
-        """The numbers of a log's entries, from 1. One that was left out was never written by us: it would let the entries after it be the last word."""
+        """The numbers of a log's entries, from 1. switchback never leaves one out: a forged entry after a gap would
+        otherwise count as the newest."""
         numbers = sorted(self._number(log, name) for name in self.names(log))
         missing = next((n for n, number in enumerate(numbers, 1) if n != number), None)
         if missing and self.read(f"{log}/{missing:06d}.json") is None:  # it may have come while the names were read
@@ -176,7 +181,7 @@ class Store(ABC):
 
 
 def inside(name: str) -> str:
-    """A name that stays below its root. Raises BadInput for any other."""
+    """The name itself, if it stays below its root. Raises BadInput for any other."""
     if "\0" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):
         raise BadInput(f"{printable(name)} leaves the registry; give the id of a run or an artifact")
     return name
@@ -186,8 +191,9 @@ Record = TypeVar("Record", bound=Frozen)
 
 
 def read_as(store: Store, name: str, record: type[Record]) -> Record | None:
-    """What lies under a name; None when nothing does. Raises BadInput when it is something else."""
-    if (content := store.read(name)) is None:
+    """The record under a name; None when there is none. Raises BadInput for any other content."""
+    content = store.read(name)
+    if content is None:
         return None
     try:
         return record.model_validate_json(content)

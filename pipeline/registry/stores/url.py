@@ -1,4 +1,4 @@
-"""A URL of an object store in its parts. It says where and nothing else: who may read there comes from the environment, so a URL can be stored, printed and
+"""URLs of object stores. A URL holds no credentials, which come from the environment, so it can be stored, printed and
 shared."""
 
 from __future__ import annotations
@@ -13,25 +13,28 @@ FOLDER = re.compile(r"[A-Za-z0-9._=+-]+")
 
 
 class Bucket(NamedTuple):
-    """A part of an object store."""
+    """A bucket, or a prefix in it."""
 
     scheme: str
     bucket: str
     prefix: str
-    """Where in the bucket, without slashes at its ends; "" for all of it."""
+    """Path in the bucket, without slashes at its ends; "" for the complete bucket."""
 
     @property
     def url(self) -> str:
-        """What a user would give to open it again."""
-        return f"{self.scheme}://{self.bucket}{f'/{self.prefix}' if self.prefix else ''}"
+        """The URL that opens it again."""
+        folders = f"/{self.prefix}" if self.prefix else ""
+        return f"{self.scheme}://{self.bucket}{folders}"
 
 
 def bucket_of(url: str) -> Bucket:
-    """A URL in its parts. Raises BadInput for one with more in it than a place; what is refused is not repeated, since it may be a secret."""
+    """The parts of a URL. Raises BadInput for a URL with a user, a password or a query, and does not repeat it, since
+    it may hold a secret."""
     scheme, _, rest = url.partition("://")
     if "@" in rest or "?" in rest or "#" in rest:
         raise BadInput(
-            f"a {scheme}:// URL has a user, a password or a query in it; give {scheme}://bucket/prefix alone, and credentials in the environment"
+            f"a {scheme}:// URL has a user, a password or a query in it; give {scheme}://bucket/prefix alone, and "
+            "credentials in the environment"
         )
     bucket, *folders = rest.rstrip("/").split("/")
     if not BUCKET.fullmatch(bucket) or not all(FOLDER.fullmatch(part) and part.strip(".") for part in folders):

@@ -1,7 +1,7 @@
-"""Arithmetic expressions that somebody else wrote: read without eval, exactly, and whatever the text is.
+"""Arithmetic expressions from an untrusted text, read exactly and without eval.
 
-text -> Expression (in postfix order) -> its value, a fraction. Allowed are whole numbers of at most 6 digits, + - * /, parentheses and blank space; a
-sign before a number is not. Reading takes time linear in the text, and no recursion.
+text -> Expression (in postfix order) -> its value, a fraction. Allowed are whole numbers of at most 6 digits, + - * /,
+parentheses and blank space; a sign before a number is not. Reading takes time linear in the text, and no recursion.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Expression(NamedTuple):
         return [part for part in self.postfix if isinstance(part, int)]
 
     def value(self) -> Fraction | None:
-        """What it comes to; None where something is divided by zero. The numbers' size decides how long it takes."""
+        """The value; None for a division by zero. The time it takes grows with the size of the numbers."""
         stack: list[Fraction] = []
         for part in self.postfix:
             if isinstance(part, int):
@@ -68,20 +68,24 @@ def parse(text: str) -> Expression | None:
             waiting.append(token)
             operand_next = True
     _apply(waiting, postfix, 0)
-    return None if operand_next or waiting else Expression(postfix)
+    if operand_next or waiting:
+        return None
+    return Expression(postfix)
 
 
 def _tokens(text: str) -> list[str]:
-    """Numbers, operators, parentheses; one that no expression has where something else is found."""
+    """Numbers, operators and parentheses; a single `)`, which no expression begins with, for a text with other
+    characters."""
     text = text.rstrip()
-    found: list[str] = []
+    tokens: list[str] = []
     at = 0
     while at < len(text):
-        if not (match := TOKEN.match(text, at)):
+        match = TOKEN.match(text, at)
+        if match is None:
             return [")"]
-        found.append(match[1] or match[2])
+        tokens.append(match[1] or match[2])
         at = match.end()
-    return found
+    return tokens
 
 
 def _apply(waiting: list[str], postfix: list[int | str], strength: int) -> None:

@@ -3,10 +3,11 @@
     Numbers: 3, 7, 25, 50       <think> ... </think>
     Target: 82    is answered   <answer>25 + 50 + 7</answer>
 
-What counts is the last <answer>; thinking is not asked for. The outcomes: format (no <answer>, or no expression in it), numbers (one that is not given, or
-too often; with `use_all`, also one that is left out), off_target, on_target. The score is 1 on the target, else 0. Training pays .1 for the form and .9 more for the
-target, as TinyZero does (github.com/Jiayi-Pan/TinyZero, verl/utils/reward_score/countdown.py: .1 and 1), but the form is an expression and not any text
-between the tags, and `use_all` is a setting (there, every number must be used).
+What counts is the last <answer>; thinking is not asked for. The outcomes: format (no <answer>, or no expression in it),
+numbers (one that is not given, or too often; with `use_all`, also one that is left out), off_target, on_target. The
+score is 1 on the target, else 0. Training pays .1 for the form and .9 more for the target, as TinyZero does
+(github.com/Jiayi-Pan/TinyZero, verl/utils/reward_score/countdown.py: .1 and 1), but the form is an expression and not
+any text between the tags, and `use_all` is a setting (there, every number must be used).
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import AliasChoices, BaseModel, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, Field
 
 from stages.config import Config, identity
 from stages.errors import BadInput
 from stages.job import Split
-from stages.problems.base import Answer, Judgement, Row, first_error, row_id, stream, taken
+from stages.problems.base import Answer, Judgement, Row, generated, parsed_line, row_id
 from stages.problems.countdown.expressions import Expression, parse
 from stages.problems.countdown.solver import results, solve
 
@@ -31,7 +32,8 @@ MISSES = 10_000
 """Draws in a row without a target that is small enough, after which the settings are refused."""
 OPEN, CLOSE = "<answer>", "</answer>"
 SOLVED = 0.25
-"""Share of the demonstrations that reach the target; the others combine the numbers at random. They show the form and leave the task to be learned."""
+"""Share of the demonstrations that reach the target; the others combine the numbers at random. They show the form and
+leave the task to be learned."""
 
 
 class CountdownSettings(Config):
@@ -58,7 +60,7 @@ class CountdownRow(Row):
 
 @dataclass(frozen=True)
 class Countdown:
-    """The problem; its fields are said in CountdownSettings."""
+    """The problem; CountdownSettings documents its fields."""
 
     numbers: int = 4
     largest: int = 99
@@ -70,14 +72,12 @@ class Countdown:
 
     def rows(self, split: Split, start: int, stop: int, seed: int) -> list[Row]:
         """See Problem.rows; every row can be solved. Raises BadInput when there are not so many."""
-        return [*taken(stream(self._generate, split, seed), start, stop)]
+        return generated(self._generate, split, start, stop, seed)
 
     def row(self, columns: Mapping[str, Any]) -> Row:
-        """See Problem.row. The columns are `numbers` (or `nums`, as in Jiayi-Pan/Countdown-Tasks-3to4) and `target`; one that cannot be solved is refused."""
-        try:
-            line = _Line.model_validate(columns)
-        except ValidationError as error:
-            raise BadInput(first_error(error)) from None
+        """See Problem.row. The columns are `numbers` (or `nums`, as in Jiayi-Pan/Countdown-Tasks-3to4) and `target`;
+        one that cannot be solved is refused."""
+        line = parsed_line(_Line, columns)
         if solve(tuple(sorted(line.numbers)), line.target, self.use_all) is None:
             raise BadInput(
                 f"found numbers {line.numbers} and target {line.target}, which no expression joins; remove the row"
@@ -87,11 +87,15 @@ class Countdown:
     def demonstration(self, row: Row, rng: random.Random) -> str:
         """See Problem.demonstration."""
         row = cast(CountdownRow, row)
-        expression = self._gold(row) if rng.random() < SOLVED else _random_expression(row.numbers, rng)[1]
+        if rng.random() < SOLVED:
+            expression = self._gold(row)
+        else:
+            _, expression = _random_expression(row.numbers, rng)
         return f"<think>\n{expression} = {_value(expression)}, wanted {row.target}\n</think>\n{_answer(expression)}"
 
     def baselines(self, row: Row, rng: random.Random) -> Mapping[str, str]:
-        """See Problem.baselines. `target_itself` uses a number that is not given; `all_added` and `random_expression` miss most targets."""
+        """See Problem.baselines. `target_itself` uses a number that is not given; `all_added` and `random_expression`
+        miss most targets."""
         row = cast(CountdownRow, row)
         gold = self._gold(row)
         return {
@@ -105,7 +109,8 @@ class Countdown:
         }
 
     def judge(self, answers: Sequence[Answer]) -> list[Judgement]:
-        """See Problem.judge. Rewards: format: there is an expression in the last <answer>. target: it uses its numbers rightly and hits the target."""
+        """See Problem.judge. Rewards: format: there is an expression in the last <answer>. target: it uses its numbers
+        rightly and hits the target."""
         return [self._judge(cast(CountdownRow, answer.row), answer.text) for answer in answers]
 
     def passed(self, score: float) -> bool:
@@ -142,7 +147,8 @@ class Countdown:
                 missed = 0
                 yield self._row(numbers, target)
         raise BadInput(
-            f"countdown: {MISSES} times in a row, {self.numbers} numbers up to {self.largest} made no target up to {self.largest_target}; raise largest_target"
+            f"countdown: {MISSES} times in a row, {self.numbers} numbers up to {self.largest} made no target up to "
+            f"{self.largest_target}; raise largest_target"
         )
 
     def _row(self, numbers: Sequence[int], target: int) -> CountdownRow:
@@ -155,7 +161,9 @@ def read(completion: str) -> Expression | None:
     """The expression in the last <answer>; None where there is none."""
     close = completion.rfind(CLOSE)
     start = completion.rfind(OPEN, 0, max(close, 0))
-    return parse(completion[start + len(OPEN) : close]) if start >= 0 else None
+    if start < 0:
+        return None
+    return parse(completion[start + len(OPEN) : close])
 
 
 def _answer(expression: str) -> str:
@@ -169,7 +177,8 @@ def _value(expression: str) -> str:
 
 
 def _random_expression(numbers: Sequence[int], rng: random.Random) -> tuple[int, str]:
-    """(value, expression) of all the numbers, joined in a random order by random operations that keep to positive whole numbers."""
+    """(value, expression) of all the numbers, joined in a random order by random operations that keep to positive whole
+    numbers."""
     pool = [(number, str(number)) for number in numbers]
     while len(pool) > 1:
         (small, of_small), (large, of_large) = sorted(pool.pop(rng.randrange(len(pool))) for _ in range(2))

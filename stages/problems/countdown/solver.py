@@ -11,13 +11,16 @@ Value = int | Fraction
 
 @lru_cache(maxsize=4096)
 def solve(numbers: tuple[int, ...], target: int, use_all: bool) -> str | None:
-    """An expression that makes the target from the numbers, each used at most once (`use_all`: exactly once); None when there is none.
+    """An expression that makes the target from the numbers, each used at most once (`use_all`: exactly once); None when
+    there is none.
 
-    Whole positive numbers on the way are tried first: they are the game's own rule, and a fraction of the work. Seconds for five numbers that cannot
-    make the target, milliseconds for most else.
+    Whole positive numbers on the way are tried first: they are the game's own rule, and a fraction of the work. Seconds
+    for five numbers that cannot make the target, milliseconds for most else.
     """
-    found = _search(numbers, target, use_all, whole=True) or _search(numbers, target, use_all, whole=False)
-    return found.removeprefix("(").removesuffix(")") if found else None
+    expression = _search(numbers, target, use_all, whole=True) or _search(numbers, target, use_all, whole=False)
+    if expression is None:
+        return None
+    return expression.removeprefix("(").removesuffix(")")
 
 
 def _search(numbers: tuple[int, ...], target: int, use_all: bool, whole: bool) -> str | None:
@@ -45,7 +48,9 @@ def _combine(left: dict[Value, str], right: dict[Value, str], whole: bool, value
     """Put what one operation makes of a value of each into `values`."""
     for a, of_a in left.items():
         for b, of_b in right.items():
-            (large, of_large), (small, of_small) = ((a, of_a), (b, of_b)) if a >= b else ((b, of_b), (a, of_a))
+            large, of_large, small, of_small = a, of_a, b, of_b
+            if large < small:
+                large, of_large, small, of_small = b, of_b, a, of_a
             for value, sign in results(large, small, whole):
                 if value not in values:
                     values[value] = f"({of_large} {sign} {of_small})"
@@ -60,5 +65,7 @@ def results(large: Value, small: Value, whole: bool = True) -> Iterator[tuple[Va
     yield large * small, "*"
     if large > small or not whole:
         yield large - small, "-"
-    if small and (not whole or large % small == 0):
-        yield Fraction(large) / small if not whole else large // small, "/"
+    if small and not whole:
+        yield Fraction(large) / small, "/"
+    elif small and large % small == 0:
+        yield large // small, "/"

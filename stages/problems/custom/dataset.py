@@ -1,14 +1,16 @@
-"""Rows of a dataset and TRL-style rewards by name, seen from the stage. The rewards are called in guarded worker processes (`stages.problems.custom.rewards_worker`).
+"""Rows of a dataset and TRL-style rewards by name, seen from the stage. The rewards are called in guarded worker
+processes (`stages.problems.custom.rewards_worker`).
 
-A batch of answers is one call; where it fails, its answers are asked for one at a time, so that only the culprit is lost. Not where the number of rewards
-is wrong: which reward belongs to which answer is then unknown, and a constant `[1.0]` would have the right length for one.
+A batch of answers is one call; where it fails, its answers are asked for one at a time, so that only the culprit is
+lost. Not where the number of rewards is wrong: which reward belongs to which answer is then unknown, and a constant
+`[1.0]` would have the right length for one.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -24,13 +26,14 @@ from stages.problems.custom.row import OwnRow, own_row
 from stages.problems.custom.settings import DatasetProblem
 
 OUTCOMES = ("failed", "unscored", "wrong", "partial", "passed")
-"""failed: it could not be judged; unscored: the first reward does not apply to the row; wrong: score 0; partial: some score below 1."""
+"""failed: it could not be judged; unscored: the first reward does not apply to the row; wrong: score 0; partial: some
+score below 1."""
 BATCH = 16
 """Answers of one call."""
 TEXTS = ("prompt", "gold")
 """Settings whose column holds text in every row; an answer may be anything."""
 OURS = ("prompt", "prompts", "completions", "completion_ids", "id", "trainer_state", "log_extra", "log_metric")
-"""What a reward is given under these names is not a column."""
+"""Arguments of a reward that are no columns."""
 
 
 class Dataset:
@@ -52,18 +55,17 @@ class Dataset:
 
     @cached_property
     def _all(self) -> list[OwnRow]:
-        """Every row once; the rewards are imported before, because that may be refused."""
+        """Every distinct row. The rewards are imported first, because their import may fail."""
         self.guard.about()
-        found = (
-            files.rows(self, Path(self.settings.dataset))
-            if self.settings.is_file
-            else map(self.row, _of_hub(self.settings))
-        )
-        return list({row.id: cast(OwnRow, row) for row in found}.values())
+        if self.settings.is_file:
+            rows: Iterable[Row] = files.rows(self, Path(self.settings.dataset))
+        else:
+            rows = map(self.row, _of_hub(self.settings))
+        return list({row.id: cast(OwnRow, row) for row in rows}.values())
 
     @cached_property
     def _columns(self) -> list[str]:
-        """Of any row: what a reward is given must not depend on which rows stand beside it."""
+        """The columns of all rows: the arguments of a reward must not depend on the other rows of its batch."""
         return sorted({name for row in self._all for name in row.values} - {*OURS})
 
     def rows(self, split: Split, start: int, stop: int, seed: int) -> list[Row]:
@@ -71,20 +73,24 @@ class Dataset:
         order = list(self._all)
         self._refuse_missing(self._columns)
         random.Random(seed if split == "train" else split).shuffle(order)
-        found = list(islice(allotted(iter(order), split), start, stop))
-        if len(found) < stop - start:
+        selected: list[Row] = list(islice(allotted(iter(order), split), start, stop))
+        if len(selected) < stop - start:
             counts = {each: sum(1 for _ in allotted(iter(order), each)) for each in SPLITS}
             raise TooFew(too_few(self.settings.dataset, split, stop, counts))
-        return list(found)
+        return selected
 
     def _refuse_missing(self, columns: Collection[str]) -> None:
         """Raise BadInput for a reward that cannot be called with these columns."""
-        there = [*columns, *(["solution"] if self.settings.answer else [])]
+        available = list(columns)
+        if self.settings.answer:
+            available.append("solution")
         for component, needed in self.guard.about()["needs"].items():
-            if missing := [name for name in needed if name not in there]:
+            missing = [name for name in needed if name not in available]
+            if missing:
                 raise BadInput(
-                    f"problem.rewards: {component} takes {', '.join(missing)}, which is no column of {self.settings.dataset}; there is"
-                    f" {', '.join(there) or 'nothing'}: {_mend(missing, self.settings)}"
+                    f"problem.rewards: {component} takes {', '.join(missing)}, which is no column of "
+                    f"{self.settings.dataset}; there is {', '.join(available) or 'nothing'}: "
+                    f"{_fix(missing, self.settings)}"
                 )
 
     def row(self, columns: Mapping[str, Any]) -> OwnRow:
@@ -93,11 +99,13 @@ class Dataset:
             column = getattr(self.settings, role)
             if column is not None and columns.get(column) is None:
                 raise BadInput(
-                    f"problem.{role}: a row of {self.settings.dataset} has no {column!r}; it has {', '.join(columns) or 'nothing'}"
+                    f"problem.{role}: a row of {self.settings.dataset} has no {column!r}; it has "
+                    f"{', '.join(columns) or 'nothing'}"
                 )
             if column is not None and role in TEXTS and not isinstance(columns[column], str):
                 raise BadInput(
-                    f"problem.{role}: {column!r} of {self.settings.dataset} is {type(columns[column]).__name__}, expected text"
+                    f"problem.{role}: {column!r} of {self.settings.dataset} is {type(columns[column]).__name__}, "
+                    "expected text"
                 )
         return own_row(columns, self.settings.prompt)
 
@@ -106,31 +114,35 @@ class Dataset:
         raise BadInput(f"{self.settings.dataset}: a dataset problem has no demonstrations; give the sft stage a .jsonl")
 
     def baselines(self, row: Row, rng: random.Random) -> Mapping[str, str]:
-        """What the column `gold` says; nothing where the recipe names none."""
-        return {"gold": str(row.columns()[self.settings.gold])} if self.settings.gold else {}
+        """The text in the column `gold`; empty where the recipe names no such column."""
+        if not self.settings.gold:
+            return {}
+        return {"gold": str(row.columns()[self.settings.gold])}
 
     def judge(self, answers: Sequence[Answer]) -> list[Judgement]:
         """Raises TooManyFailures."""
         self.guard.about()
         batches = [answers[i : i + BATCH] for i in range(0, len(answers), BATCH)]
         try:
-            first = self.guard.map("judge", [self._asked(batch) for batch in batches])
+            first = self.guard.map("judge", [self._arguments(batch) for batch in batches])
             again = [answer for batch, reply in zip(batches, first, strict=True) if _narrows(reply) for answer in batch]
             self.guard.note(len(answers) - len(again))
             for batch, reply in zip(batches, first, strict=True):
                 if reply.failure and not _narrows(reply):
                     self.guard.blame(reply, len(batch), len(again))
-            single = iter(self.guard.map("judge", [self._asked([answer]) for answer in again], counted=True))
+            single = iter(self.guard.map("judge", [self._arguments([answer]) for answer in again], counted=True))
         finally:
             self.guard.sweep()
-        return [
-            self._judgement(reply)
-            for batch, whole in zip(batches, first, strict=True)
-            for reply in (islice(single, len(batch)) if _narrows(whole) else _apart(whole, len(batch)))
-        ]
+        replies: list[Reply] = []
+        for batch, reply in zip(batches, first, strict=True):
+            if _narrows(reply):
+                replies += islice(single, len(batch))
+            else:
+                replies += _split(reply, len(batch))
+        return [self._judgement(reply) for reply in replies]
 
-    def _asked(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """What the rewards of a batch are called with."""
+    def _arguments(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """The arguments for the rewards of a batch."""
         rows = [answer.row.columns() for answer in answers]
         names = dict.fromkeys([*self._columns, *(name for row in rows for name in row if name not in OURS)])
         self._refuse_missing(names)
@@ -159,23 +171,24 @@ class Dataset:
         return score >= 1
 
 
-def _mend(missing: Sequence[str], settings: DatasetProblem) -> str:
+def _fix(missing: Sequence[str], settings: DatasetProblem) -> str:
     if "solution" in missing and not settings.answer:
         return "name the column with the reference answer as problem.answer"
     return "take one of these, or give it a default"
 
 
 def _narrows(reply: Reply) -> bool:
-    """Whether the answers of a batch that failed are asked for one at a time."""
+    """Whether the answers of a failed batch are judged again, one per call."""
     return reply.failure not in (None, "wrong_length")
 
 
-def _apart(reply: Reply, count: int) -> list[Reply]:
-    """The reply of a batch, an answer at a time."""
+def _split(reply: Reply, count: int) -> list[Reply]:
+    """The reply of a batch as a reply per answer."""
     if reply.failure:
         return [reply] * count
-    whole = isinstance(reply.value, list) and len(reply.value) == count
-    return [Reply([value]) for value in reply.value] if whole else [Reply(None)] * count
+    if not isinstance(reply.value, list) or len(reply.value) != count:
+        return [Reply(None)] * count
+    return [Reply([value]) for value in reply.value]
 
 
 def _of_hub(settings: DatasetProblem) -> Iterator[dict[str, Any]]:
@@ -183,12 +196,12 @@ def _of_hub(settings: DatasetProblem) -> Iterator[dict[str, Any]]:
     import datasets
 
     try:
-        found = datasets.load_dataset(
+        rows = datasets.load_dataset(
             settings.dataset, settings.config, split=settings.split, revision=settings.revision
         )
     except Exception as error:
         raise BadInput(
             f"problem.dataset: {settings.dataset} cannot be read: {' '.join(str(error).split())[:300]}"
         ) from None
-    for row in found:
+    for row in rows:
         yield json.loads(json.dumps(row, default=str))

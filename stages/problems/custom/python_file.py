@@ -1,4 +1,5 @@
-"""A problem in one Python file, seen from the stage: every function of the file is called in a guarded worker process (`stages.problems.custom.python_file_worker`)."""
+"""A problem in one Python file, seen from the stage: every function of the file is called in a guarded worker process
+(`stages.problems.custom.python_file_worker`)."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from stages.problems.custom.row import own_row
 from stages.problems.custom.settings import FileProblem
 
 OUTCOMES = ("failed", "malformed", "wrong", "partial", "passed")
-"""failed: it could not be judged; malformed: `well_formed` said no; wrong: score 0; partial: some score that does not pass."""
+"""failed: it could not be judged; malformed: `well_formed` said no; wrong: score 0; partial: some score that does not
+pass."""
 ROWS_LIMIT = 600.0
 """Seconds that making the rows of one range may take."""
 SEEDS = 2**53
@@ -44,11 +46,11 @@ class OwnFile:
 
     def rows(self, split: Split, start: int, stop: int, seed: int) -> list[Row]:
         """Raises TooFew when the file has fewer."""
-        asked = {"split": split, "start": start, "stop": stop, "seed": seed}
-        said = self.guard.one("rows", asked, ROWS_LIMIT)
-        if "counts" in said:
-            raise TooFew(too_few(self.name, split, stop, said["counts"]))
-        return [own_row(columns) for columns in said["rows"]]
+        row_range = {"split": split, "start": start, "stop": stop, "seed": seed}
+        reply = self.guard.one("rows", row_range, ROWS_LIMIT)
+        if "counts" in reply:
+            raise TooFew(too_few(self.name, split, stop, reply["counts"]))
+        return [own_row(columns) for columns in reply["rows"]]
 
     def row(self, columns: Mapping[str, Any]) -> Row:
         """Raises BadInput for a line without a prompt."""
@@ -60,12 +62,13 @@ class OwnFile:
         """Raises BadInput when the file has none."""
         if "demonstration" not in self._about["has"]:
             raise BadInput(
-                f"{self.name} has no demonstration(row, rng), which an sft stage with data: demonstrations needs; write it, or give the stage a .jsonl"
+                f"{self.name} has no demonstration(row, rng), which an sft stage with data: demonstrations needs; "
+                "write it, or give the stage a .jsonl"
             )
         return self.guard.one("demonstration", {"row": row.columns(), "seed": rng.randrange(SEEDS)})
 
     def baselines(self, row: Row, rng: random.Random) -> Mapping[str, str]:
-        """What the file knows; nothing where it has no `baselines`."""
+        """The baselines of the file; empty where it has no `baselines`."""
         if "baselines" not in self._about["has"]:
             return {}
         return self.guard.one("baselines", {"row": row.columns(), "seed": rng.randrange(SEEDS)})
@@ -73,9 +76,9 @@ class OwnFile:
     def judge(self, answers: Sequence[Answer]) -> list[Judgement]:
         """Each in a call of its own. Raises TooManyFailures."""
         _ = self._about
-        asked = [{"row": dict(answer.row.columns()), "completion": answer.text} for answer in answers]
+        payloads = [{"row": dict(answer.row.columns()), "completion": answer.text} for answer in answers]
         try:
-            replies = self.guard.map("judge", asked, counted=True)
+            replies = self.guard.map("judge", payloads, counted=True)
         finally:
             self.guard.sweep()
         return [self._judgement(reply) for reply in replies]
@@ -91,7 +94,8 @@ class OwnFile:
         return Judgement(score, outcome, passed and score >= 1, well_formed, reply.value["rewards"])
 
     def passed(self, score: float) -> bool:
-        """The file's `passed`, which every judgement tells; asked for a score that none had. A score of 1 where it has none."""
+        """The file's `passed`, which every judgement tells; asked for a score that none had. A score of 1 where it has
+        none."""
         if "passed" not in self._about["has"]:
             return score >= 1
         if score not in self._passed:
@@ -127,10 +131,12 @@ def is_finite(value: Any) -> bool:
 
 
 def outcome_of(score: float, passed: bool, well_formed: bool) -> str:
-    """The first rule that is broken."""
+    """The first rule that an answer breaks, or `passed`."""
     if not well_formed:
         return "malformed"
-    return "passed" if passed else "partial" if score > 0 else "wrong"
+    if passed:
+        return "passed"
+    return "partial" if score > 0 else "wrong"
 
 
 def failed(components: Mapping[str, float], failure: str) -> Judgement:
@@ -141,4 +147,7 @@ def failed(components: Mapping[str, float], failure: str) -> Judgement:
 def too_few(name: str, split: Split, stop: int, counts: Mapping[str, int]) -> str:
     """The complaint about a range that is longer than the source."""
     there = ", ".join(f"{each} {count}" for each, count in counts.items())
-    return f"{name} has {counts[split]} {split} rows, but row {stop - 1} was asked for; it has {there}: ask for fewer, or give it more"
+    return (
+        f"{name} has {counts[split]} {split} rows, but row {stop - 1} was asked for; it has {there}: ask for fewer, or "
+        "give it more"
+    )

@@ -1,6 +1,7 @@
 """A user's problem file, in the worker process: what it must hold, and the calls that it answers.
 
-`load` imports the file and looks at its functions; every complaint is one line with file and line. The stage's side is `stages.problems.custom.python_file`.
+`load` imports the file and looks at its functions; every complaint is one line with file and line. The stage's side is
+`stages.problems.custom.python_file`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import math
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from numbers import Real
 from pathlib import Path
@@ -19,14 +21,19 @@ from types import ModuleType
 from typing import Any, cast
 
 from stages.errors import CallFailed, CodeRefused
-from stages.guard.user_process import Calls, settled, told
+from stages.guard.user_process import Calls, describe_error, settled
 from stages.job import SPLITS, Split
 from stages.problems.base import LARGEST_WEIGHT, split_of, stream
 from stages.problems.custom.row import OwnRow, own_row
 
 NEEDED = {"rows": ("rng",), "rewards": ("row", "completion"), "score": ("row", "completion")}
-OPTIONAL = {"passed": ("score",), "demonstration": ("row", "rng"), "baselines": ("row", "rng"), "well_formed": ("row", "completion")}  # fmt: skip
-"""Function -> what it is called with."""
+OPTIONAL = {
+    "passed": ("score",),
+    "demonstration": ("row", "rng"),
+    "baselines": ("row", "rng"),
+    "well_formed": ("row", "completion"),
+}
+"""Function -> its arguments."""
 LARGEST = 1e9
 """Of a reward, so that its square fits into float32, in which training sums."""
 AGAIN = 100_000
@@ -55,7 +62,7 @@ def load(spec: dict[str, Any]) -> tuple[dict[str, Any], Calls]:
 
 
 def import_file(path: str, name: str) -> ModuleType:
-    """The module of a file, which may import what lies beside it. Raises CodeRefused."""
+    """The module of a file, which may import other files of its directory. Raises CodeRefused."""
     if not Path(path).is_file():
         raise CodeRefused(f"{name} is not there")
     sys.path.insert(0, str(Path(path).parent))
@@ -67,28 +74,24 @@ def import_file(path: str, name: str) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
-        raise CodeRefused(
-            f"{name}:{error.lineno}: {type(error).__name__}: {error.msg}; mend it and run again"
-        ) from None
+        raise CodeRefused(f"{name}:{error.lineno}: {type(error).__name__}: {error.msg}; fix it and run again") from None
     except Exception as error:
-        raise CodeRefused(f"{name}: its import failed: {told(error)}; mend it and run again") from None
+        raise CodeRefused(f"{name}: its import failed: {describe_error(error)}; fix it and run again") from None
     return module
 
 
 def function(module: ModuleType, name: str, wanted: str) -> Callable[..., Any]:
     """A function of the file. Raises CodeRefused, with the name that was probably meant."""
-    found = getattr(module, wanted, None)
-    if found is None:
+    value = getattr(module, wanted, None)
+    if value is None:
         close = difflib.get_close_matches(wanted, [known for known in vars(module) if known[:1] != "_"], n=1)
-        meant = (
-            f"; did you mean {close[0]} ({name}:{_line(getattr(module, close[0]))})?"
-            if close
-            else f"; write def {wanted}"
-        )
-        raise CodeRefused(f"{name} has no function {wanted}{meant}")
-    if not callable(found):
-        raise CodeRefused(f"{name}: {wanted} is {type(found).__name__}, expected a function")
-    return found
+        fix = f"write def {wanted}"
+        if close:
+            fix = f"did you mean {close[0]} ({name}:{_line(getattr(module, close[0]))})?"
+        raise CodeRefused(f"{name} has no function {wanted}; {fix}")
+    if not callable(value):
+        raise CodeRefused(f"{name}: {wanted} is {type(value).__name__}, expected a function")
+    return value
 
 
 def _look_at(module: ModuleType, name: str, wanted: str, takes: tuple[str, ...], needed: bool) -> None:
@@ -99,7 +102,8 @@ def _look_at(module: ModuleType, name: str, wanted: str, takes: tuple[str, ...],
         inspect.signature(found).bind(*takes)
     except TypeError:
         raise CodeRefused(
-            f"{name}:{_line(found)}: {wanted}{inspect.signature(found)} cannot be called with ({', '.join(takes)}); give it these arguments"
+            f"{name}:{_line(found)}: {wanted}{inspect.signature(found)} cannot be called with ({', '.join(takes)}); "
+            "give it these arguments"
         ) from None
 
 
@@ -115,17 +119,21 @@ def _line(found: Any) -> int | str:
     return code.co_firstlineno if code else "?"
 
 
+def _are_weights(weights: dict[Any, Any]) -> bool:
+    return all(isinstance(key, str) and _is_number(value) for key, value in weights.items())
+
+
 def _weights(module: ModuleType, name: str) -> dict[str, float]:
     weights = getattr(module, "REWARDS", None)
-    good = isinstance(weights, dict) and weights and all(isinstance(key, str) and _is_number(value) for key, value in weights.items())  # fmt: skip
-    if not good:
+    if not isinstance(weights, dict) or not weights or not _are_weights(weights):
         raise CodeRefused(
             f"{name}: REWARDS is {weights!r:.80}, expected component: weight, such as REWARDS = {{'accuracy': 1.0}}"
         )
     for key, value in cast("dict[str, float]", weights).items():
         if not key.isprintable() or abs(value) > LARGEST_WEIGHT:
             raise CodeRefused(
-                f"{name}: REWARDS has {key!r:.80}: {value!r:.80}, expected a name and a weight of at most {LARGEST_WEIGHT:g}"
+                f"{name}: REWARDS has {key!r:.80}: {value!r:.80}, expected a name and a weight of at most "
+                f"{LARGEST_WEIGHT:g}"
             )
     return {key: float(value) for key, value in cast("dict[str, float]", weights).items()}
 
@@ -140,11 +148,12 @@ def _rows(module: ModuleType, name: str, asked: dict[str, Any]) -> dict[str, Any
         if len(found) == stop - start:
             return {"rows": found}
     rows = {row.id for row in _made(module, name, random.Random(split))}
-    return {"counts": {each: sum(split_of(id) == each for id in rows) for each in SPLITS}}
+    splits = Counter(map(split_of, rows))
+    return {"counts": {split: splits[split] for split in SPLITS}}
 
 
 def _made(module: ModuleType, name: str, rng: random.Random) -> Iterator[OwnRow]:
-    """What `rows` yields, until nothing new comes. Raises CallFailed for what is no row."""
+    """The rows that `rows` yields, until it is exhausted. Raises CallFailed for an invalid row."""
     seen: set[str] = set()
     again = 0
     rows = module.rows(rng)
@@ -183,8 +192,11 @@ def _judge(module: ModuleType, components: list[str], asked: dict[str, Any]) -> 
     score = number(settled(module.score(dict(row), completion)), "score")
     if not 0 <= score <= 1:
         raise CallFailed("out_of_range", f"score returned {score}, expected 0..1")
-    well_formed = settled(module.well_formed(dict(row), completion)) if hasattr(module, "well_formed") else True
-    passed = settled(module.passed(score)) if hasattr(module, "passed") else score >= 1
+    well_formed, passed = True, score >= 1
+    if hasattr(module, "well_formed"):
+        well_formed = settled(module.well_formed(dict(row), completion))
+    if hasattr(module, "passed"):
+        passed = settled(module.passed(score))
     return {
         "passed": truth(passed, "passed"),
         "rewards": {name: reward(rewards[name], f"rewards: {name}") for name in components},
@@ -209,7 +221,9 @@ def number(value: Any, what: str) -> float:
 
 def truth(value: Any, what: str) -> bool:
     """Yes or no, numpy's too. Raises CallFailed for anything else: "no" would mean yes."""
-    plain = value.item() if type(value).__module__ == "numpy" and getattr(value, "size", 0) == 1 else value
+    plain = value
+    if type(value).__module__ == "numpy" and getattr(value, "size", 0) == 1:
+        plain = value.item()
     if not isinstance(plain, bool):
         raise CallFailed("not_a_bool", f"{what} returned {value!r:.80}, expected True or False")
     return plain

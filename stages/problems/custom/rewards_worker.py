@@ -1,7 +1,8 @@
 """TRL-style rewards, in the worker process: functions of whole batches, by TRL's names or from a user's file.
 
-They are called as GRPOTrainer calls them: `prompts`, `completions` (both as messages), `completion_ids`, every column of the rows as a list, `trainer_state`
-(None here), `log_extra` and `log_metric` (which drop what they are given); the answer column also comes as `solution`. The stage's side is `stages.problems.custom.dataset`.
+They are called as GRPOTrainer calls them: `prompts`, `completions` (both as messages), `completion_ids`, every column
+of the rows as a list, `trainer_state` (None here), `log_extra` and `log_metric` (which drop what they are given); the
+answer column also comes as `solution`. The stage's side is `stages.problems.custom.dataset`.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 
 
 def _drop(*_: Any, **__: Any) -> None:
-    """Nothing logs here; switchback logs every component itself."""
+    """Ignore a reward's own log entries; switchback logs every component itself."""
 
 
 ASKED = ("prompts", "completions", "completion_ids")
 TOLD = {"trainer_state": None, "log_extra": _drop, "log_metric": _drop}
 GIVEN = (*ASKED, *TOLD)
-"""What every reward is called with, beside the columns."""
+"""Arguments of every reward, besides the columns."""
 CHECKED_BY_MATH_VERIFY = ("accuracy_reward", "reasoning_accuracy_reward", "get_cosine_scaled_reward")
 
 
@@ -56,7 +57,8 @@ def _load(one: dict[str, Any]) -> Reward:
     found = function(import_file(one["path"], name), name, one["component"])
     if not any(taken.kind is taken.VAR_KEYWORD for taken in inspect.signature(found).parameters.values()):
         raise CodeRefused(
-            f"{name}: {one['component']}{inspect.signature(found)} takes no **kwargs, as every TRL reward must; add them"
+            f"{name}: {one['component']}{inspect.signature(found)} takes no **kwargs, as every TRL reward must; add "
+            "them"
         )
     return found
 

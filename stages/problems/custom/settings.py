@@ -1,4 +1,5 @@
-"""What a recipe says about a problem of one's own: one Python file, or a dataset with rewards by name. Cheap to import; no user code."""
+"""What a recipe says about a problem of one's own: one Python file, or a dataset with rewards by name. Cheap to import;
+no user code."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ class OwnCode(Config):
     time_limit: Seconds = identity(10.0, gt=0)
     """Seconds (or "10s") of wall-clock time that one call may take; a completion that takes longer counts as failed."""
     max_failures: float = execution(0.1, ge=0, le=1)
-    """Share of a stage's answers (of at least 100) that may fail to be judged before the stage stops. 0 = none; 1 = any."""
+    """Share of a stage's answers (of at least 100) that may fail to be judged before the stage stops. 0 = none; 1 =
+    any."""
     workers: int | None = execution(None, ge=1)
     """Processes that run it. Off: one a core."""
 
@@ -55,7 +57,7 @@ class RewardSettings(Config):
 
     @property
     def component(self) -> str:
-        """What the reward is called in logs."""
+        """The name of the reward in logs."""
         return self.name.rpartition(":")[2]
 
     @property
@@ -77,14 +79,15 @@ class DatasetProblem(OwnCode):
     dataset: str = resolved()
     """Hub id as written, or path of a .jsonl file, identified by its bytes."""
     rewards: Annotated[tuple[Reward, ...], FromList] = identity(min_length=1)
-    """Names of rewards, or file.py:function, or {name, weight, arguments}. The first is the score too, clipped to 0..1."""
+    """Names of rewards, or file.py:function, or {name, weight, arguments}. The first is the score too, clipped to
+    0..1."""
     prompt: str = identity("prompt")
     """Column with the question."""
     answer: str | None = identity(None)
     """Column with the reference answer, which rewards get as `solution` too. Off: none."""
     gold: str | None = execution(None)
-    """Column with the best completion there is, as text, which the audit plays; it decides no result. Off: none, and the audit cannot say whether the best
-    answer is the best paid."""
+    """Column with the best completion there is, as text, which the audit plays; it decides no result. Off: none, and
+    the audit cannot say whether the best answer is the best paid."""
     config: str | None = identity(None)
     """Configuration of a hub dataset. Off: its default."""
     split: str = identity("train")
@@ -105,14 +108,16 @@ class DatasetProblem(OwnCode):
     @model_validator(mode="after")
     def _rewards_are_known(self) -> DatasetProblem:
         names = [reward.component for reward in self.components]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
             raise ValueError(
                 f"rewards: two are called {twice[0]}; a reward is logged under its name, so give each another"
             )
         for reward in self.components:
             if reward.file is None and reward.name not in (*ALIASES, *ALIASES.values()):
                 raise ValueError(
-                    f"rewards: there is no reward {reward.name!r}; there is {', '.join(ALIASES)}, or your own as file.py:function"
+                    f"rewards: there is no reward {reward.name!r}; there is {', '.join(ALIASES)}, or your own as "
+                    "file.py:function"
                 )
             if reward.file and reward.arguments:
                 raise ValueError(f"rewards: {reward.name} takes no arguments here; they are for TRL's factories")

@@ -9,8 +9,8 @@ One token-friendly line an event, whole hours, `*` marks a priority:
                                         B 11:00-14:00
                                         </schedule>
 
-Departs from the reference task (github.com/anakin87/qwen-scheduler-grpo): four events of 1-4 hours, priorities inline, lines instead of
-XML, and a schedule of one event is allowed.
+Departs from the reference task (github.com/anakin87/qwen-scheduler-grpo): four events of 1-4 hours, priorities inline,
+lines instead of XML, and a schedule of one event is allowed.
 """
 
 from __future__ import annotations
@@ -55,11 +55,15 @@ def answer(instance: Instance, chosen: Sequence[Event]) -> str:
 
 def read(completion: str) -> Reading:
     """The events of an answer in the order they are written; none when the form is wrong."""
-    if not (match := ANSWER.fullmatch(completion)):
-        return Reading(False, False, [])
+    malformed = Reading(False, False, [])
+    match = ANSWER.fullmatch(completion)
+    if match is None:
+        return malformed
     body = match["body"]
     events = [Event(name, 60 * int(start), 60 * int(end)) for name, start, end in LINE.findall(body)]
-    return Reading(True, True, events) if "".join(map(_line, events)) == body else Reading(False, False, [])
+    if "".join(map(_line, events)) != body:
+        return malformed
+    return Reading(True, True, events)
 
 
 def _event(name: str, rng: random.Random) -> Event:

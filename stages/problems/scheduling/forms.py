@@ -1,6 +1,7 @@
-"""What a form of the scheduling problem is: a module that writes instances as text, and reads answers.
+"""The interface of a form of the scheduling problem: a module that writes instances as text, and reads answers.
 
-instance -> prompt -> completion -> Reading. A form reads any text whatever, in time linear in its length, and never raises.
+instance -> prompt -> completion -> Reading. A form reads any text whatever, in time linear in its length, and never
+raises.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from stages.problems.scheduling.intervals import Event, Instance
 
 
 class Reading(NamedTuple):
-    """What a completion says."""
+    """A completion, as a form reads it."""
 
     well_formed: bool
     """It has the form that the score asks for."""
     rewarded: bool
     """It has the form that earns the `format` reward, which may ask for more, such as for thinking first."""
     events: list[Event]
-    """What it books, in the order it is written; a form may find some in a text of the wrong form, too."""
+    """Booked events in the order of the text; a form may also read some from a text of the wrong form."""
 
 
 class Form(Protocol):
@@ -42,5 +43,5 @@ class Form(Protocol):
         ...
 
     def read(self, completion: str) -> Reading:
-        """What a completion books."""
+        """Read a completion."""
         ...

@@ -1,7 +1,7 @@
 """Weighted interval scheduling, without any text: events, instances, the optimum, and simple ways to choose.
 
-Times are minutes since midnight, and may pass the day's end (24:10 is 1450). A priority event counts twice its minutes. Two events that touch do not
-overlap.
+Times are minutes since midnight, and may pass the day's end (24:10 is 1450). A priority event counts twice its minutes.
+Two events that touch do not overlap.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Instance:
-    """What may be booked, and which of it has priority."""
+    """The events to choose from, and the names of those with priority."""
 
     events: tuple[Event, ...]
     priority: frozenset[str]

@@ -1,15 +1,17 @@
 """Event scheduling: choose events so that none overlap and the weighted time is greatest.
 
-After github.com/anakin87/qwen-scheduler-grpo. What an answer is worth (evaluation/eval.py): 0 when any rule is broken, else weighted time / optimum. The rules
-are judged in this order, and the first broken one is the outcome: format, less_than_2 (fewer events than the form asks for), non_existing (or
-listed twice), unsorted, overlap (touching is fine). A schedule that breaks none is `valid`.
+After github.com/anakin87/qwen-scheduler-grpo. The score (evaluation/eval.py) is 0 when an answer breaks any rule, else
+weighted time / optimum. The first broken rule is the outcome, in this order: format, less_than_2 (fewer events than the
+form requires), non_existing (or listed twice), unsorted, overlap (touching is allowed). A schedule without a broken
+rule is `valid`.
 
-What it earns in training (train_grpo.ipynb): .1 for the form, thinking included; .2 for two or more events in order of start; .7 x the share of the
-optimum of the events that overlap no other, 0 when one does not exist, is listed twice, or there are too few. So whoever copies every event earns more
-than two thirds of the reward, and one hundredth of the score; `overlap: zero` repairs it. There, events that touch overlap (`reward_overlap: touching`);
-here they do not, as in the score.
+The reward (train_grpo.ipynb) is .1 for the form, thinking included, and .2 for two or more events in order of start.
+The other .7 is the share of the optimum of the events that overlap no other. It is 0 when an event does not exist or is
+listed twice, or when there are too few. So an answer that copies every event earns more than two thirds of the reward,
+and one hundredth of the score. `overlap: zero` repairs that. Events that touch overlap in the reference
+(`reward_overlap: touching`), but not here, as in the score.
 
-How an instance is written and an answer is read is the form's business (`FORMS`); rewards and rules are the same for both.
+A form (`FORMS`) writes instances and reads answers. Rewards and rules are the same for both forms.
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Literal, cast
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from stages.config import Config, identity
 from stages.errors import BadInput
 from stages.job import Split
-from stages.problems.base import Answer, Judgement, Row, first_error, row_id, stream, taken
+from stages.problems.base import Answer, Judgement, Row, generated, parsed_line, row_id
 from stages.problems.scheduling import compact, text
 from stages.problems.scheduling.forms import Form, Reading
 from stages.problems.scheduling.intervals import Event, Instance, clock, conflicting, optimum, overlaps, touches
@@ -54,10 +56,12 @@ class SchedulingSettings(Config):
     form: Literal["compact", "text"] = identity("text")
     """How an instance is written: `text` as in the reference, `compact` for tiny models."""
     overlap: Overlap = identity("remove")
-    """What events that overlap cost in training. `remove`: they are not counted, and the others are, as in the reference. `zero`: the whole score reward. `reward`: they
-    are not counted, and a component of its own is 1 when none overlap; weights are then format .1, sorted .2, overlap .2, score .5."""
+    """What events that overlap cost in training. `remove`: they are not counted, and the others are, as in the
+    reference. `zero`: the whole score reward. `reward`: they are not counted, and a component of its own is 1 when none
+    overlap; weights are then format .1, sorted .2, overlap .2, score .5."""
     reward_overlap: RewardOverlap = identity("strict")
-    """Whether events that touch overlap in training: `strict` no, as in the score; `touching` yes, as in the reference."""
+    """Whether events that touch overlap in training: `strict` no, as in the score; `touching` yes, as in the
+    reference."""
 
 
 @dataclass(frozen=True)
@@ -98,25 +102,25 @@ class Scheduling:
 
     def rows(self, split: Split, start: int, stop: int, seed: int) -> list[Row]:
         """See Problem.rows."""
-        return [*taken(stream(self._generate, split, seed), start, stop)]
+        return generated(self._generate, split, start, stop, seed)
 
     def row(self, columns: Mapping[str, Any]) -> Row:
-        """See Problem.row. The columns are those of the reference's data set: `events` ([name, "09:00", "10:30"] each) and `priority_events`;
-        `prompt` is written where it is missing, and `optimal_score` checked where it is there."""
-        try:
-            line = _Line.model_validate(columns)
-        except ValidationError as error:
-            raise BadInput(first_error(error)) from None
+        """See Problem.row. The columns are those of the reference's data set: `events` ([name, "09:00", "10:30"] each)
+        and `priority_events`; `prompt` is written where it is missing, and `optimal_score` checked where it is
+        there."""
+        line = parsed_line(_Line, columns)
         form, instance = FORMS[self.form], _instance(line)
         events = list(instance.events)
         if form.read(form.answer(instance, events)).events != events:
             raise BadInput(
-                f"events: found some that no answer in the {self.form} form can name; choose another form, or other names"
+                f"events: found some that no answer in the {self.form} form can name; choose another form, or other "
+                "names"
             )
         best = optimum(instance)
         if line.optimal_score not in (None, best):
             raise BadInput(
-                f"optimal_score: found {line.optimal_score}, but the best schedule has {best} weighted minutes; correct or remove it"
+                f"optimal_score: found {line.optimal_score}, but the best schedule has {best} weighted minutes; "
+                "correct or remove it"
             )
         return SchedulingRow(row_id(instance.content()), line.prompt or form.prompt(instance), instance, best)
 
@@ -128,14 +132,16 @@ class Scheduling:
         return FORMS[self.form].answer(instance, choose(instance, rng))
 
     def baselines(self, row: Row, rng: random.Random) -> Mapping[str, str]:
-        """See Problem.baselines. The last five are `gold` with one rule broken; a name is missing where the row has no such answer."""
+        """See Problem.baselines. The last five are `gold` with one rule broken; a name is missing where the row has no
+        such answer."""
         instance, form = cast(SchedulingRow, row).instance, FORMS[self.form]
-        schedules = {name: chosen for name, choose in BASELINES.items() if (chosen := choose(instance, rng))}
-        texts = {name: form.answer(instance, chosen) for name, chosen in schedules.items()}
+        schedules = {name: choose(instance, rng) for name, choose in BASELINES.items()}
+        texts = {name: form.answer(instance, events) for name, events in schedules.items() if events}
         return texts | {"format_broken": texts["gold"].replace("</schedule>", "")}
 
     def judge(self, answers: Sequence[Answer]) -> list[Judgement]:
-        """See Problem.judge. Rewards: format, sorted, score, and overlap (1 when real events do not) where it is a component."""
+        """See Problem.judge. Rewards: format, sorted, score, and overlap (1 when real events do not) where it is a
+        component."""
         return [self._judge(cast(SchedulingRow, answer.row), answer.text) for answer in answers]
 
     def passed(self, score: float) -> bool:
@@ -152,14 +158,18 @@ class Scheduling:
 
     def _rewards(self, row: SchedulingRow, reading: Reading) -> dict[str, float]:
         events = reading.events
-        counts = len(events) >= FORMS[self.form].MIN_EVENTS and _real(row.instance, events)
-        clashing = conflicting(events, CONFLICTS[self.reward_overlap]) if counts else set[Event]()
-        free = [event for event in events if event not in clashing] if counts else []
-        paid = [] if clashing and self.overlap == "zero" else free
+        valid = len(events) >= FORMS[self.form].MIN_EVENTS and _real(row.instance, events)
+        clashing: set[Event] = set()
+        paid: list[Event] = []
+        if valid:
+            clashing = set(conflicting(events, CONFLICTS[self.reward_overlap]))
+            paid = [event for event in events if event not in clashing]
+        if clashing and self.overlap == "zero":
+            paid = []
         values = {
             "format": float(reading.rewarded),
             "sorted": float(len(events) > 1 and _sorted(events)),
-            "overlap": float(counts and not clashing),
+            "overlap": float(valid and not clashing),
             "score": sum(map(row.instance.weight, paid)) / row.optimum,
         }
         return {name: values[name] for name in self.reward_weights}
@@ -212,14 +222,17 @@ def _instance(line: _Line) -> Instance:
     events = tuple(Event(name, _minutes(start), _minutes(end)) for name, start, end in line.events)
     if not events or len(set(events)) < len(events):
         raise BadInput("events: found none, or one that is there twice; expected different events")
-    if wrong := [event.name for event in events if event.start >= event.end]:
-        raise BadInput(f"events: {wrong[0]!r} ends before it has started; times after midnight are written 24:10")
-    if unknown := sorted(set(line.priority_events) - {event.name for event in events}):
+    for event in events:
+        if event.start >= event.end:
+            raise BadInput(f"events: {event.name!r} ends before it has started; times after midnight are written 24:10")
+    unknown = sorted(set(line.priority_events) - {event.name for event in events})
+    if unknown:
         raise BadInput(f"priority_events: {unknown[0]!r} is none of the events; correct or remove it")
     return Instance(events, frozenset(line.priority_events))
 
 
 def _minutes(time: str) -> int:
-    if not (found := CLOCK.fullmatch(time)):
+    match = CLOCK.fullmatch(time)
+    if match is None:
         raise BadInput(f"events: found the time {time!r}, expected one such as 09:30")
-    return 60 * int(found[1]) + int(found[2])
+    return 60 * int(match[1]) + int(match[2])

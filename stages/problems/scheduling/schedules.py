@@ -17,9 +17,9 @@ DEMONSTRATORS: tuple[tuple[float, Choose], ...] = (
     (0.2, lambda instance, rng: greedy(instance, key=lambda e: e.end - e.start)),
     (0.1, lambda instance, rng: greedy(instance, key=lambda e: rng.random())),
 )
-"""Share of the demonstrations, and who makes them: everything at once (double-booked, worth 0), first come first served, shortest
-first, random order. They show the form and leave the task to be learned: their mean score is about 0.42 in the
-compact form, 0.45 in the text form."""
+"""Share of the demonstrations, and who makes them: everything at once (double-booked, worth 0), first come first
+served, shortest first, random order. They show the form and leave the task to be learned: their mean score is about
+0.42 in the compact form, 0.45 in the text form."""
 
 
 def _one_overlapping(instance: Instance) -> list[Event]:

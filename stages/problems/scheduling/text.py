@@ -11,10 +11,11 @@
                                          </event>
                                          </schedule>
 
-Instances are made as by its dataset_generation/generate.py, with event names of our own, and priorities in the order of the events. Answers are read as
-by its regular expressions, of which there are two for the whole: evaluation/eval.py's wants a schedule with an event in it somewhere, train_grpo.ipynb's
-wants a <think> at the very start, too. Both only ask for tags in an order, so looking for one after the other finds what they find, in time linear in the
-text; theirs backtrack. Times are compared as they are written: 09:75 is no way to write 10:15.
+Instances are made as by its dataset_generation/generate.py, with event names of our own, and priorities in the order of
+the events. Answers are read as by its regular expressions, of which there are two for the whole: evaluation/eval.py's
+wants a schedule with an event in it somewhere, train_grpo.ipynb's wants a <think> at the very start, too. Both only ask
+for tags in an order, so looking for one after the other finds what they find, in time linear in the text; theirs
+backtrack. Times are compared as they are written: 09:75 is no way to write 10:15.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ MIN_EVENTS = 2
 TIME = r"\d{2}:\d{2}"
 START, END = re.compile(f"<start>{TIME}</start>"), re.compile(f"<end>{TIME}</end>")
 SCHEDULE: tuple[str | re.Pattern[str], ...] = ("<event>", "<name>", "</name>", START, END, "</event>", "</schedule>")
-"""What follows <schedule>, in this order, with anything between."""
+"""Tags after <schedule>, in this order, with any text between them."""
 EVENT = re.compile(rf"<event>\s*+<name>([^<]++)</name>\s*+<start>({TIME})</start>\s*+<end>({TIME})</end>\s*+</event>")
 
 
@@ -77,7 +78,7 @@ def answer(instance: Instance, chosen: Sequence[Event]) -> str:
 
 
 def read(completion: str) -> Reading:
-    """What a completion books, whatever surrounds it."""
+    """The events that a completion books, wherever they are in it."""
     events = [_event(*found) for found in EVENT.findall(completion)]
     return Reading(_schedule(completion, 0, name=0), _thought_first(completion), events)
 
@@ -90,8 +91,8 @@ def _thought_first(text: str) -> bool:
 
 
 def _schedule(text: str, at: int, name: int) -> bool:
-    """Whether an event in a schedule comes after `at`, with at least `name` characters between <name> and </name>. The first place of each tag
-    will do: a later one leaves less for the others."""
+    """Whether an event in a schedule comes after `at`, with at least `name` characters between <name> and </name>. The
+    first place of each tag will do: a later one leaves less for the others."""
     at = _after(text, "<schedule>", at)
     for tag in SCHEDULE:
         if at < 0:
@@ -101,19 +102,21 @@ def _schedule(text: str, at: int, name: int) -> bool:
 
 
 def _after(text: str, tag: str | re.Pattern[str], at: int) -> int:
-    """Where the next `tag` ends, from `at` on; -1 when there is none."""
+    """The end of the next `tag` from `at` on; -1 when there is none."""
     if isinstance(tag, re.Pattern):
-        found = tag.search(text, at)
-        return found.end() if found else -1
+        match = tag.search(text, at)
+        return match.end() if match else -1
     start = text.find(tag, at)
     return start + len(tag) if start >= 0 else -1
 
 
 def _event(name: str, start: str, end: str) -> Event:
-    """With other digits, or 75 minutes, it is none of any row's events, however the minutes add up: no row's name has a < in it."""
+    """With other digits, or 75 minutes, it is none of any row's events, however the minutes add up: no row's name has a
+    < in it."""
     event = Event(name, _minutes(start), _minutes(end))
-    usual = clock(event.start) == start and clock(event.end) == end
-    return event if usual else event._replace(name=f"{name}<{start}-{end}")
+    if (clock(event.start), clock(event.end)) == (start, end):
+        return event
+    return event._replace(name=f"{name}<{start}-{end}")
 
 
 def _events(names: Sequence[str], rng: random.Random) -> list[Event]:
@@ -131,8 +134,9 @@ def _events(names: Sequence[str], rng: random.Random) -> list[Event]:
 
 def _weighed(instance: Instance, event: Event) -> str:
     minutes = event.end - event.start
-    priority = event.name in instance.priority
-    return f"{event.name} 2 x {minutes} = {2 * minutes}" if priority else f"{event.name} {minutes}"
+    if event.name in instance.priority:
+        return f"{event.name} 2 x {minutes} = {2 * minutes}"
+    return f"{event.name} {minutes}"
 
 
 def _minutes(time: str) -> int:

@@ -213,7 +213,7 @@ def test_too_many_failures_are_one_line_without_a_class_or_a_log_and_leave_no_di
     done = run_cli(*scored(tmp_path, ["one"] * 40), env={"TMPDIR": str(tmp_path / "tmp")})
     assert done.returncode == 1 and done.stderr.startswith("switchback: score: mine.py failed on 11 of the first ")
     assert "TooManyFailures" not in done.stderr and "mine.py:4: ValueError" in done.stderr and "log" not in done.stderr
-    assert done.stderr.endswith("mend it and run again, or raise problem.max_failures\n")
+    assert done.stderr.endswith("fix it and run again, or raise problem.max_failures\n")
     assert not list((tmp_path / "tmp").iterdir())
 
 

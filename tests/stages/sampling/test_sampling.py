@@ -201,9 +201,9 @@ def test_a_prompt_is_read_once_and_who_has_finished_leaves():
 
 
 def test_batches_hold_as_many_tokens_as_they_may_and_the_longest_prompts_come_first():
-    from stages.sampling import Asked
+    from stages.sampling import SequenceRequest
 
-    asked = [Asked(i, 0, range(length), 0, str(i)) for i, length in enumerate([5, 30, 20, 5, 100, 1])]
+    asked = [SequenceRequest(i, 0, range(length), 0, str(i)) for i, length in enumerate([5, 30, 20, 5, 100, 1])]
     cut = batches(asked, longest=10, tokens=80)
     assert [[one.row for one in batch] for batch in cut] == [[4], [1, 2], [0, 3, 5]], (
         "one that is too long on its own is a batch of its own"

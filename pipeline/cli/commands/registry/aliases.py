@@ -1,4 +1,4 @@
-"""alias, promote, pin, unpin, pins: names that move, and what must stay."""
+"""alias, promote, pin, unpin, pins: names that move from artifact to artifact, and protection from clean-up."""
 
 from __future__ import annotations
 
@@ -43,27 +43,27 @@ def rm(alias: Alias, reason: Reason = "", registry: RegistryOption = None) -> No
 @nouns.command()
 def ls(registry: RegistryOption = None, json: JsonOption = False) -> None:
     """List aliases and where they point."""
-    found = aliases.aliases(open_registry(registry))
+    moves = aliases.aliases(open_registry(registry))
     if json:
-        print_json([{"alias": alias, **_said(move)} for alias, move in found.items()])
+        print_json([{"alias": alias, **_as_json(move)} for alias, move in moves.items()])
         return
-    made = table("alias", "artifact", "n", "who", "when", "why", right=("n",))
-    for alias, move in found.items():
-        made.add_row(alias, *_row(move))
-    show(made)
+    rows = table("alias", "artifact", "n", "who", "when", "why", right=("n",))
+    for alias, move in moves.items():
+        rows.add_row(alias, *_row(move))
+    show(rows)
 
 
 @nouns.command()
 def history(alias: Alias, registry: RegistryOption = None, json: JsonOption = False) -> None:
     """Show every move of an alias, oldest first."""
-    found = aliases.history(open_registry(registry), alias)
+    moves = aliases.history(open_registry(registry), alias)
     if json:
-        print_json([_said(move) for move in found])
+        print_json([_as_json(move) for move in moves])
         return
-    made = table("artifact", "n", "who", "when", "why", right=("n",))
-    for move in found:
-        made.add_row(*_row(move))
-    show(made)
+    rows = table("artifact", "n", "who", "when", "why", right=("n",))
+    for move in moves:
+        rows.add_row(*_row(move))
+    show(rows)
 
 
 def promote(id: Id, alias: Alias, reason: Reason = "", force: Force = False, registry: RegistryOption = None) -> None:
@@ -84,40 +84,43 @@ def unpin(id: Id, registry: RegistryOption = None) -> None:
     """Let go of an artifact that was pinned."""
     place = open_registry(registry)
     artifact = aliases.look_up(place, id)
-    pinned.let_go(place, artifact.id if artifact else id)
-    print(f"{artifact.id if artifact else id} is not pinned any more")
+    artifact_id = artifact.id if artifact else id  # one that is gone may still have a pin
+    pinned.let_go(place, artifact_id)
+    print(f"{artifact_id} is not pinned any more")
 
 
 def pins(registry: RegistryOption = None, json: JsonOption = False) -> None:
     """List who holds which artifact: users, and runs that are using it."""
     found = pinned.pins(open_registry(registry))
     if json:
-        print_json([{"id": id, **pin.model_dump(mode="json")} for id, pin in found])
+        print_json([{"id": artifact_id, **pin.model_dump(mode="json")} for artifact_id, pin in found])
         return
-    made = table("artifact", "owner", "when", "why")
-    for id, pin in found:
-        made.add_row(id, pin.owner, f"{pin.at:%Y-%m-%d %H:%M:%S}", escape(pin.reason))
-    show(made)
+    rows = table("artifact", "owner", "when", "why")
+    for artifact_id, pin in found:
+        rows.add_row(artifact_id, pin.owner, f"{pin.at:%Y-%m-%d %H:%M:%S}", escape(pin.reason))
+    show(rows)
 
 
 def _print(alias: str, move: aliases.Move) -> None:
-    where = f"points at {move.artifact}" if move.artifact else "points nowhere"
-    print(f"{alias} {where} ({move.number}){_told(move)}")
+    target = f"points at {move.artifact}" if move.artifact else "points nowhere"
+    print(f"{alias} {target} ({move.number}){_evidence(move)}")
 
 
 def _row(move: aliases.Move) -> tuple[str, ...]:
-    why = f"{move.reason}{_told(move)}".strip(" ;")
+    why = f"{move.reason}{_evidence(move)}".strip(" ;")
     return (move.artifact or "-", str(move.number), escape(move.actor), move.at[:19].replace("T", " "), escape(why))
 
 
-def _told(move: aliases.Move) -> str:
-    """What was measured, for people."""
+def _evidence(move: aliases.Move) -> str:
+    """The comparison behind a move, or the reason why there is none; "" for a move without evidence."""
     forced = "; forced" if move.evidence.get("forced") else ""
     if "difference" in move.evidence:
         measured = {name: value for name, value in move.evidence.items() if name != "forced"}
         return f"{forced}; {promotion.Comparison.model_validate(measured)}"
-    return f"{forced}; {move.evidence['why']}" if "why" in move.evidence else ""
+    if "why" in move.evidence:
+        return f"{forced}; {move.evidence['why']}"
+    return forced
 
 
-def _said(move: aliases.Move) -> dict[str, object]:
+def _as_json(move: aliases.Move) -> dict[str, object]:
     return {"n": move.number, **move.model_dump(mode="json")}

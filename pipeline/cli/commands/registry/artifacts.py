@@ -1,4 +1,4 @@
-"""ls, verify: what is in the registry, and whether it is still whole."""
+"""ls, verify: list the artifacts of a registry, and check their bytes."""
 
 from __future__ import annotations
 
@@ -18,50 +18,59 @@ Ids = Annotated[list[str] | None, typer.Argument(help="Artifacts or aliases. Def
 def ls(registry: RegistryOption = None, json: JsonOption = False) -> None:
     """List artifacts, oldest first; one whose manifest cannot be used is named on stderr."""
     place = open_registry(registry)
-    found = place.artifacts()
+    artifacts = place.artifacts()
     if json:
-        print_json([_listed(place, artifact) for artifact in found])
+        print_json([_listed(place, artifact) for artifact in artifacts])
     else:
-        print_artifacts(place, found)
+        print_artifacts(place, artifacts)
 
 
 def verify(ids: Ids = None, registry: RegistryOption = None, json: JsonOption = False) -> None:
-    """Hash every file of artifacts again; exit 1 when anything is not what was published, say what that reaches, and let such steps be made again."""
+    """Hash every file of artifacts again; exit 1 when anything is not what was published, say what that reaches, and
+    let such steps be made again."""
     place = open_registry(registry)
     place.must_exist()
-    found = verify_ids(place, [_behind(place, id) for id in ids] if ids else None)
-    damaged = [one for one in found if one.problems]
+    results = verify_ids(place, [_target(place, name) for name in ids] if ids else None)
+    damaged = [result for result in results if result.problems]
     if json:
-        print_json([_verified(one) for one in found])
+        print_json([_verified(result) for result in results])
     else:
-        lines = [line for one in damaged for line in (*one.problems, _reach(one))]
-        print("\n".join(lines or [f"{len(found)} artifacts are whole"]))
+        lines = [line for result in damaged for line in (*result.problems, _reach(result))]
+        print("\n".join(lines or [f"{len(results)} artifacts are whole"]))
     if damaged:
         raise typer.Exit(1)
 
 
-def _behind(registry: Registry, id: str) -> str:
-    """The artifact that an alias points at; an id as it is, since even one whose manifest is broken can be verified."""
-    move = current(registry, id)
-    return move.artifact if move and move.artifact else id
+def _target(registry: Registry, id_or_alias: str) -> str:
+    """The target of an alias; an id unchanged, since an artifact with a broken manifest can be verified too."""
+    move = current(registry, id_or_alias)
+    return move.artifact if move and move.artifact else id_or_alias
 
 
 def _listed(registry: Registry, artifact: Artifact) -> dict[str, Any]:
     path = registry.location(artifact)
-    what = {"id": artifact.id, "stage": artifact.stage, "kind": artifact.kind}
-    return {**what, "path": path, "created": artifact.created, "size": artifact.size}
-
-
-def _verified(one: Verified) -> dict[str, Any]:
     return {
-        "id": one.id,
-        "ok": not one.problems,
-        "problems": one.problems,
-        "reaches": one.reaches.model_dump(mode="json"),
+        "id": artifact.id,
+        "stage": artifact.stage,
+        "kind": artifact.kind,
+        "path": path,
+        "created": artifact.created,
+        "size": artifact.size,
     }
 
 
-def _reach(one: Verified) -> str:
-    made = ", ".join(one.reaches.artifacts) or "no other artifact"
-    aliases = f"; aliases: {', '.join(one.reaches.aliases)}" if one.reaches.aliases else ""
-    return f"{one.id} reaches {made}{aliases}"
+def _verified(result: Verified) -> dict[str, Any]:
+    return {
+        "id": result.id,
+        "ok": not result.problems,
+        "problems": result.problems,
+        "reaches": result.reaches.model_dump(mode="json"),
+    }
+
+
+def _reach(result: Verified) -> str:
+    descendants = ", ".join(result.reaches.artifacts) or "no other artifact"
+    text = f"{result.id} reaches {descendants}"
+    if result.reaches.aliases:
+        text += f"; aliases: {', '.join(result.reaches.aliases)}"
+    return text

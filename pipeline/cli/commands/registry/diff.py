@@ -14,12 +14,13 @@ from pipeline.registry.aliases import resolve
 from pipeline.registry.keys import abbreviated
 from pipeline.results.compare import Comparison, Pair, compare
 from stages.errors import printable
+from stages.job import Evaluation
 
 WIDTH = 80
 SCORES = {"greedy": "greedy", "mean": "mean", "solved": "solved", "format": "format"}
-"""Field of an Evaluation -> what it is called."""
+"""Field of an Evaluation -> its name in the table."""
 LONGEST = 400
-"""Characters of an answer that are shown; --json has all of it."""
+"""Characters of an answer that are printed; --json prints all of it."""
 
 First = Annotated[str, typer.Argument(metavar="A", help="An artifact.", show_default=False)]
 Second = Annotated[str, typer.Argument(metavar="B", help="Another.", show_default=False)]
@@ -46,16 +47,20 @@ def _lines(found: Comparison) -> Iterator[str]:
 
 
 def _fields(title: str, fields: Mapping[str, Pair]) -> Iterator[str]:
-    """Each that differs, with both values."""
-    yield f"\n{title}: {'' if fields else 'the same'}".rstrip()
+    """A line per different field, with both values."""
+    yield f"\n{title}:" if fields else f"\n{title}: the same"
     for name, (before, after) in fields.items():
-        said = f"{name}: {_value(before)} -> {_value(after)}"
-        yield from textwrap.wrap(said, WIDTH, initial_indent="  ", subsequent_indent="      ")
+        change = f"{name}: {_value(before)} -> {_value(after)}"
+        yield from textwrap.wrap(change, WIDTH, initial_indent="  ", subsequent_indent="      ")
 
 
 def _value(value: Any) -> str:
-    text = "-" if value is None else abbreviated(encoder.dumps(value, ensure_ascii=False))
-    return printable(text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)")
+    if value is None:
+        return "-"
+    text = abbreviated(encoder.dumps(value, ensure_ascii=False))
+    if len(text) > 120:
+        text = f"{text[:100]}... ({len(text)} characters)"
+    return printable(text)
 
 
 def _numbers(title: str, numbers: Mapping[str, Pair]) -> Iterator[str]:
@@ -67,19 +72,28 @@ def _numbers(title: str, numbers: Mapping[str, Pair]) -> Iterator[str]:
 
 
 def _scores(found: Comparison) -> Iterator[str]:
-    """In hundredths, as everywhere in tables."""
+    """The scores of both x 100, as in all tables."""
     if found.scores:
         yield f"\n{'scores x 100':<46}{'A':>16}{'B':>16}"
     for split, pair in found.scores.items():
         for field, name in SCORES.items():
-            left, right = ("-" if one is None else f"{100 * getattr(one, field):.1f}" for one in pair)
+            left, right = (_score(evaluation, field) for evaluation in pair)
             yield f"  {f'{split} {name}':<44}{left:>16}{right:>16}"
-        low_high = (
-            "-" if one is None else f"{100 * one.interval[0]:.1f} - {100 * one.interval[1]:.1f}" for one in pair
-        )
-        yield f"  {f'{split} mean, 95 %':<44}{{:>16}}{{:>16}}".format(*low_high)
+        left, right = map(_interval, pair)
+        yield f"  {f'{split} mean, 95 %':<44}{left:>16}{right:>16}"
     if found.scores and not found.comparable:
         yield "  not comparable: they were not both evaluated with the same settings"
+
+
+def _score(evaluation: Evaluation | None, field: str) -> str:
+    return "-" if evaluation is None else f"{100 * getattr(evaluation, field):.1f}"
+
+
+def _interval(evaluation: Evaluation | None) -> str:
+    if evaluation is None:
+        return "-"
+    low, high = evaluation.interval
+    return f"{100 * low:.1f} - {100 * high:.1f}"
 
 
 def _samples(found: Comparison) -> Iterator[str]:
@@ -97,10 +111,9 @@ def _answers(name: str, score: Any, answers: tuple[str, ...]) -> Iterator[str]:
     scores = score if isinstance(score, list) else [score]
     if not answers:
         yield f"  {name}  nothing was kept"
-    for one, text in zip(scores, answers, strict=True):
-        yield f"  {name}  score {100 * one:.1f}"
-        cut = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
-        for line in cut.splitlines():
-            yield from textwrap.wrap(
-                printable(line or " "), WIDTH, initial_indent="     | ", subsequent_indent="     | "
-            )
+    margin = "     | "
+    for answer_score, text in zip(scores, answers, strict=True):
+        yield f"  {name}  score {100 * answer_score:.1f}"
+        shown = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+        for line in shown.splitlines():
+            yield from textwrap.wrap(printable(line or " "), WIDTH, initial_indent=margin, subsequent_indent=margin)

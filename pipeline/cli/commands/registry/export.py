@@ -43,7 +43,8 @@ def export(id: Id, directory: Directory, registry: RegistryOption = None, json: 
         )
     else:
         print(
-            f"{exports.called(artifact, output)} is in {done.directory}: {len(done.files)} files, {decimal(done.size)}; README.md is its card"
+            f"{exports.called(artifact, output)} is in {done.directory}: {len(done.files)} files, "
+            f"{decimal(done.size)}; README.md is its card"
         )
 
 

@@ -1,4 +1,4 @@
-"""gc: what nobody needs any more, and its removal."""
+"""gc: list or remove unneeded artifacts and leftovers."""
 
 from __future__ import annotations
 
@@ -25,32 +25,36 @@ Grace = Annotated[
 
 
 def gc(apply: Apply = False, grace: Grace = "24h", registry: RegistryOption = None, json: JsonOption = False) -> None:
-    """Show, or remove, what no alias, pin, live run or kept artifact needs, and resume checkpoints of published stages."""
+    """Show, or remove, what no alias, pin, live run or kept artifact needs, and resume checkpoints of published
+    stages."""
     place = open_registry(registry)
     place.must_exist()
-    found = (clean if apply else survey)(place, work_root(place), age(grace))
+    collect = clean if apply else survey
+    collected = collect(place, work_root(place), age(grace))
     if json:
-        print_json({"applied": apply, "frees": found.frees, **found.model_dump(mode="json")})
+        print_json({"applied": apply, "frees": collected.frees, **collected.model_dump(mode="json")})
     else:
-        _print(found, apply)
+        _print(collected, apply)
 
 
 def age(text: str) -> timedelta:
     """A time such as 30m, 24h, 7d, or seconds. Raises BadInput on anything else."""
-    found = seconds(f"{text}s" if text.isascii() and text.isdigit() else text)
-    if not isinstance(found, float) or found > LONGEST:
+    is_number = text.isascii() and text.isdigit()
+    grace = seconds(f"{text}s" if is_number else text)
+    if not isinstance(grace, float) or grace > LONGEST:
         raise BadInput(f"--grace: found {text!r}, expected a time such as 30m, 24h or 7d")
-    return timedelta(seconds=found)
+    return timedelta(seconds=grace)
 
 
-def _print(found: Survey, applied: bool) -> None:
-    made = table("what", "name", "frees", "why", right=("frees",))
-    for one in found.removals:
-        made.add_row(one.what, escape(one.name), "?" if one.bytes is None else decimal(one.bytes), escape(one.why))
-    if found.removals:
-        show(made)
-    print(f"{len(found.kept)} artifacts stay; --json says why each")
+def _print(collected: Survey, applied: bool) -> None:
+    rows = table("what", "name", "frees", "why", right=("frees",))
+    for removal in collected.removals:
+        frees = "?" if removal.bytes is None else decimal(removal.bytes)
+        rows.add_row(removal.what, escape(removal.name), frees, escape(removal.why))
+    if collected.removals:
+        show(rows)
+    print(f"{len(collected.kept)} artifacts stay; --json says why each")
     if applied:
-        print(f"freed {decimal(found.frees)}")
+        print(f"freed {decimal(collected.frees)}")
     else:
-        print(f"would free {decimal(found.frees)}; nothing was removed, --apply does it")
+        print(f"would free {decimal(collected.frees)}; nothing was removed, --apply does it")

@@ -1,4 +1,4 @@
-"""lineage: what an artifact was made from."""
+"""lineage: the inputs of an artifact, as a tree."""
 
 from __future__ import annotations
 
@@ -19,29 +19,32 @@ Mermaid = Annotated[bool, typer.Option("--mermaid", help="Print a graph for merm
 
 
 def lineage(id: Id, registry: RegistryOption = None, json: JsonOption = False, as_mermaid: Mermaid = False) -> None:
-    """Show what an artifact was made from, down to the base model and the data; what is gone or not what was read is said."""
+    """Show what an artifact was made from, down to the base model and the data; what is gone or not what was read is
+    said."""
     place = open_registry(registry)
-    found = lineage_of(place, resolve(place, id))
+    top = lineage_of(place, resolve(place, id))
     if json:
-        print_json(found.model_dump(mode="json"))
+        print_json(top.model_dump(mode="json"))
     elif as_mermaid:
-        print(mermaid(found))
+        print(mermaid(top))
     else:
-        print("\n".join(_tree(found)))
+        print("\n".join(_tree(top)))
 
 
 def _tree(ancestor: Ancestor, first: str = "", rest: str = "") -> Iterator[str]:
-    """A line a node; `first` is drawn before its own, `rest` before those below it."""
+    """A line per node; `first` is drawn before its own line, `rest` before the lines below it."""
     role = f"{ancestor.role}: " if ancestor.role else ""
-    what = printable(
-        f"{role}{ancestor.id or abbreviated(ancestor.name)} ({ancestor.kind}, {_said(ancestor)} {ancestor.key[:12]})"
-    )
-    yield f"{first}{what}{f'; {printable(ancestor.note)}' if ancestor.note else ''}"
+    name = ancestor.id or abbreviated(ancestor.name)
+    node = printable(f"{role}{name} ({ancestor.kind}, {_kind_of_key(ancestor)} {ancestor.key[:12]})")
+    note = f"; {printable(ancestor.note)}" if ancestor.note else ""
+    yield f"{first}{node}{note}"
     for i, inner in enumerate(ancestor.inputs):
-        last = i == len(ancestor.inputs) - 1
-        yield from _tree(inner, rest + ("└── " if last else "├── "), rest + ("    " if last else "│   "))
+        if i < len(ancestor.inputs) - 1:
+            yield from _tree(inner, f"{rest}├── ", f"{rest}│   ")
+        else:
+            yield from _tree(inner, f"{rest}└── ", f"{rest}    ")
 
 
-def _said(ancestor: Ancestor) -> str:
-    """What its key is the digest of."""
+def _kind_of_key(ancestor: Ancestor) -> str:
+    """`key` for an artifact or a hub model, `digest` for files."""
     return "key" if ancestor.id or ancestor.name.startswith("hf://") else "digest"

@@ -1,4 +1,4 @@
-"""runs, show: what was run, and what came of it."""
+"""runs, show: the runs of a registry, and their results."""
 
 from __future__ import annotations
 
@@ -21,42 +21,45 @@ Id = Annotated[
 
 def runs(registry: RegistryOption = None, json: JsonOption = False) -> None:
     """List runs, newest first."""
-    found = all_runs(open_registry(registry))
+    newest_first = all_runs(open_registry(registry))
     if json:
-        print_json([one.model_dump() for one in found])
+        print_json([run.model_dump() for run in newest_first])
     else:
-        tables.show(tables.runs_table(found))
+        tables.show(tables.runs_table(newest_first))
 
 
 def show(id: Id = None, registry: RegistryOption = None, json: JsonOption = False) -> None:
     """Show a run stage by stage, or an artifact."""
     place = open_registry(registry)
-    if id is not None and (artifact := look_up(place, id)):
-        _show_artifact(place, artifact, json)
-    elif id is None:
+    if id is None:
         _show_run(place, _newest(place), json)
+        return
+    artifact = look_up(place, id)
+    if artifact is not None:
+        _show_artifact(place, artifact, json)
     else:
         refuse_stage(place, id)
         _show_run(place, id, json)
 
 
-def _show_run(registry: Registry, run: str, json: bool) -> None:
+def _show_run(registry: Registry, run: str, as_json_text: bool) -> None:
     summary = summarise(registry, run)
-    if json:
+    if as_json_text:
         print_json(as_json(summary))
     else:
         tables.show(tables.run_table(summary))
         print(f"run {run}: {summary.state}; in {registry.url}; scores are x 100, on held-out rows")
 
 
-def _show_artifact(registry: Registry, artifact: Artifact, json: bool) -> None:
-    if json:
+def _show_artifact(registry: Registry, artifact: Artifact, as_json_text: bool) -> None:
+    if as_json_text:
         print_json({**artifact.model_dump(mode="json"), "path": registry.location(artifact)})
     else:
         tables.show(tables.artifact_table(registry, artifact))
 
 
 def _newest(registry: Registry) -> str:
-    if found := all_runs(registry):
-        return found[0].run
-    raise BadInput(f"there is no run in {registry.url}; switchback run makes one")
+    newest_first = all_runs(registry)
+    if not newest_first:
+        raise BadInput(f"there is no run in {registry.url}; switchback run makes one")
+    return newest_first[0].run
