@@ -36,22 +36,48 @@ def outlive_parent() -> None:
 
 def descendants(root: int) -> set[int]:
     """The living processes below `root`, zombies left out."""
+    return _below(root)[0]
+
+
+def _below(root: int) -> tuple[set[int], set[int]]:
+    """(the living processes below `root`, the zombies among its own children)"""
     parent_of: dict[int, int] = {}
+    ended: set[int] = set()
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and (stat := _stat(entry)) and stat[0] != "Z":
-            parent_of[int(entry.name)] = int(stat[1])
+        if entry.name.isdigit() and (stat := _stat(entry)):
+            pid, parent = int(entry.name), int(stat[1])
+            if stat[0] != "Z":
+                parent_of[pid] = parent
+            elif parent == root:
+                ended.add(pid)
     found: set[int] = set()
     grown = {root}
     while grown:
         grown = {pid for pid, parent in parent_of.items() if parent in grown and pid not in found}
         found |= grown
-    return found
+    return found, ended
 
 
 def kill_tree(root: int) -> None:
-    """SIGKILL everything below `root` until nothing is left."""
-    while left := descendants(root):
-        _kill(left)
+    """SIGKILL everything below `root` until nothing is left. What forked the next and ended while we looked is a zombie that was not there the last time: we look
+    again."""
+    seen: set[int] | None = None
+    while True:
+        _kill_children(root)
+        living, ended = _below(root)
+        if not living and seen is not None and ended <= seen:
+            return
+        seen = ended
+        if living:
+            _kill(living)
+
+
+def _kill_children(root: int) -> None:
+    """SIGKILL each at the moment that it is seen, the newest first: what forks and ends within a millisecond is gone after a look at all processes."""
+    for pid in sorted((int(name) for name in os.listdir("/proc") if name.isdigit()), reverse=True):  # noqa: PTH208
+        if (stat := _stat(Path("/proc", str(pid)))) and stat[0] != "Z" and int(stat[1]) == root:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _kill(pids: set[int]) -> None:
