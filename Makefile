@@ -9,7 +9,7 @@ demo: .venv/user
 	$(BIN)/switchback run configs/demo.yaml
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-full: .venv/dev
 	$(BIN)/python -m pytest -m full -s

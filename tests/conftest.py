@@ -8,18 +8,25 @@ from __future__ import annotations
 import copy
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # a shell's background job ignores Ctrl-C, and so would all that it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import yaml
+
+from tests.preloaded import Preloaded
 
 ROOT = Path(__file__).parent.parent
 TINY_BASE = ROOT / "configs" / "tiny-base"
@@ -49,6 +56,15 @@ TINY: Settings = {
 
 LEARNED: Settings = {**TINY, "stages": [{**TINY["stages"][0], "epochs": 6.0}, *TINY["stages"][1:]]}
 """The same with enough warm-up that some completions earn a reward, so that RL has something to do."""
+
+
+LONG = ("test_ranks.py", "test_resume.py", "test_run.py", "test_processes.py", "test_crashes.py", "test_prefect.py", "test_custom.py", "test_check.py")  # fmt: skip
+"""Files that take minutes, the longest first: begun last, they would keep one of two processes busy while the other has nothing left."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long files first; the order within a file stays."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture
@@ -81,12 +97,28 @@ def write(tmp_path: Path) -> Callable[[Settings], Path]:
     return write
 
 
+PATIENCE = 300.0
+"""Seconds that a command may take, on a machine that does much else; no test waits for it to pass."""
+
+
+def run_alone(
+    *arguments: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """The `switchback` command in a process that starts from nothing, as a user runs it."""
+    command = [str(SWITCHBACK), *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd, env=environment(**(env or {})), capture_output=True, text=True, timeout=PATIENCE
+    )
+
+
 def run_cli(
     *arguments: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """The `switchback` command, as a user runs it."""
-    command = [str(SWITCHBACK), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment(**(env or {})), capture_output=True, text=True, timeout=300)
+    """The same in a process that is forked from one that has done its imports, wherever these cannot matter."""
+    full = environment(**(env or {}))
+    if not PRELOADED.can(full):
+        return run_alone(*arguments, cwd=cwd, env=env)
+    return PRELOADED.run([str(argument) for argument in arguments], cwd, full, PATIENCE)
 
 
 def printed_json(*arguments: str | Path) -> Any:
@@ -102,13 +134,23 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, **more}
 
 
+PRELOADED = Preloaded(environment())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def preloaded() -> Iterator[None]:
+    """It ends with the tests."""
+    yield
+    PRELOADED.close()
+
+
 @pytest.fixture(scope="session")
 def climbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(recipe, registry) of the tiny climb, run once for all tests that only look at it."""
     directory = tmp_path_factory.mktemp("climbed")
     recipe = directory / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(LEARNED, sort_keys=False))
-    done = run_cli("run", recipe, "--registry", directory / "registry", "--no-prefect")
+    done = run_alone("run", recipe, "--registry", directory / "registry", "--no-prefect")
     assert done.returncode == 0, done.stderr
     return recipe, directory / "registry"
 

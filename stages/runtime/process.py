@@ -39,31 +39,57 @@ def outlive_parent() -> None:
 
 def descendants(root: int) -> set[int]:
     """The living processes below `root`, without zombies."""
-    parent_of = {int(entry.name): int(stat[1]) for entry, stat in _living()}
+    return _below(root)[0]
+
+
+def _below(root: int) -> tuple[set[int], set[int]]:
+    """(the living processes below `root`, the zombies among its own children)"""
+    parent_of: dict[int, int] = {}
+    zombies: set[int] = set()
+    for pid, stat in _processes():
+        parent = int(stat[1])
+        if stat[0] != "Z":
+            parent_of[pid] = parent
+        elif parent == root:
+            zombies.add(pid)
     below: set[int] = set()
     newest = {root}
     while newest:
         newest = {pid for pid, parent in parent_of.items() if parent in newest and pid not in below}
         below |= newest
-    return below
+    return below, zombies
 
 
-def _living() -> Iterator[tuple[Path, list[str]]]:
-    """(directory in /proc, fields of its stat) of every process that is no zombie."""
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        stat = _stat(entry)
-        if stat and stat[0] != "Z":
-            yield entry, stat
+def _processes() -> Iterator[tuple[int, list[str]]]:
+    """(pid, fields of its stat) of every process, zombies too, the newest first."""
+    for pid in sorted((int(name) for name in os.listdir("/proc") if name.isdigit()), reverse=True):  # noqa: PTH208
+        stat = _stat(Path("/proc", str(pid)))
+        if stat:
+            yield pid, stat
 
 
 def kill_tree(root: int) -> None:
-    """SIGKILL everything below `root` until nothing is left."""
-    pids = descendants(root)
-    while pids:
-        _kill(pids)
-        pids = descendants(root)
+    """SIGKILL everything below `root` until nothing is left.
+
+    A process may fork the next one and end while we look. It is then a zombie that the look before did not see, so we look again.
+    """
+    seen: set[int] | None = None
+    while True:
+        _kill_children(root)
+        living, zombies = _below(root)
+        if not living and seen is not None and zombies <= seen:
+            return
+        seen = zombies
+        if living:
+            _kill(living)
+
+
+def _kill_children(root: int) -> None:
+    """SIGKILL each child at the moment it is seen: one that forks and ends within a millisecond is gone after a look at all processes."""
+    for pid, stat in _processes():
+        if stat[0] != "Z" and int(stat[1]) == root:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _kill(pids: set[int]) -> None:
@@ -94,13 +120,13 @@ def _stat(proc: Path) -> list[str] | None:
 def marked(mark: str) -> set[int]:
     """Living processes whose environment holds `mark` (NAME=value), anywhere in the process tree."""
     pids: set[int] = set()
-    for entry, _ in _living():
+    for pid, stat in _processes():
         try:
-            environment = (entry / "environ").read_bytes().split(b"\0")
+            environment = Path("/proc", str(pid), "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if mark.encode() in environment:
-            pids.add(int(entry.name))
+        if stat[0] != "Z" and mark.encode() in environment:
+            pids.add(pid)
     return pids
 
 

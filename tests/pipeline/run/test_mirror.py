@@ -58,7 +58,7 @@ def copied(store: Store, work: Path, steps: list[int]) -> None:
         save(work, step, f"weights {step}".encode())
         mirror = Mirror(store, KEY, work, pytest.fail)
         mirror.look()
-        mirror.close(10)
+        mirror.close(120)
         shutil.rmtree(work / f"checkpoint-{step}")
 
 
@@ -73,7 +73,7 @@ def test_the_newest_whole_checkpoint_is_copied_once_and_a_torn_one_never(store, 
     for _ in range(2):
         mirror = Mirror(store, KEY, work, pytest.fail)
         mirror.look()
-        mirror.close(10)
+        mirror.close(120)
     assert steps(store) == [2]
     assert sorted(path.name for path in work.iterdir()) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
 
@@ -136,31 +136,32 @@ def test_a_copy_that_was_not_finished_is_not_brought_back(store, work, tmp_path)
     assert bring_back(store, KEY, tmp_path / "elsewhere", pytest.fail) == "checkpoint-1"
 
 
-def slow(seconds: float, reached: threading.Event):
-    """A door that lets uploads of weights wait."""
+def slow(reached: threading.Event, seconds: float, over: threading.Event | None = None):
+    """A door that lets uploads of weights wait: so long, or until it is over."""
 
     def door(environ, through, start_response):
         if environ["REQUEST_METHOD"] == "PUT" and "safetensors" in environ["PATH_INFO"]:
             reached.set()
-            time.sleep(seconds)
+            (over or threading.Event()).wait(seconds)
         return through(start_response)
 
     return door
 
 
 def test_looking_costs_nothing_and_a_checkpoint_may_disappear_while_it_is_copied(server, work, tmp_path):
-    store, reached = open_store(S3), threading.Event()
+    store, reached, over = open_store(S3), threading.Event(), threading.Event()
     save(work, 1)
     mirror = Mirror(store, KEY, work, pytest.fail)
-    with server.behind(slow(1.5, reached)):
+    with server.behind(slow(reached, 20, over)):
         begin = time.monotonic()
         mirror.look()
         assert reached.wait(60)
         for _ in range(100):
             mirror.look()
-        assert time.monotonic() - begin < 1.5, "it waited for the upload"
+        assert time.monotonic() - begin < 20, "it waited for the upload"
+        over.set()
         shutil.rmtree(work / "checkpoint-1")
-        mirror.close(10)
+        mirror.close(120)
     assert steps(store) == [1] and list(work.iterdir()) == []
     assert bring_back(store, KEY, tmp_path / "elsewhere", pytest.fail) == "checkpoint-1"
 
@@ -182,7 +183,7 @@ def test_a_mirror_that_does_not_take_copies_is_one_warning_and_the_next_is_tried
     assert len(said) == 1 and "access was refused" in said[0] and steps(store) == []
     save(work, 3)
     mirror.look()
-    mirror.close(10)
+    mirror.close(120)
     assert steps(store) == [3] and len(said) == 1
 
 
@@ -190,7 +191,7 @@ def test_a_copy_under_way_ends_when_the_stage_is_done_and_leaves_nothing_here(se
     store, reached = open_store(S3), threading.Event()
     save(work, 1, os.urandom(80_000_000))
     mirror = Mirror(store, KEY, work, pytest.fail)
-    with server.behind(slow(0.3, reached)):
+    with server.behind(slow(reached, 0.3)):
         mirror.look()
         assert reached.wait(60)
         begin = time.monotonic()
@@ -229,7 +230,7 @@ def test_a_copy_that_was_killed_is_made_again_and_leaves_nothing(work, tmp_path)
     assert len(list(left.iterdir())) == 1, "under a name that is not seen"
     mirror = Mirror(store, KEY, work, pytest.fail)
     mirror.look()
-    mirror.close(10)
+    mirror.close(120)
     assert steps(store) == [1] and len(list(left.iterdir())) == 1
     killed = PROCESSES.Process(target=copy_and_die, args=(store.root, save(work, 2)))
     killed.start()

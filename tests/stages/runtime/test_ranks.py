@@ -9,7 +9,6 @@ import subprocess
 import sys
 import uuid
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import yaml
@@ -19,7 +18,8 @@ from pipeline.registry import Registry
 from stages.job import Execution, Job
 from stages.runtime.process import kill_marked, marked
 from tests.conftest import ROOT, SWITCHBACK, environment, run_cli, stage
-from tests.pipeline.launch.test_processes import TOKEN, is_training, wait_for
+from tests.pipeline.flows.test_prefect import listening
+from tests.pipeline.launch.test_processes import SOON, STARTED, TOKEN, is_training, wait_for
 from tests.stages.trl.test_sft_loss import relative
 
 TORCHRUN = [
@@ -57,8 +57,9 @@ def test_the_climb_in_two_processes_with_adapters(settings, write, tmp_path):
     stage(settings, "harvest")["samples"] = 64
     settings["launch"]["sampler_tokens"] = 2**15  # several batches, so that both processes sample
     registry = tmp_path / "r"
-    done = run_cli("run", write(settings), "--registry", registry, "--no-prefect", "--until", "harvest")
-    assert done.returncode == 0, done.stderr
+    for name in ("warmup", "rl1", "harvest"):
+        done = run_cli("run", write(settings), "--registry", registry, "--no-prefect", "--only", name)
+        assert done.returncode == 0, done.stderr
     artifacts = {artifact.stage: artifact for artifact in Registry(registry).artifacts()}
     assert {artifact.provenance["processes"] for artifact in artifacts.values()} == {2}
     for name in ("warmup", "rl1"):
@@ -71,7 +72,7 @@ def test_the_climb_in_two_processes_with_adapters(settings, write, tmp_path):
         assert steps == list(range(1, len(steps) + 1)), "one process writes the log"
     alone = tmp_path / "alone"
     settings["launch"]["processes"] = 1
-    done = run_cli("run", write(settings), "--registry", alone, "--no-prefect", "--until", "warmup")
+    done = run_cli("run", write(settings), "--registry", alone, "--no-prefect", "--only", "warmup")
     assert done.returncode == 0, done.stderr
     one = next(artifact for artifact in Registry(alone).artifacts() if artifact.stage == "warmup")
     assert one.key == artifacts["warmup"].key, "how many processes is no matter of identity"
@@ -91,6 +92,10 @@ def test_rollouts_do_not_depend_on_how_many_processes_sample(settings, write, tm
         registry = Registry(tmp_path / str(processes))
         done = run_cli("run", write(settings), "--registry", registry.store.root, "--no-prefect")
         assert done.returncode == 0, done.stderr
+        assert {(one.kind, one.provenance["processes"]) for one in registry.artifacts()} == {
+            ("evaluate", processes),
+            ("rejection", processes),
+        }
         made = next(artifact for artifact in registry.artifacts() if artifact.kind == "rejection")
         rollouts.append((registry.path(made) / "rollouts" / "rollouts.jsonl").read_text())
     assert rollouts[0] == rollouts[1] and len(rollouts[0].splitlines()) == 24 * 64
@@ -170,7 +175,7 @@ def endless_training(settings, write, tmp_path):
         [str(part) for part in command], cwd=ROOT, env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )  # fmt: skip
     try:
-        assert wait_for(lambda: is_training(tmp_path / "r" / "work", "sft"), 120)
+        assert wait_for(lambda: is_training(tmp_path / "r" / "work", "sft"), STARTED)
         yield launcher, mark
     finally:
         kill_marked(mark)
@@ -179,11 +184,16 @@ def endless_training(settings, write, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_no_process_of_a_stage_outlives_the_launcher(number, settings, write, tmp_path):
+def test_processes_that_meet_open_no_port_to_the_network_and_none_outlives_the_launcher(
+    number, settings, write, tmp_path
+):
+    """torch's own store listens on every interface."""
     with endless_training(settings, write, tmp_path) as (launcher, mark):
+        addresses = set().union(*map(listening, marked(mark)))
+        assert not [address for address in addresses if set(address) == {"0"}], "open to all"
         assert len(marked(mark)) >= 6, "launcher, server, job, torchrun and two ranks"
         os.kill(launcher.pid, number)
-        assert wait_for(lambda: not marked(mark), 5.0), f"still alive: {marked(mark)}"
+        assert wait_for(lambda: not marked(mark), SOON), f"still alive: {marked(mark)}"
 
 
 def test_a_stage_runs_under_somebody_elses_torchrun(settings, tmp_path):
@@ -202,22 +212,8 @@ def test_a_stage_runs_under_somebody_elses_torchrun(settings, tmp_path):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=STARTED,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "result.json").read_text())["seen"]["processes"] == 2
     assert (tmp_path / "out" / "model.safetensors").exists()
-
-
-def test_processes_that_meet_open_no_port_to_the_network(settings, write, tmp_path):
-    """torch's own store listens on every interface."""
-
-    def open_to_all():
-        lines = [
-            line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()[1:]
-        ]
-        return {line[1] for line in lines if line[3] == "0A" and set(line[1].partition(":")[0]) == {"0"}}
-
-    before = open_to_all()
-    with endless_training(settings, write, tmp_path):
-        assert open_to_all() <= before

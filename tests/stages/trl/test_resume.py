@@ -27,7 +27,7 @@ from stages.runtime.disk import digest_file
 from stages.trl.resume import random_state_kept
 from tests.conftest import LEARNED, ROOT, SWITCHBACK, environment, printed_json, run_cli, stage
 from tests.models import save
-from tests.pipeline.launch.test_processes import wait_for
+from tests.pipeline.launch.test_processes import STARTED, wait_for
 from tests.stage_crashes import digests
 from tests.stages.test_grpo import trained
 
@@ -81,11 +81,23 @@ def quick():
 
 
 @pytest.fixture(scope="module")
-def middles(jobs, quick):
+def killed(jobs, quick) -> dict[str, list[dict]]:
+    """Scenario -> what came of it each time that it was killed: every one in the middle, and what is small at every change to its files."""
+    scenarios = [{"name": name, **one} for name, one in SCENARIOS.items()]
+    scenarios += [
+        {"name": f"small-{kill}", "stage": "warmup", "config": SMALL, "kill": kill} for kill in ("every", "torn")
+    ]
+    scenarios.append({"name": "other", **SCENARIOS["sft"], "again": {"micro_batch": 16}})
+    found: dict[str, list[dict]] = {}
+    for one in crash(jobs, quick, *scenarios):
+        found.setdefault(one["scenario"], []).append(one)
+    return found
+
+
+@pytest.fixture(scope="module")
+def middles(killed):
     """Every scenario, killed in the middle."""
-    return {
-        one["scenario"]: one for one in crash(jobs, quick, *({"name": name, **one} for name, one in SCENARIOS.items()))
-    }
+    return {name: one for name in SCENARIOS for one in killed[name]}
 
 
 @pytest.mark.slow
@@ -110,11 +122,11 @@ def test_it_goes_on_from_its_newest_whole_checkpoint_and_names_the_torn_one(midd
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kill", "points"), [("every", 25), ("torn", 15)])
-def test_a_stage_may_be_killed_at_any_change_to_its_files(kill, points, jobs, quick):
+def test_a_stage_may_be_killed_at_any_change_to_its_files(kill, points, killed):
     """Everything that a training stage writes, renames and removes; `torn` leaves half a line in each file that was to be written."""
-    killed = crash(jobs, quick, {"name": f"small-{kill}", "stage": "warmup", "config": SMALL, "kill": kill})
-    assert all(one["killed"] for one in killed) and len(killed) >= points, [one["point"] for one in killed]
-    for one in killed:
+    found = killed[f"small-{kill}"]
+    assert all(one["killed"] for one in found) and len(found) >= points, [one["point"] for one in found]
+    for one in found:
         assert (one["differs"], one["log"], one["kept"]) == ([], True, True), one
         if one["whole"]:
             assert one["said"][-1] == f"resumed from {max(one['whole'])}", one
@@ -132,9 +144,8 @@ def test_every_stage_may_be_killed_at_any_change_to_its_files(name, kill, jobs, 
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_another_execution_is_set_aside_and_named(jobs, quick):
-    other = {"name": "other", **SCENARIOS["sft"], "kill": MIDDLE, "again": {"micro_batch": 16}}
-    (one,) = crash(jobs, quick, other)
+def test_a_checkpoint_of_another_execution_is_set_aside_and_named(killed):
+    (one,) = killed["other"]
     assert one["said"] == [
         "set aside checkpoint-6: it was not finished",
         "set aside checkpoint-4: it was made with micro-batch 8, not 16",
@@ -216,6 +227,8 @@ def test_evaluation_inside_training_does_not_change_the_training(tmp_path):
 # the command line
 
 
+GRACE = 120.0
+"""Seconds that a job has to save, where a test shows that nobody waits for their end."""
 LONG = {"steps": 60, "prompts_per_step": 4, "group_size": 4, "temperature": 1.0}
 
 
@@ -256,7 +269,7 @@ class Running:
 
     def after(self, steps: int) -> Running:
         """Wait until rl1 has done so many steps."""
-        assert wait_for(lambda: self.steps() >= steps, 90), self.process.communicate()
+        assert wait_for(lambda: self.steps() >= steps, STARTED), self.process.communicate()
         return self
 
     def steps(self) -> int:
@@ -270,7 +283,7 @@ class Running:
         return int((log.parent.parent / "lock").read_text())
 
     def end(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=60)
+        out, err = self.process.communicate(timeout=STARTED)
         return self.process.returncode, out, err
 
 
@@ -315,16 +328,24 @@ def stopped(running: Running, number: int, code: int) -> Path:
 
 @pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once_what_does_not_stop(long_recipe, registry):
-    running = Running(long_recipe, registry).after(3)
-    os.kill(running.job, signal.SIGSTOP)
+    running = Running(long_recipe, registry, "--set", f"launch.grace={GRACE}").after(3)
+    job = running.job
+    os.kill(job, signal.SIGSTOP)
     os.kill(running.process.pid, signal.SIGINT)
+    assert wait_for(lambda: is_asked_to_stop(job), STARTED)
     time.sleep(1.0)
     assert running.process.poll() is None, "it waits for the job to save"
     os.kill(running.process.pid, signal.SIGINT)
     asked = time.monotonic()
     ended, _, err = running.end()
-    assert ended == 130 and len(err.splitlines()) == 1 and time.monotonic() - asked < 3.0, err
+    assert ended == 130 and len(err.splitlines()) == 1 and time.monotonic() - asked < GRACE / 2, err
     assert not list(registry.glob("work/*/checkpoint-*"))
+
+
+def is_asked_to_stop(pid: int) -> bool:
+    """Whether SIGTERM waits for a process that stands still."""
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("ShdPnd:")]
+    return bool(int(line.split()[1], 16) & 1 << (signal.SIGTERM - 1))
 
 
 @pytest.mark.slow
