@@ -1,11 +1,12 @@
-"""What the orchestration costs: the demo through switchback against the same work as one plain TRL script, CPU time, in one run.
+"""What the orchestration costs: the demo through switchback against the same work as one plain TRL script, CPU time,
+in one run.
 
     python benchmarks/demo_vs_scripts.py
 
-The rival (`plain`) is what one would write by hand: one process that imports TRL once, trains and samples stage after stage, evaluates after each,
-and imports of switchback only the problem. Both print five held-out scores. Prefect's own seconds are measured beside, on one cheap stage.
-Exits 1 when switchback takes more than 1.15 times the rival's CPU time.
-"""
+The rival (`plain`) is what one would write by hand: one process that imports TRL once, trains and samples stage after
+stage, evaluates after each, and imports of switchback only the problem. Both print five held-out scores. Prefect's own
+seconds are measured beside, on one cheap stage. Exits 1 when switchback takes more than 1.15 times the rival's CPU
+time."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ def main() -> int:
         with_it = timed("harvest alone, with Prefect", [*harvest, "stages.harvest.replicate=2"])
     ratio = ours[0] / theirs[0]
     print(
-        f"Prefect's own: {with_it[0] - without[0]:.1f} s CPU, {with_it[1] - without[1]:.1f} s wall, server start included"
+        f"Prefect's own: {with_it[0] - without[0]:.1f} s CPU, {with_it[1] - without[1]:.1f} s wall, server start "
+        f"included"
     )
     print(f"switchback / plain: {ratio:.3f} CPU, {ours[1] / theirs[1]:.3f} wall (at most {BOUND} CPU wanted)")
     return int(ratio > BOUND)

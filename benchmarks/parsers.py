@@ -2,9 +2,9 @@
 
     python benchmarks/parsers.py
 
-Each family is a way to make a backtracking or recursive reader suffer, at any length. The table has the milliseconds of the longest text, and the greatest factor by
-which doubling the text raised the time, the least of several measurements each. Exits 1 when a doubling more than triples it.
-"""
+Each family is a way to make a backtracking or recursive reader suffer, at any length. The table has the milliseconds
+of the longest text, and the greatest factor by which doubling the text raised the time, the least of several
+measurements each. Exits 1 when a doubling more than triples it."""
 
 from __future__ import annotations
 

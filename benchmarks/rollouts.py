@@ -1,20 +1,21 @@
-"""What the sampler gives: tokens per second of each backend against plain `model.generate` and against TRL's generation, in one run.
+"""What the sampler gives: tokens per second of each backend against plain `model.generate` and against TRL's
+generation, in one run.
 
     python benchmarks/rollouts.py
 
-The mix: 24 prompts of 16 to 256 tokens (log-uniform, in no order) x 8 samples at temperature 1. Lengths of completions have a long tail, as those of models
-that reason: each token is the last with a chance of 1/128 (the random model's logit for "end" is raised until it is), so half of the completions
-have less than 90 tokens, and 2 in 100 are cut at 512. All contestants sample from this same model; lengths are what they turn out to be, and are printed.
+The mix: 24 prompts of 16 to 256 tokens (log-uniform, in no order) x 8 samples at temperature 1. Lengths of completions
+have a long tail, as those of models that reason: each token is the last with a chance of 1/128 (the random model's
+logit for "end" is raised until it is), so half of the completions have less than 90 tokens, and 2 in 100 are cut at
+512. All contestants sample from this same model; lengths are what they turn out to be, and are printed.
 
-Contestants:
-- `generate`: what a script does first. The prompts in the order of the data set, padded into one big batch, `num_return_sequences=8`.
-- `trl`: `GRPOTrainer._generate_single_turn`, which generates in training: the same prompts, each 8 times, in one batch.
-- `transformers`, `continuous`: the backends, at their default settings. `vllm` is not measured: it has not been run.
+Contestants: - `generate`: what a script does first. The prompts in the order of the data set, padded into one big
+batch, `num_return_sequences=8`. - `trl`: `GRPOTrainer._generate_single_turn`, which generates in training: the same
+prompts, each 8 times, in one batch. - `transformers`, `continuous`: the backends, at their default settings. `vllm` is
+not measured: it has not been run.
 
-Tokens are those up to and including the end; padding after it counts for nobody. Rounds alternate, each with a seed of its own, and each gives a ratio to
-`generate`; the table has median and range. CPU time of the process, with one thread, on a CPU; wall time on a GPU. Exits 1 when the median ratio of
-`transformers` is below its bound.
-"""
+Tokens are those up to and including the end; padding after it counts for nobody. Rounds alternate, each with a seed of
+its own, and each gives a ratio to `generate`; the table has median and range. CPU time of the process, with one
+thread, on a CPU; wall time on a GPU. Exits 1 when the median ratio of `transformers` is below its bound."""
 
 from __future__ import annotations
 
@@ -180,7 +181,10 @@ def print_setting(prompts: Sequence[Sequence[int]], rounds: list[dict[str, tuple
 
 def spread(lengths: list[int]) -> str:
     """Where lengths lie."""
-    return f"mean {sum(lengths) / len(lengths):.0f}, quartiles {' '.join(f'{n:.0f}' for n in quantiles(lengths))}, most {max(lengths)}"
+    return (
+        f"mean {sum(lengths) / len(lengths):.0f}, quartiles {' '.join(f'{n:.0f}' for n in quantiles(lengths))}, "
+        f"most {max(lengths)}"
+    )
 
 
 def print_table(rounds: list[dict[str, tuple[float, list[int]]]]) -> float:

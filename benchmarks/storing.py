@@ -1,4 +1,5 @@
-"""One contestant of benchmarks/registry.py, in a process of its own: put a directory into a store, and say what it cost.
+"""One contestant of benchmarks/registry.py, in a process of its own: put a directory into a store, and say what it
+cost.
 
     python benchmarks/storing.py NAME SOURCE STORE    ->    {"seconds", "written"}
 
@@ -68,7 +69,8 @@ def switchback(source: Path, store: Path) -> Contestant:
 
 
 def wandb(source: Path, store: Path, policy: str = "mutable") -> Contestant:
-    """`add_dir` copies into the staging directory unless the policy says that files stay as they are; `log_artifact` records it in the run's file."""
+    """`add_dir` copies into the staging directory unless the policy says that files stay as they are; `log_artifact`
+    records it in the run's file."""
     os.environ.update(
         WANDB_MODE="offline",
         WANDB_SILENT="true",

@@ -2,15 +2,15 @@
 
     python benchmarks/weighted_loss.py
 
-Contestants: WeightedSFTTrainer (a prompt token weighs 0.1), and TRL's SFTTrainer with full-sequence and with completion-only loss. All train the same
-random Qwen2 model, with Qwen's vocabulary, on the same rows, half of each row prompt. The model is small on a CPU and of 0.5B shape on a GPU. A step is
-what Trainer does between two updates: count the tokens, compute the loss, go backward. There is no optimiser.
+Contestants: WeightedSFTTrainer (a prompt token weighs 0.1), and TRL's SFTTrainer with full-sequence and with
+completion-only loss. All train the same random Qwen2 model, with Qwen's vocabulary, on the same rows, half of each row
+prompt. The model is small on a CPU and of 0.5B shape on a GPU. A step is what Trainer does between two updates: count
+the tokens, compute the loss, go backward. There is no optimiser.
 
-Time: all three in one process, in turns; each round gives one ratio to full-sequence. The table has the median and a 95 % bootstrap interval.
-On a CPU it is CPU time of the process, on a GPU wall time with a synchronise.
-Memory: each in a process of its own, what a step adds at its peak, after one to warm up. On a CPU it is resident memory, on a GPU what PyTorch
-allocates. Exits 1 when the time, its median, or the memory is above its bound.
-"""
+Time: all three in one process, in turns; each round gives one ratio to full-sequence. The table has the median and a
+95 % bootstrap interval. On a CPU it is CPU time of the process, on a GPU wall time with a synchronise. Memory: each in
+a process of its own, what a step adds at its peak, after one to warm up. On a CPU it is resident memory, on a GPU what
+PyTorch allocates. Exits 1 when the time, its median, or the memory is above its bound."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ WEIGHTS = {"system": 0.1, "user": 0.1, "template": 0.1, "prefix": 1.0, "completi
 TIME_BOUND, MEMORY_BOUND = 1.05, 1.02
 TIMES = "times"
 KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-"""For glibc. Else half of the CPU time is page faults of large tensors, and that half depends on what else the machine does."""
+"""For glibc. Else half of the CPU time is page faults of large tensors, and that half depends on what else the machine
+does."""
 RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 """For glibc. Else it keeps some freed tensors, not the same ones in every run, and peaks differ by 7 %."""
 GPU = torch.cuda.is_available()
@@ -77,7 +78,8 @@ def parsed() -> argparse.Namespace:
 
 
 def in_a_process(what: str, environment: dict[str, str]) -> Any:
-    """What `measured` found in a new process. A peak is of a process's whole life, so no two contestants can share one."""
+    """What `measured` found in a new process. A peak is of a process's whole life, so no two contestants can share
+    one."""
     command = [sys.executable, __file__, *sys.argv[1:], "--measure", what]
     done = subprocess.run(command, env={**os.environ, **environment}, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -218,7 +220,10 @@ def interval(values: list[float]) -> tuple[float, float]:
 def setting(options: argparse.Namespace) -> str:
     """What was measured, and on what."""
     where = torch.cuda.get_device_name() if GPU else f"CPU, {options.threads} thread(s)"
-    return f"{options.rows} rows x {options.length} tokens, vocabulary {options.vocabulary}, {options.rounds} rounds; {where}"
+    return (
+        f"{options.rows} rows x {options.length} tokens, vocabulary {options.vocabulary}, {options.rounds} "
+        f"rounds; {where}"
+    )
 
 
 def print_table(results: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:

@@ -1,1 +1,2 @@
-"""Pipeline: decides, remembers, reports. It never touches a tensor, a tokenizer or user code, and imports of `stages` only what is cheap."""
+"""Pipeline: decides, remembers, reports. It never touches a tensor, a tokenizer or user code, and imports of `stages`
+only what is cheap."""

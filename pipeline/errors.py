@@ -2,8 +2,8 @@
 
     BadInput 2    Failed 1    Refused 3    RunInterrupted 130    Terminated 143    any other exception 1
 
-The message is one line, `where: problem (found X, expected Y). Fix: ...`, and all that a user sees: `pipeline.cli` prints no traceback.
-"""
+The message is one line, `where: problem (found X, expected Y). Fix: ...`, and all that a user sees: `pipeline.cli`
+prints no traceback."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class PushFailed(Failed):
 
 
 class Refused(RuntimeError):
-    """A measurement speaks against going on: an alias does not move, or a run does not train. The line holds the numbers."""
+    """A measurement speaks against going on: an alias does not move, or a run does not train. The line holds the
+    numbers."""
 
 
 class RunInterrupted(Exception):

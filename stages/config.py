@@ -1,9 +1,9 @@
 """What a user may set, and which part of it decides the result.
 
-Every field of every Config is marked. *Identity* fields say what is computed and are hashed into the step's key; *execution* fields say how
-(names, places, processes) and are not: changing one re-runs nothing. `resolved` fields are identity too, but are hashed as what they stand for,
-which the plan works out: an input's key, a range of rows, a Format.
-"""
+Every field of every Config is marked. *Identity* fields say what is computed and are hashed into the step's key;
+*execution* fields say how (names, places, processes) and are not: changing one re-runs nothing. `resolved` fields are
+identity too, but are hashed as what they stand for, which the plan works out: an input's key, a range of rows, a
+Format."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 FromList = Strict(False)
 """Lets a tuple be written as the list it is in YAML and JSON."""
 WORD, LIST, MAPPING = Tag("[word]"), Tag("[list]"), Tag("[mapping]")
-"""Marks of what a setting may be, where that is one of two: it is judged as what was given, so that one thing is said about it and not one for each.
-The brackets keep a mark out of the field's path in errors."""
+"""Marks of what a setting may be, where that is one of two: it is judged as what was given, so that one thing is said
+about it and not one for each. The brackets keep a mark out of the field's path in errors."""
 
 
 def _shape(value: Any) -> str:
@@ -39,7 +39,8 @@ class Frozen(BaseModel):
 
 
 class Config(Frozen):
-    """A group of settings, every one of them marked identity, resolved or execution. Strict about types: "3" is no number, and true is not 1."""
+    """A group of settings, every one of them marked identity, resolved or execution. Strict about types: "3" is no
+    number, and true is not 1."""
 
     model_config = ConfigDict(strict=True)
 
@@ -125,16 +126,20 @@ Seconds = Annotated[float, BeforeValidator(_duration)]
 
 
 class FormatSettings(Config):
-    """How text is dressed, declared once for SFT, RL, sampling, evaluation and serving. A stage inherits what it does not set from its policy."""
+    """How text is dressed, declared once for SFT, RL, sampling, evaluation and serving. A stage inherits what it does
+    not set from its policy."""
 
     prompt: str | None = resolved(None)
-    """Name of a file in prompts/, or the path of an .md file; identified by its content. Off: inherited; `plain` where there is nothing to inherit."""
+    """Name of a file in prompts/, or the path of an .md file; identified by its content. Off: inherited; `plain` where
+    there is nothing to inherit."""
     response_prefix: str | None = resolved(None)
-    """What every completion starts with. "" is a prefix too: none. Off: inherited; "" where there is nothing to inherit."""
+    """What every completion starts with. "" is a prefix too: none. Off: inherited; "" where there is nothing to
+    inherit."""
     per_row: str | None = resolved(None)
     """Column that gives each row a prefix of its own, in place of response_prefix. Off: one prefix for all."""
     chat_template: str | None = resolved(None)
-    """A jinja file to render with, in place of the policy's own chat template; identified by its content. Off: the policy's."""
+    """A jinja file to render with, in place of the policy's own chat template; identified by its content. Off: the
+    policy's."""
 
     @model_validator(mode="after")
     def _one_kind_of_prefix(self) -> FormatSettings:

@@ -1,14 +1,15 @@
 """Every exception that a stage, or what a stage is made of, may raise. Standard library only.
 
-A line of text goes in, and `error.json` and an exit code come out (`stages.runtime.worker`): 2 for BadInput, 143 for StageStopped, 1 for
-anything else. The message of BadInput and TooManyFailures is all that a user needs: `where: problem (found X, expected Y). Fix: ...`.
-"""
+A line of text goes in, and `error.json` and an exit code come out (`stages.runtime.worker`): 2 for BadInput, 143 for
+StageStopped, 1 for anything else. The message of BadInput and TooManyFailures is all that a user needs: `where:
+problem (found X, expected Y). Fix: ...`."""
 
 from __future__ import annotations
 
 
 class BadInput(ValueError):
-    """The user gave something that cannot be used. One line: where, what was found, what was expected and how to fix it."""
+    """The user gave something that cannot be used. One line: where, what was found, what was expected and how to fix
+    it."""
 
 
 class TooFew(BadInput):
@@ -24,11 +25,13 @@ class StageStopped(Exception):
 
 
 class CodeRefused(Exception):
-    """User code was imported and cannot be used: a function is missing, or has other parameters. Raised in the user's process only."""
+    """User code was imported and cannot be used: a function is missing, or has other parameters. Raised in the user's
+    process only."""
 
 
 class CallFailed(Exception):
-    """A call of user code returned something that is not an answer. Raised in the user's process only; `kind` is the failure it is counted as."""
+    """A call of user code returned something that is not an answer. Raised in the user's process only; `kind` is the
+    failure it is counted as."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)

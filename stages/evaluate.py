@@ -1,8 +1,8 @@
 """How good a policy is: greedy and sampled scores on validation and held-out rows, with an interval.
 
-policy -> one Evaluation a split. Validation decides between settings; held-out only reports. Both splits are the same rows, sampled with the
-same seed, for every policy, so two policies can be compared row by row. Cheap to import: torch comes with `run`.
-"""
+policy -> one Evaluation a split. Validation decides between settings; held-out only reports. Both splits are the same
+rows, sampled with the same seed, for every policy, so two policies can be compared row by row. Cheap to import: torch
+comes with `run`."""
 
 from __future__ import annotations
 

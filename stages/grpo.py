@@ -1,9 +1,10 @@
 """Group-relative policy optimisation (DeepSeekMath, arXiv 2402.03300) with a response prefix, on TRL's GRPOTrainer.
 
-policy + rows of a problem -> policy. Each step samples `group_size` completions for each of `prompts_per_step` rows; their rewards, centred and
-scaled within the group, are the advantages. Loss: token-level (`dapo`, arXiv 2503.14476 section 3.3; TRL's default). The KL reference is the
-policy the stage starts from (with adapters: the same weights, adapter off). General rows may go beside the rollouts (`mix`, docs/mix.md). Cheap to import: torch and trl come with `run`.
-"""
+policy + rows of a problem -> policy. Each step samples `group_size` completions for each of `prompts_per_step` rows;
+their rewards, centred and scaled within the group, are the advantages. Loss: token-level (`dapo`, arXiv 2503.14476
+section 3.3; TRL's default). The KL reference is the policy the stage starts from (with adapters: the same weights,
+adapter off). General rows may go beside the rollouts (`mix`, docs/mix.md). Cheap to import: torch and trl come with
+`run`."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ class Kl(Config):
     """How tightly the policy is held to its reference."""
 
     beta: float = identity(0.001, ge=0)
-    """Coefficient of the KL term. 0 = off: no reference is loaded and no KL is logged. 0.001 is often enough; raise it when KL explodes."""
+    """Coefficient of the KL term. 0 = off: no reference is loaded and no KL is logged. 0.001 is often enough; raise it
+    when KL explodes."""
     reference: Literal["policy"] = identity("policy")
     """What to stay close to: `policy`, the policy this stage starts from."""
 
@@ -107,14 +109,17 @@ class GrpoConfig(TrainingConfig):
     rewards: Rewards = identity(Rewards())
     """What is made of the problem's reward components."""
     epsilon: float = identity(0.2, gt=0)
-    """The probability ratio is clipped below 1 - epsilon. PPO's and TRL's default; idle where every step samples anew."""
+    """The probability ratio is clipped below 1 - epsilon. PPO's and TRL's default; idle where every step samples
+    anew."""
     epsilon_high: float = identity(0.28, gt=0)
     """The ratio is clipped above 1 + epsilon_high (clip-higher, arXiv 2503.14476 section 3.1)."""
     mix: GrpoMix | None = identity(None)
-    """General conversations that are trained on by likelihood at every step; `share` is of the step's rows, rounded up. Off: none."""
+    """General conversations that are trained on by likelihood at every step; `share` is of the step's rows, rounded
+    up. Off: none."""
     audit: bool = execution(True)
-    """Before it runs, look at what the rewards pay for (`stages.rewards.audit.audit`), and train nothing where the best answers earn less than worse ones. Off: not looked
-    at, for rewards that are dear to ask or that are meant so; `switchback audit` still shows it."""
+    """Before it runs, look at what the rewards pay for (`stages.rewards.audit.audit`), and train nothing where the
+    best answers earn less than worse ones. Off: not looked at, for rewards that are dear to ask or that are meant so;
+    `switchback audit` still shows it."""
 
     @property
     def general_rows(self) -> int:
@@ -139,13 +144,15 @@ def check(config: GrpoConfig, earlier: Earlier, seed: int) -> None:
     count = rows.stop - rows.start
     if count < config.prompts_per_step:
         raise BadInput(
-            f"stages.{config.name}.rows: {rows} has {count} rows, fewer than one generation batch of prompts_per_step={config.prompts_per_step};"
+            f"stages.{config.name}.rows: {rows} has {count} rows, fewer than one generation batch of "
+            f"prompts_per_step={config.prompts_per_step};"
             " TRL would train 0 steps. Give it more rows, or lower prompts_per_step"
         )
 
 
 def run(job: Job) -> Result:
-    """Train on the problem's rewards and write the policy to `job.out`. Raises RuntimeError when TRL ran another number of steps."""
+    """Train on the problem's rewards and write the policy to `job.out`. Raises RuntimeError when TRL ran another
+    number of steps."""
     from transformers import set_seed
 
     from stages.data import rollouts

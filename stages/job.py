@@ -1,8 +1,7 @@
 """The types that cross the boundary between `pipeline` and `stages`: frozen, typed, JSON.
 
-Job goes in, Result comes out; Format and Evaluation travel inside. Nothing else crosses: no globals, no live models, no environment look-ups.
-Cheap to import: no torch, no trl.
-"""
+Job goes in, Result comes out; Format and Evaluation travel inside. Nothing else crosses: no globals, no live models,
+no environment look-ups. Cheap to import: no torch, no trl."""
 
 from __future__ import annotations
 
@@ -19,7 +18,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Sampler = Literal["transformers", "continuous", "vllm"]
 Split = Literal["train", "validation", "held_out"]
 MANIFEST = "artifact.json"
-"""A published artifact's own file, written last: its existence means the artifact is whole. A copy of a policy keeps it."""
+"""A published artifact's own file, written last: its existence means the artifact is whole. A copy of a policy keeps
+it."""
 HUB = "hf://"
 """How a job's input names a model on the hub: hf://org/name@revision."""
 SPLITS: tuple[Split, ...] = ("train", "validation", "held_out")
@@ -32,18 +32,22 @@ class Execution(Config):
     processes: int = execution(1, ge=1)
     """Processes of one stage (data parallel)."""
     threads: int | None = execution(None, ge=1)
-    """CPU threads of each process. Off: torch's default, or 1 where there are several processes. Tiny models are fastest with 1."""
+    """CPU threads of each process. Off: torch's default, or 1 where there are several processes. Tiny models are
+    fastest with 1."""
     device: Literal["auto", "cpu", "cuda"] = execution("auto")
     """`auto` takes the GPU where there is one."""
     accelerate: str | None = execution(None)
-    """An accelerate config file (FSDP, DeepSpeed) that starts the processes, as `accelerate launch` takes it. Off: torchrun starts them."""
+    """An accelerate config file (FSDP, DeepSpeed) that starts the processes, as `accelerate launch` takes it. Off:
+    torchrun starts them."""
     grace: Seconds = execution(20.0, ge=0)
-    """Seconds (or "1m") that a stage has, after Ctrl-C or SIGTERM, to save at its next optimiser step. 0 = it is killed at once."""
+    """Seconds (or "1m") that a stage has, after Ctrl-C or SIGTERM, to save at its next optimiser step. 0 = it is
+    killed at once."""
     sampler_tokens: int = execution(2**17, ge=1)
-    """Tokens (prompt and longest completion) of the sequences that a process samples side by side: what keys and values in memory are for. With a 7B
-    model, 131072 are about 7.5 GB in bfloat16. Never less than one sequence."""
+    """Tokens (prompt and longest completion) of the sequences that a process samples side by side: what keys and
+    values in memory are for. With a 7B model, 131072 are about 7.5 GB in bfloat16. Never less than one sequence."""
     micro_batch: int | None = execution(None, ge=1)
-    """Rows (sft) or completions (grpo) of one forward pass in one process; the rest of the step's batch is accumulated. Off: the whole batch at once."""
+    """Rows (sft) or completions (grpo) of one forward pass in one process; the rest of the step's batch is
+    accumulated. Off: the whole batch at once."""
 
 
 class Lora(Config):
@@ -60,8 +64,8 @@ class Lora(Config):
     ] = identity("all-linear")
     """Modules that get an adapter: `all-linear` (all but the LM head), or names such as [q_proj, v_proj]."""
     quantize: Literal["nf4"] | None = identity(None)
-    """Hold the frozen weights in 4 bits while training (QLoRA, arXiv 2305.14314); needs a GPU and bitsandbytes. What is published is the full-precision
-    policy with the adapter merged into it. Off: none."""
+    """Hold the frozen weights in 4 bits while training (QLoRA, arXiv 2305.14314); needs a GPU and bitsandbytes. What
+    is published is the full-precision policy with the adapter merged into it. Off: none."""
 
 
 class Format(Frozen):
@@ -77,15 +81,19 @@ class Format(Frozen):
     response_prefix: str
     """What every completion starts with: trained in SFT, given in RL, evaluation and serving. "" is a prefix too."""
     per_row: str | None = None
-    """Column that gives each row a prefix of its own; `response_prefix` is then "", and the serving template adds none. None: one prefix for all."""
+    """Column that gives each row a prefix of its own; `response_prefix` is then "", and the serving template adds
+    none. None: one prefix for all."""
     chat_template: str | None = None
-    """A training template to use in place of the one the policy carries, which later policies then carry. None: the policy's own."""
+    """A training template to use in place of the one the policy carries, which later policies then carry. None: the
+    policy's own."""
     training_template: str | None = None
-    """SHA-256 of the chat template everything is rendered with. The worker finds it, so it is None before a job has run."""
+    """SHA-256 of the chat template everything is rendered with. The worker finds it, so it is None before a job has
+    run."""
 
 
 COMPARED = ("system_prompt", "user_template", "response_prefix", "per_row", "chat_template")
-"""What of a Format can be compared without a tokenizer; the digest of the template that is really used is only known to a worker."""
+"""What of a Format can be compared without a tokenizer; the digest of the template that is really used is only known
+to a worker."""
 
 
 def different(a: Format, b: Format) -> list[str]:
@@ -121,7 +129,8 @@ def train_rows(stage: str, text: str, seed: int) -> RowRange:
         raise BadInput(f"stages.{stage}.{error}") from None
     if rows.split != "train":
         raise BadInput(
-            f"stages.{stage}.rows: found {rows}, but stages work on train rows; {rows.split} rows are for evaluation only"
+            f"stages.{stage}.rows: found {rows}, but stages work on train rows; {rows.split} rows are for evaluation "
+            f"only"
         )
     return rows
 

@@ -1,9 +1,9 @@
 """Rejection sampling: many rollouts a row, of which the best are kept as SFT data.
 
-policy + rows of a problem -> rows of token ids, as they were sampled, with where each comes from (`data`); all rollouts, to read (`rollouts`); and as
-many of the same rows drawn at random, to see what the choice is worth (`control`). Which are kept is `stages.data.selection`'s. Rollouts are sampled
-afresh, or are those that the policy's grpo stage was trained on, which it logged. Cheap to import: torch comes with `run`.
-"""
+policy + rows of a problem -> rows of token ids, as they were sampled, with where each comes from (`data`); all
+rollouts, to read (`rollouts`); and as many of the same rows drawn at random, to see what the choice is worth
+(`control`). Which are kept is `stages.data.selection`'s. Rollouts are sampled afresh, or are those that the policy's
+grpo stage was trained on, which it logged. Cheap to import: torch comes with `run`."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ class RejectionConfig(StageConfig):
     rows: str | None = resolved(None)
     """The rows to sample, such as train[0:1000]. Off: the rows its policy was trained on."""
     source: Literal["fresh", "training", "both"] = identity("fresh")
-    """Where rollouts come from: `fresh`, sampled from the policy; `training`, those that its grpo stage logged while it was trained, which cost nothing and
-    come from its policies on the way; `both`, pooled."""
+    """Where rollouts come from: `fresh`, sampled from the policy; `training`, those that its grpo stage logged while
+    it was trained, which cost nothing and come from its policies on the way; `both`, pooled."""
     training_steps: Annotated[tuple[int, int], FromList] | None = identity(None)
-    """Of the logged ones, only those of these optimiser steps, both included, from 1; later policies are better. Off: all."""
+    """Of the logged ones, only those of these optimiser steps, both included, from 1; later policies are better. Off:
+    all."""
     samples: int = identity(8, ge=1)
     """Fresh rollouts per row."""
     temperature: float = identity(1.0, gt=0)
@@ -50,7 +51,8 @@ class RejectionConfig(StageConfig):
     keep: Keep = identity(Keep())
     """Which of them become data."""
     control: Literal["random"] | None = identity(None)
-    """`random`: beside what is kept, as many rollouts of the same rows drawn at random; an sft stage reads them as `data: <name>:control`. Off: none."""
+    """`random`: beside what is kept, as many rollouts of the same rows drawn at random; an sft stage reads them as
+    `data: <name>:control`. Off: none."""
 
     @model_validator(mode="after")
     def _steps_of_a_log(self) -> RejectionConfig:
@@ -83,12 +85,14 @@ def rows(config: RejectionConfig, earlier: Earlier) -> str:
     if isinstance(policy, GrpoConfig):
         return policy.rows
     raise BadInput(
-        f"stages.{config.name}.rows is missing, and its policy {config.policy} is no grpo stage to take them from; say which rows to sample"
+        f"stages.{config.name}.rows is missing, and its policy {config.policy} is no grpo stage to take them from; "
+        f"say which rows to sample"
     )
 
 
 def check(config: RejectionConfig, earlier: Earlier, seed: int) -> None:
-    """Raise BadInput for a log that its policy does not have, and for rows that are no range of train rows or not in the log."""
+    """Raise BadInput for a log that its policy does not have, and for rows that are no range of train rows or not in
+    the log."""
     policy = earlier.get(config.policy)
     if config.source != "fresh":
         _has_a_log(config, policy)
@@ -100,7 +104,8 @@ def check(config: RejectionConfig, earlier: Earlier, seed: int) -> None:
         theirs = parse_rows(policy.rows, seed)
         if not theirs.start <= own.start < own.stop <= theirs.stop:
             raise BadInput(
-                f"stages.{config.name}.rows: found {own}, but {config.policy} is trained on {theirs}, and source: training has no others;"
+                f"stages.{config.name}.rows: found {own}, but {config.policy} is trained on {theirs}, and source: "
+                f"training has no others;"
                 " ask for some of these, or set source: both"
             )
 
@@ -109,21 +114,25 @@ def _has_a_log(config: RejectionConfig, policy: StageConfig | None) -> None:
     """Raise BadInput unless a grpo stage logged what it sampled, at those steps and in its own Format."""
     if not isinstance(policy, GrpoConfig):
         raise BadInput(
-            f"stages.{config.name}.source: found {config.source!r}, but its policy {config.policy} is no grpo stage, which would have logged what it sampled; set source: fresh"
+            f"stages.{config.name}.source: found {config.source!r}, but its policy {config.policy} is no grpo stage, "
+            f"which would have logged what it sampled; set source: fresh"
         )
     if config.training_steps and config.training_steps[1] > policy.steps:
         raise BadInput(
-            f"stages.{config.name}.training_steps: found {list(config.training_steps)}, but {config.policy} has {policy.steps} steps;"
+            f"stages.{config.name}.training_steps: found {list(config.training_steps)}, but {config.policy} has "
+            f"{policy.steps} steps;"
             f" expected two of 1 to {policy.steps}"
         )
     if config.format is not None:
         raise BadInput(
-            f"stages.{config.name}.format: the rollouts of {config.policy}'s training are dressed in its own Format; remove format, or set source: fresh"
+            f"stages.{config.name}.format: the rollouts of {config.policy}'s training are dressed in its own Format; "
+            f"remove format, or set source: fresh"
         )
 
 
 def run(job: Job) -> Result:
-    """Write data/, rollouts/ and, where it is asked for, control/. Raises BadInput for a log that another tokenizer or Format made, or that has none of the rows."""
+    """Write data/, rollouts/ and, where it is asked for, control/. Raises BadInput for a log that another tokenizer or
+    Format made, or that has none of the rows."""
     from stages.data import harvest, rollouts
     from stages.guard import failures
     from stages.policy import models
@@ -190,7 +199,8 @@ def _logged(
     theirs = rollouts.read_card(directory)
     if any(theirs[name] != card[name] for name in ("tokenizer", "format")):
         raise BadInput(
-            f"{job.name}: the rollouts of {job.sources['training']} were dressed in another Format than this stage's; remove the stage's format, or set source: fresh"
+            f"{job.name}: the rollouts of {job.sources['training']} were dressed in another Format than this "
+            f"stage's; remove the stage's format, or set source: fresh"
         )
     first, last = config.training_steps or (1, math.inf)
     found: dict[str, list[RolloutLine]] = {}
@@ -199,7 +209,8 @@ def _logged(
             found.setdefault(line["row"], []).append(line)
     if not any(row.id in found for row in rows):
         raise BadInput(
-            f"{job.name}: the log of {job.sources['training']} has no rollout of these rows and steps; look at rows and training_steps"
+            f"{job.name}: the log of {job.sources['training']} has no rollout of these rows and steps; look at rows "
+            f"and training_steps"
         )
     return found, {**theirs["sampling"], "policy": job.sources["training"]}
 
@@ -219,7 +230,8 @@ def _missing(
             severity="note",
             stage=job.name,
             evidence={"in_log": float(there), "rows": float(len(rows))},
-            advice=f"the log of {job.sources['training']} has rollouts of {there} of the {len(rows)} rows{steps}; of the others {others}",
+            advice=f"the log of {job.sources['training']} has rollouts of {there} of the {len(rows)} rows{steps}; of "
+            f"the others {others}",
         ),
     )
 

@@ -1,8 +1,8 @@
 """Supervised fine-tuning with a loss weight for every token, by its role.
 
-policy + token rows -> policy. The rows are a problem's demonstrations or a file of conversations, tokenised here, or what a rejection stage kept,
-trained as it was sampled (`stages.data.sources`); general conversations may go beside them (`mix`). Cheap to import: torch and trl come with `run`.
-"""
+policy + token rows -> policy. The rows are a problem's demonstrations or a file of conversations, tokenised here, or
+what a rejection stage kept, trained as it was sampled (`stages.data.sources`); general conversations may go beside
+them (`mix`). Cheap to import: torch and trl come with `run`."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Packing(Config):
     """Several rows in one sequence, as TRL packs them."""
 
     strategy: Literal["bfd", "bfd_split", "wrapped"] = identity("bfd")
-    """bfd: rows stay whole, best fit first. bfd_split: rows longer than a sequence are split. wrapped: rows one after another, cut where a sequence is
-    full, and each sees the one before it."""
+    """bfd: rows stay whole, best fit first. bfd_split: rows longer than a sequence are split. wrapped: rows one after
+    another, cut where a sequence is full, and each sees the one before it."""
     max_length: int = identity(2048, ge=2)
     """Tokens of a sequence."""
 
@@ -86,24 +86,27 @@ class SftConfig(TrainingConfig):
 
     kind: Literal["sft"] = resolved("sft")
     data: str = resolved(DEMONSTRATIONS)
-    """What to imitate: `demonstrations` of the problem, the name of an earlier rejection stage, or the path of a .jsonl file of conversations,
-    identified by its bytes (`stages.data.sources` says what a line may be)."""
+    """What to imitate: `demonstrations` of the problem, the name of an earlier rejection stage, or the path of a
+    .jsonl file of conversations, identified by its bytes (`stages.data.sources` says what a line may be)."""
     rows: str | None = resolved(None)
     """Which rows' demonstrations, such as train[0:1000] (the default). Only with data: demonstrations."""
     prompt_loss_weight: float = identity(0.0, ge=0)
-    """Loss weight of a prompt token: words of system and user, and what the template puts around them. 0 = completion-only, equal weights = full
-    sequence. It matters for completions that are short next to their prompt, and then little (arXiv 2401.13586 section 4, optimum about 0.24);
-    no gain is promised."""
+    """Loss weight of a prompt token: words of system and user, and what the template puts around them. 0 =
+    completion-only, equal weights = full sequence. It matters for completions that are short next to their prompt, and
+    then little (arXiv 2401.13586 section 4, optimum about 0.24); no gain is promised."""
     completion_loss_weight: float = identity(1.0, ge=0)
-    """Loss weight of a completion token: response prefix, answer and turn end; in a conversation, those of every assistant turn."""
+    """Loss weight of a completion token: response prefix, answer and turn end; in a conversation, those of every
+    assistant turn."""
     loss_weights: LossWeights = identity(LossWeights())
     """Weights of single roles, in place of the two above."""
     normaliser: Normaliser = identity("weight_sum")
-    """What the weighted sum is divided by (docs/loss.md): weight_sum, a weighted mean; nonzero_count (arXiv 2507.07817); completion_count."""
+    """What the weighted sum is divided by (docs/loss.md): weight_sum, a weighted mean; nonzero_count (arXiv
+    2507.07817); completion_count."""
     packing: Packing | None = identity(None)
     """Put several rows into one sequence; `rows_per_step` then counts sequences. Off: a row is a sequence."""
     padding_free: bool = execution(False)
-    """Lay the rows of a micro-batch end to end in place of padding them. The gradient is the same; on a GPU it needs FlashAttention."""
+    """Lay the rows of a micro-batch end to end in place of padding them. The gradient is the same; on a GPU it needs
+    FlashAttention."""
     mix: Mix | None = identity(None)
     """General conversations that are trained on beside the stage's own rows (docs/mix.md). Off: none."""
     epochs: float = identity(3.0, gt=0)
@@ -160,7 +163,8 @@ def rows(config: SftConfig, earlier: Earlier) -> str | None:
 
 
 def check(config: SftConfig, earlier: Earlier, seed: int) -> None:
-    """Raise BadInput for an output that its rejection stage does not make, and for rows that are no range of train rows."""
+    """Raise BadInput for an output that its rejection stage does not make, and for rows that are no range of train
+    rows."""
     name, colon, output = config.data.partition(":")
     maker = earlier.get(name)
     if colon and isinstance(maker, RejectionConfig):
@@ -235,8 +239,8 @@ def run(job: Job) -> Result:
 
 
 def told(rows: Rows, weights: dict[str, float]) -> dict[str, float]:
-    """How many rows there are, what they weigh (`ratio`), and, where there is a mix, how many are of it and the share of the total weight that they carry:
-    a few long answers can be most of the loss."""
+    """How many rows there are, what they weigh (`ratio`), and, where there is a mix, how many are of it and the share
+    of the total weight that they carry: a few long answers can be most of the loss."""
     found = {"rows": float(len(rows.all)), **ratio(rows.all, weights)}
     if not rows.general:
         return found
@@ -252,7 +256,8 @@ def sequences(config: SftConfig, rows: Sequence[TokenRow]) -> dict[str, Any]:
     longest = max(len(row.ids) for row in rows)
     if config.packing.strategy == "bfd" and longest > config.packing.max_length:
         raise BadInput(
-            f"stages.{config.name}.packing: a row has {longest} tokens, but packing.max_length is {config.packing.max_length} and bfd would cut it; raise max_length, or choose bfd_split"
+            f"stages.{config.name}.packing: a row has {longest} tokens, but packing.max_length is "
+            f"{config.packing.max_length} and bfd would cut it; raise max_length, or choose bfd_split"
         )
     packing = {"packing": True, "packing_strategy": config.packing.strategy, "max_length": config.packing.max_length}
     return {**packing, "padding_free": config.padding_free}
@@ -271,12 +276,14 @@ def ragged(job: Job, config: SftConfig, packed: int) -> Iterator[Finding]:
             severity="warn",
             stage=job.name,
             evidence={"sequences": packed, "rows_per_step": config.rows_per_step},
-            advice=f"packing makes {packed} sequences, which do not divide by rows_per_step={config.rows_per_step}; the last step of an epoch repeats some of them",
+            advice=f"packing makes {packed} sequences, which do not divide by rows_per_step={config.rows_per_step}; "
+            f"the last step of an epoch repeats some of them",
         )
 
 
 def ratio(rows: Sequence[TokenRow], weights: dict[str, float]) -> dict[str, float]:
-    """R_g, completion tokens / prompt tokens (arXiv 2401.13586 section 3), and the share of the total weight that prompt tokens carry."""
+    """R_g, completion tokens / prompt tokens (arXiv 2401.13586 section 3), and the share of the total weight that
+    prompt tokens carry."""
     prompt, answered = lengths(rows)
     return {
         "generation_ratio": answered / prompt if prompt else 0.0,
@@ -299,7 +306,8 @@ def preflight(job: Job, config: SftConfig, tokenizer: PreTrainedTokenizerBase, p
     sequences(config, loaded.all)
     if not any(weight for row in loaded.all for weight in row_weights(row, config.weights)):
         raise BadInput(
-            f"{job.name}: no token of its {len(loaded.all)} rows has a weight above 0, so nothing would be trained; look at loss_weights"
+            f"{job.name}: no token of its {len(loaded.all)} rows has a weight above 0, so nothing would be trained; "
+            f"look at loss_weights"
         )
     steps = None if config.packing else optimiser_steps(config, len(loaded.all))
     return Inspected(loaded.own, loaded.general, [*generation_ratio(job.name, config, loaded.all)], steps)
@@ -316,7 +324,8 @@ def generation_ratio(stage: str, config: SftConfig, rows: Sequence[TokenRow]) ->
             severity="warn",
             stage=stage,
             evidence=evidence,
-            advice=f"prompt tokens carry {evidence['prompt_weight_share']:.0%} of the loss, so the stage mostly learns prompts; lower the prompt's weight",
+            advice=f"prompt tokens carry {evidence['prompt_weight_share']:.0%} of the loss, so the stage mostly "
+            f"learns prompts; lower the prompt's weight",
             override=f"stages.{stage}.prompt_loss_weight={0.5 * config.prompt_loss_weight:g}" if by_number else None,
             source="arXiv 2401.13586",
         )
@@ -326,7 +335,8 @@ def generation_ratio(stage: str, config: SftConfig, rows: Sequence[TokenRow]) ->
             severity="warn",
             stage=stage,
             evidence=evidence,
-            advice=f"completions are {evidence['generation_ratio']:.1f} times as long as prompts, and a prompt weight was seen to matter for short completions only (R_g < 1);"
+            advice=f"completions are {evidence['generation_ratio']:.1f} times as long as prompts, and a prompt "
+            f"weight was seen to matter for short completions only (R_g < 1);"
             " expect little of it",
             source="arXiv 2401.13586 section 4",
         )

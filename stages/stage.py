@@ -1,8 +1,8 @@
 """A kind of stage: everything that planning, checking, preflight and the worker ask of it, in one value.
 
-One file per kind (`stages.sft`, `stages.grpo`, ...) ends in its `STAGE`, and `stages.kinds` lists them. A function of a Stage gets values: the
-kind's own Config, the Configs of earlier stages by name, the seed. It never sees a Recipe, a registry or a plan.
-"""
+One file per kind (`stages.sft`, `stages.grpo`, ...) ends in its `STAGE`, and `stages.kinds` lists them. A function of
+a Stage gets values: the kind's own Config, the Configs of earlier stages by name, the seed. It never sees a Recipe, a
+registry or a plan."""
 
 from __future__ import annotations
 
@@ -99,5 +99,5 @@ class Stage:
     ranges: Callable[[Any], Mapping[str, RowRange]] = lambda config: {}
     """Rows that it works on beside the job's: the recipe's field -> range."""
     preflight: Callable[[Job, Any, PreTrainedTokenizerBase, str], Inspected] | None = None
-    """Reads its rows with the tokenizer, before anything is trained: (job, config, tokenizer, path of the policy). Raises BadInput. None: only
-    the problem's rows are looked at."""
+    """Reads its rows with the tokenizer, before anything is trained: (job, config, tokenizer, path of the policy).
+    Raises BadInput. None: only the problem's rows are looked at."""

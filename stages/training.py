@@ -1,4 +1,5 @@
-"""What sft and grpo have in common: the settings of any training, and their translation to TRL's names, in one place."""
+"""What sft and grpo have in common: the settings of any training, and their translation to TRL's names, in one
+place."""
 
 from __future__ import annotations
 
@@ -62,7 +63,8 @@ class TrainingConfig(StageConfig):
     max_grad_norm: float = identity(1.0, ge=0)
     """Gradients are scaled down to this norm. 0 = off. TRL's default."""
     save_every: Annotated[int | str | None, AfterValidator(_steps_or_time)] = execution("10m")
-    """How often a resume checkpoint is written: optimiser steps (50), or a time ("10m"). Off: only when the stage is asked to stop."""
+    """How often a resume checkpoint is written: optimiser steps (50), or a time ("10m"). Off: only when the stage is
+    asked to stop."""
     keep_last: int = execution(2, ge=1)
     """How many resume checkpoints are kept until the stage is published."""
     trl: dict[str, Any] = identity({})
@@ -77,7 +79,8 @@ class TrainingConfig(StageConfig):
                 raise ValueError(f"trl.{name}: {refused[name]}")
             if not _is_json(value):
                 raise ValueError(
-                    f"trl.{name}: found {value!r}, expected a number, a string, true, false, null, or lists and mappings of them"
+                    f"trl.{name}: found {value!r}, expected a number, a string, true, false, null, or lists and "
+                    f"mappings of them"
                 )
         return self
 
@@ -91,7 +94,8 @@ def _is_json(value: Any) -> bool:
 
 
 def accumulation(batch: int, job: Job) -> tuple[int, int]:
-    """(micro-batch, accumulation steps) that make up a step's batch in this execution. Raises BadInput on a remainder."""
+    """(micro-batch, accumulation steps) that make up a step's batch in this execution. Raises BadInput on a
+    remainder."""
     processes = job.execution.processes
     micro = job.execution.micro_batch or batch // processes
     if not micro or batch % (micro * processes):
@@ -123,7 +127,8 @@ def only_warm_up(stage: str, config: TrainingConfig, steps: int) -> Iterator[Fin
             severity="warn",
             stage=stage,
             evidence={"steps": steps, "warmup_steps": warm_up},
-            advice=f"{steps} optimiser steps do not go beyond the {warm_up:g} of the warm-up, whose first has a learning rate of 0; run more steps, or set warmup_steps to 0",
+            advice=f"{steps} optimiser steps do not go beyond the {warm_up:g} of the warm-up, whose first has a "
+            f"learning rate of 0; run more steps, or set warmup_steps to 0",
             override=f"stages.{stage}.warmup_steps=0",
         )
 
@@ -165,11 +170,13 @@ def trl_arguments(job: Job, config: TrainingConfig, device: torch.device, config
 
 
 def same_world(trainer: Any, job: Job) -> None:
-    """Raise BadInput when the trainer runs in another world than the job is for: with another number of processes (`accelerate launch --cpu` runs one,
-    and says nothing), or in another way than the accelerate config says (on a CPU, FSDP becomes plain data parallelism)."""
+    """Raise BadInput when the trainer runs in another world than the job is for: with another number of processes
+    (`accelerate launch --cpu` runs one, and says nothing), or in another way than the accelerate config says (on a
+    CPU, FSDP becomes plain data parallelism)."""
     if (seen := trainer.args.world_size) != job.execution.processes:
         raise BadInput(
-            f"{job.name}: the job is for {job.execution.processes} processes, but the trainer sees {seen}; look at launch.accelerate"
+            f"{job.name}: the job is for {job.execution.processes} processes, but the trainer sees {seen}; look at "
+            f"launch.accelerate"
         )
     if job.execution.accelerate is None:
         return
@@ -182,6 +189,7 @@ def same_world(trainer: Any, job: Job) -> None:
 
 
 def all_steps_ran(trainer: Any, expected: int, job: Job) -> None:
-    """Raise RuntimeError when TRL ended after another number of optimiser steps; it does so without a word where data are short."""
+    """Raise RuntimeError when TRL ended after another number of optimiser steps; it does so without a word where data
+    are short."""
     if (steps := trainer.state.global_step) != expected:
         raise RuntimeError(f"{job.name}: {steps} optimiser steps were run, {expected} were expected")

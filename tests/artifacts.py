@@ -37,7 +37,8 @@ def of(artifact: Artifact) -> Source:
 
 
 def make(registry: Registry, out: Path, planned: Artifact, owner: str) -> Artifact:
-    """As a step does: what is there is held, what a killed maker left is recovered, else it is made in `out` and published."""
+    """As a step does: what is there is held, what a killed maker left is recovered, else it is made in `out` and
+    published."""
     found = registry.find(planned.key)
     if found and registry.hold(found, owner):
         return found
@@ -48,7 +49,8 @@ def make(registry: Registry, out: Path, planned: Artifact, owner: str) -> Artifa
 
 
 def wrong(registry: Registry) -> list[str]:
-    """What must never be: an alias whose artifact is gone or damaged, or was made from one that is; a log with a gap; half an artifact in the list."""
+    """What must never be: an alias whose artifact is gone or damaged, or was made from one that is; a log with a gap;
+    half an artifact in the list."""
     said = [line for alias in aliases(registry) if (line := wrong_alias(registry, alias))]
     said += [line for artifact in registry.artifacts() for line in verify(registry, artifact)]
     store = registry.store
@@ -58,8 +60,8 @@ def wrong(registry: Registry) -> list[str]:
 
 
 def wrong_alias(registry: Registry, alias: str, meanwhile: bool = False) -> str | None:
-    """Why an alias is broken; None when it is not, or has moved meanwhile. `meanwhile`: a clean-up is under way, which may doubt what an alias's artifact was
-    made from before it sees the alias."""
+    """Why an alias is broken; None when it is not, or has moved meanwhile. `meanwhile`: a clean-up is under way, which
+    may doubt what an alias's artifact was made from before it sees the alias."""
     move = aliases(registry).get(alias)
     if move is None or not move.artifact:
         return None

@@ -1,4 +1,5 @@
-"""What every test may use: a command line in a process of its own, a recipe small enough to run in seconds, an empty registry.
+"""What every test may use: a command line in a process of its own, a recipe small enough to run in seconds, an empty
+registry.
 
 Nothing is mocked: the model is the tiny base, registries are real directories, processes are real.
 """
@@ -59,7 +60,8 @@ LEARNED: Settings = {**TINY, "stages": [{**TINY["stages"][0], "epochs": 6.0}, *T
 
 
 LONG = ("test_ranks.py", "test_resume.py", "test_run.py", "test_processes.py", "test_crashes.py", "test_prefect.py", "test_custom.py", "test_check.py")  # fmt: skip
-"""Files that take minutes, the longest first: begun last, they would keep one of two processes busy while the other has nothing left."""
+"""Files that take minutes, the longest first: begun last, they would keep one of two processes busy while the other
+has nothing left."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

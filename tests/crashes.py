@@ -1,16 +1,17 @@
-"""Crashes at every step: a child does something, and is killed just before the n-th change it would make to the file system.
+"""Crashes at every step: a child does something, and is killed just before the n-th change it would make to the file
+system.
 
-Nothing in the product knows of it. The child is forked, installs an audit hook (`sys.addaudithook`), and counts what Python is about to do below the
-watched directories: open for writing, rename, link, remove, mkdir, rmdir, truncate, shutil's copies. What native code writes by itself (safetensors, torch.save,
-parquet) has no event of its own; the renames and records around it do.
+Nothing in the product knows of it. The child is forked, installs an audit hook (`sys.addaudithook`), and counts what
+Python is about to do below the watched directories: open for writing, rename, link, remove, mkdir, rmdir, truncate,
+shutil's copies. What native code writes by itself (safetensors, torch.save, parquet) has no event of its own; the
+renames and records around it do.
 
     points(action, root)              every point that the action passes, by name; the action is run to its end
     crash_at(action, root, n, mode)   the action again, killed at point n: True; or to its end, where it has no such point: False
     stopped_at(action, root, n)       the action again, standing still at point n while the block runs, so that something else can happen there
 
-`before` kills just before the change; `torn` first puts half a line of rubbish into the file that was to be written. Works in a process that has
-imported torch, as long as the action does not need another thread of it.
-"""
+`before` kills just before the change; `torn` first puts half a line of rubbish into the file that was to be written.
+Works in a process that has imported torch, as long as the action does not need another thread of it."""
 
 from __future__ import annotations
 
@@ -65,7 +66,8 @@ def crash_at(action: Action, root: Roots, n: int, mode: Mode = "before") -> bool
 
 @contextmanager
 def stopped_at(action: Action, root: Roots, n: int) -> Iterator[bool]:
-    """Whether the action stands still, at its point `n`; it goes on to its end after the block. False: it has no such point, and has ended."""
+    """Whether the action stands still, at its point `n`; it goes on to its end after the block. False: it has no such
+    point, and has ended."""
     with tempfile.TemporaryFile("w+") as errors:
         child = _fork(action, _Hook(root, kill_at=n, signal=signal.SIGSTOP), errors)
         _, status = os.waitpid(child, os.WUNTRACED)
@@ -147,7 +149,8 @@ def _tear(path: str, flags: int) -> None:
 
 
 def _forked(action: Action, hook: _Hook) -> bool:
-    """Run an action in a child; whether the hook killed it. Raises AssertionError with the traceback when it failed by itself."""
+    """Run an action in a child; whether the hook killed it. Raises AssertionError with the traceback when it failed by
+    itself."""
     with tempfile.TemporaryFile("w+") as errors:
         _, status = os.waitpid(_fork(action, hook, errors), 0)
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:

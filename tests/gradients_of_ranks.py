@@ -1,4 +1,5 @@
-"""Run under torchrun by test_processes_of_a_stage: the gradients of test_sft_loss's fixed rows, shared out over this world's processes."""
+"""Run under torchrun by test_processes_of_a_stage: the gradients of test_sft_loss's fixed rows, shared out over this
+world's processes."""
 
 from __future__ import annotations
 

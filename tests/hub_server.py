@@ -1,8 +1,8 @@
 """A hub of one's own: what huggingface_hub needs for one commit, over real HTTP, keeping what it was sent.
 
-Repositories have branches, each a list of commits; a commit is a dict of path -> bytes. Large files go through git-lfs's batch API and are checked
-against their SHA-256. Every request needs the one token; `refuse` makes the next requests of a kind fail.
-"""
+Repositories have branches, each a list of commits; a commit is a dict of path -> bytes. Large files go through
+git-lfs's batch API and are checked against their SHA-256. Every request needs the one token; `refuse` makes the next
+requests of a kind fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A grpo trainer with general rows on the small model, for tests; under torchrun (python -m tests.mixed DIRECTORY), in every process of this world."""
+"""A grpo trainer with general rows on the small model, for tests; under torchrun (python -m tests.mixed DIRECTORY), in
+every process of this world."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A model of two small layers and a byte-level tokenizer, made here, for tests that compare losses: random weights are good enough."""
+"""A model of two small layers and a byte-level tokenizer, made here, for tests that compare losses: random weights are
+good enough."""
 
 from __future__ import annotations
 

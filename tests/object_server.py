@@ -1,7 +1,8 @@
-"""S3 as a real HTTP server: moto's, on a port of its own in a thread, with a door in front that tests can close, tamper with or count at.
+"""S3 as a real HTTP server: moto's, on a port of its own in a thread, with a door in front that tests can close,
+tamper with or count at.
 
-moto looks whether a name is taken and then writes it, in two steps; S3 does it in one, so here one conditional put goes after the other.
-"""
+moto looks whether a name is taken and then writes it, in two steps; S3 does it in one, so here one conditional put
+goes after the other."""
 
 from __future__ import annotations
 

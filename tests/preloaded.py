@@ -1,9 +1,9 @@
 """The `switchback` command in a process that has imported torch and trl already: python -m tests.preloaded
 
-The command, its serving worker and its jobs are the same tree of processes that a user has; what differs is that the first two are forked from here, where a
-user's are started by an exec and import for ten seconds. What a process does at its start, and what an environment does to a library while it is imported, has to be asked
-of a process of its own (`tests.conftest.run_alone`).
-"""
+The command, its serving worker and its jobs are the same tree of processes that a user has; what differs is that the
+first two are forked from here, where a user's are started by an exec and import for ten seconds. What a process does
+at its start, and what an environment does to a library while it is imported, has to be asked of a process of its own
+(`tests.conftest.run_alone`)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Stages that are killed and go on, in a process of its own that imports torch and trl once: python -m tests.stage_crashes DIRECTORY < scenarios.json
+"""Stages that are killed and go on, in a process of its own that imports torch and trl once: python -m
+tests.stage_crashes DIRECTORY < scenarios.json
 
-Each scenario runs its job three times: uninterrupted; killed at a point; and again. Prints a JSON line each: what differs, what was said, what was logged.
-"""
+Each scenario runs its job three times: uninterrupted; killed at a point; and again. Prints a JSON line each: what
+differs, what was said, what was logged."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ from stages.runtime.workdir import WORDS
 from tests.crashes import crash_at, is_write, points
 
 Scenario = dict[str, Any]
-"""name, job (path of a job.json), config (over its own), lora, micro_batch, kill: the start of a point's name (the last one of it), "every", or "torn"."""
+"""name, job (path of a job.json), config (over its own), lora, micro_batch, kill: the start of a point's name (the
+last one of it), "every", or "torn"."""
 
 
 def main(directory: Path, scenarios: list[Scenario]) -> None:
@@ -61,7 +63,8 @@ def chosen(scenario: Scenario, listed: list[str]) -> Iterator[tuple[int, str]]:
 def crashed(
     scenario: Scenario, place: Path, n: int, mode: Any, whole: dict[str, str], lines: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Kill the job at a point, then run it again, in another execution where the scenario says so; what is other than in the uninterrupted run."""
+    """Kill the job at a point, then run it again, in another execution where the scenario says so; what is other than
+    in the uninterrupted run."""
     job = job_of(scenario, place)
     killed = crash_at(lambda: run(job), place, n, mode)
     saved = sorted(path for path in place.glob("checkpoint-*") if (path / checkpoints.COMPLETE).exists())

@@ -1,7 +1,7 @@
 """Many processes publish the same keys and move the same aliases, while clean-ups without any grace loop beside them.
 
-`storm(place)` takes any registry's place: a directory, or the URL of an object store whose credentials are in the environment.
-"""
+`storm(place)` takes any registry's place: a directory, or the URL of an object store whose credentials are in the
+environment."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ NO_WORK = Path("/nonexistent")
 
 
 def storm(place: str, processes: int = 8, publishes: int = 100, keys: int = 40, cleaners: int = 2) -> dict[str, int]:
-    """Run it; returns how much happened. Raises AssertionError for an alias that lost its artifact at any time, and for a log with a gap."""
+    """Run it; returns how much happened. Raises AssertionError for an alias that lost its artifact at any time, and
+    for a log with a gap."""
     context = multiprocessing.get_context("spawn")
     over, said = context.Event(), context.SimpleQueue()
     Registry(place).initialise()

@@ -126,7 +126,8 @@ def test_no_folder_holds_more_than_fifteen_modules():
 
 
 def test_every_folder_says_what_it_is_and_its_init_holds_no_more():
-    """Importing a folder's module must not load its neighbours. `sampling`, `registry`, `starter` and `cli` have contents of their own."""
+    """Importing a folder's module must not load its neighbours. `sampling`, `registry`, `starter` and `cli` have
+    contents of their own."""
     for folder in folders(ROOT):
         tree = ast.parse((folder / "__init__.py").read_text())
         assert ast.get_docstring(tree), folder

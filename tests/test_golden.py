@@ -1,8 +1,8 @@
 """What a version computes is written down: a change of keys or results has to be made knowingly, by raising a version.
 
-A key that moves makes every user's finished steps be run again. A result that moves under the same key makes the registry lie. If one of these tests fails: for a
-changed result, raise the kind's version in its `STAGE` (or the problem's in `stages/problems/catalog.py`); then write the new values here.
-"""
+A key that moves makes every user's finished steps be run again. A result that moves under the same key makes the
+registry lie. If one of these tests fails: for a changed result, raise the kind's version in its `STAGE` (or the
+problem's in `stages/problems/catalog.py`); then write the new values here."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ ROWS = {
     "held_out": ["142ed2c7f2c5621f", "ae103d136461d60d"],
 }
 RESULTS = {("warmup", "completion_loss"): 0.1369, ("distill", "completion_loss"): 0.3343, ("rl1", "entropy"): 0.3331}
-"""(step, metric) -> value, equal to 5 %: rounding differs between machines and may turn a sampled token. Sampling, selection and estimates are held exactly by tests of
-their own."""
+"""(step, metric) -> value, equal to 5 %: rounding differs between machines and may turn a sampled token. Sampling,
+selection and estimates are held exactly by tests of their own."""
 
 
 def test_keys_are_those_of_this_version(tmp_path):

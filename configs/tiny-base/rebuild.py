@@ -1,8 +1,9 @@
-"""Rebuilds the tiny base model of the demo, from nothing, in about five minutes on one core: python configs/tiny-base/rebuild.py
+"""Rebuilds the tiny base model of the demo, from nothing, in about five minutes on one core: python
+configs/tiny-base/rebuild.py
 
-A Qwen3 of 170,528 parameters and a 160-word tokenizer. It reads lists of events and is taught three things about them: to copy, to sort by
-start, and to name the weighted hours. It never sees a chat turn, a <think> or <schedule> tag, or a solved instance, and scores 0 on the task.
-"""
+A Qwen3 of 170,528 parameters and a 160-word tokenizer. It reads lists of events and is taught three things about them:
+to copy, to sort by start, and to name the weighted hours. It never sees a chat turn, a <think> or <schedule> tag, or a
+solved instance, and scores 0 on the task."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The command line. One file per noun; each parses, calls, prints, exits. Imported by nobody.
 
-Exit codes: 0 done, 1 a stage failed, 2 bad input, 3 stopped by an audit or a comparison, 130/143 signals. What went wrong is one line on stderr, never a traceback.
-"""
+Exit codes: 0 done, 1 a stage failed, 2 bad input, 3 stopped by an audit or a comparison, 130/143 signals. What went
+wrong is one line on stderr, never a traceback."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ from stages.errors import BadInput
 DEBUG = "SWITCHBACK_DEBUG"
 """Environment variable that lets an unexpected error show its traceback."""
 COLLECT_EVERY = 100_000
-"""Objects made between two looks for garbage; Python's 700 make it a third of the time of reading thousands of manifests."""
+"""Objects made between two looks for garbage; Python's 700 make it a third of the time of reading thousands of
+manifests."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a write is refused with where there is no space."""
 BARRED = (errno.EACCES, errno.EPERM, errno.EROFS)

@@ -40,7 +40,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def open_registry(option: str | None, recipe: Recipe | None = None) -> Registry:
-    """--registry, the recipe's, the environment's, ./registry: the first that is given. Relative paths count from the working directory."""
+    """--registry, the recipe's, the environment's, ./registry: the first that is given. Relative paths count from the
+    working directory."""
     root = option or (recipe.registry if recipe else None) or os.environ.get(REGISTRY) or "registry"
     return Registry(root)
 
@@ -53,7 +54,8 @@ def print_json(content: Any) -> None:
 def open_plan(
     recipe: Path, overrides: list[str] | None, registry: str | None
 ) -> tuple[Recipe, Registry, list[Planned]]:
-    """The recipe, its registry, and what a run of all stages would do. Raises BadInput for a recipe that cannot be run."""
+    """The recipe, its registry, and what a run of all stages would do. Raises BadInput for a recipe that cannot be
+    run."""
     loaded = load(recipe, overrides or ())
     checks.check(loaded)
     place = open_registry(registry, loaded)

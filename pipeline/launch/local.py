@@ -1,9 +1,8 @@
 """The launcher: a Job becomes a process tree of our own, and a Result comes back.
 
-A local job is forked from a serving worker (`stages.runtime.server`) that imported torch and trl once. The tree dies with its deadline, with an exception here,
-and with the launcher itself, however that dies. Ctrl-C and SIGTERM are exceptions that leave the job a grace time, to save what it has. Every attempt has
-its own log.
-"""
+A local job is forked from a serving worker (`stages.runtime.server`) that imported torch and trl once. The tree dies
+with its deadline, with an exception here, and with the launcher itself, however that dies. Ctrl-C and SIGTERM are
+exceptions that leave the job a grace time, to save what it has. Every attempt has its own log."""
 
 from __future__ import annotations
 
@@ -35,8 +34,8 @@ class Launcher:
     """Runs jobs, one at a time; owns the serving worker from its first need to `close`."""
 
     def __init__(self, threads: int | None = None, preload: bool = True) -> None:
-        """`threads` is OMP_NUM_THREADS of the worker, which has to be set before torch is imported. Without `preload` the worker imports what the
-        one job it is for needs, and not TRL."""
+        """`threads` is OMP_NUM_THREADS of the worker, which has to be set before torch is imported. Without `preload`
+        the worker imports what the one job it is for needs, and not TRL."""
         self._threads, self._preload = threads, preload
         self._worker: ServingWorker | None = None
 
@@ -59,8 +58,8 @@ class Launcher:
         on_word: OnWord = lambda text: None,
         on_tick: Callable[[], None] = lambda: None,
     ) -> Result:
-        """Run a job to its end; `on_metrics` hears each line it logs, `on_word` what it says about itself, and `on_tick` is called again and again.
-        Raises BadInput or StageFailed.
+        """Run a job to its end; `on_metrics` hears each line it logs, `on_word` what it says about itself, and
+        `on_tick` is called again and again. Raises BadInput or StageFailed.
 
         Whatever is raised, nothing of the job lives on. `deadline` is in seconds.
         """
@@ -113,7 +112,8 @@ class Launcher:
 
 
 def _refuse_busy(job: Job) -> None:
-    """Raise StageFailed, and touch nothing, where another job works in the directory; one whose launcher was killed needs a moment to be gone."""
+    """Raise StageFailed, and touch nothing, where another job works in the directory; one whose launcher was killed
+    needs a moment to be gone."""
     path = Path(job.work, LOCK)
     if not path.exists():
         return

@@ -1,8 +1,7 @@
 """The launcher's end of the serving worker (`stages.runtime.server`).
 
-Orders go out as JSON lines over its stdin, answers come back over its stdout. When this process ends, its end of stdin closes, and the worker
-kills every job.
-"""
+Orders go out as JSON lines over its stdin, answers come back over its stdout. When this process ends, its end of stdin
+closes, and the worker kills every job."""
 
 from __future__ import annotations
 
@@ -70,7 +69,8 @@ class ServingWorker:
         self.job = self._wanted_answer(FORK_PATIENCE)["pid"]
 
     def status(self, seconds: float) -> int | None:
-        """The job's exit status (negative: the signal that killed it); None when it is still running after `seconds`."""
+        """The job's exit status (negative: the signal that killed it); None when it is still running after
+        `seconds`."""
         answer = self._answer(seconds)
         if answer is None:
             return None

@@ -2,10 +2,10 @@
 
     path -> {state of the file: size, times, inode, device; sha256}
 
-A digest counts only for a file whose state is the one that was hashed. `ctime` is part of it, and no program can set it back, so a file that was
-changed in place is noticed even when its size and its mtime are what they were. What cannot be read, or was written by somebody else, is as if it
-were not there: then the file is hashed. Nothing inside a registry is looked up here, and `verify` always hashes.
-"""
+A digest counts only for a file whose state is the one that was hashed. `ctime` is part of it, and no program can set
+it back, so a file that was changed in place is noticed even when its size and its mtime are what they were. What
+cannot be read, or was written by somebody else, is as if it were not there: then the file is hashed. Nothing inside a
+registry is looked up here, and `verify` always hashes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ FILE = "digests.json"
 SMALLEST = 64 * 2**20
 """Bytes; a smaller file is hashed faster than it is worth remembering."""
 SETTLED = 2 * 10**9
-"""Nanoseconds that a file must have been left alone; a change within one tick of the clock of its file system would not show in its times."""
+"""Nanoseconds that a file must have been left alone; a change within one tick of the clock of its file system would
+not show in its times."""
 ENTRIES = 1000
 """Files that are remembered; the oldest are forgotten."""
 BYTES = 2**20

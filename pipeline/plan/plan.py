@@ -41,7 +41,8 @@ ALL = Selection()
 
 
 def plan(recipe: Recipe, registry: Registry, selection: Selection = ALL) -> list[Planned]:
-    """What `run` would do. Raises BadInput for a recipe that does not hold together, or when a selected step needs one that is not there."""
+    """What `run` would do. Raises BadInput for a recipe that does not hold together, or when a selected step needs one
+    that is not there."""
     checks.check(recipe)
     chosen = _chosen(recipe, selection)
     artifacts = cache(registry.artifacts)  # read once a stage, and only when something has to be explained
@@ -53,14 +54,15 @@ def plan(recipe: Recipe, registry: Registry, selection: Selection = ALL) -> list
         missing = [ref.step for ref in one.step.inputs.values() if ref.step and ref.step not in there]
         if one.action == "run" and missing:
             raise BadInput(
-                f"{one.step.name} reads {missing[0]}, which is neither in {registry.url} nor selected to run; run {missing[0]} first"
+                f"{one.step.name} reads {missing[0]}, which is neither in {registry.url} nor selected to run; run "
+                f"{missing[0]} first"
             )
     return planned
 
 
 def freshen(recipe: Recipe, registry: Registry, name: str, selection: Selection = ALL) -> Recipe:
-    """The recipe with the stage's replicate raised to the first that the registry does not have. Raises BadInput for a stage that is unknown
-    or not selected."""
+    """The recipe with the stage's replicate raised to the first that the registry does not have. Raises BadInput for a
+    stage that is unknown or not selected."""
     checks.check(recipe)
     _index(recipe, name)
     if name not in _chosen(recipe, selection):
@@ -114,7 +116,8 @@ def _decide(step: Step, registry: Registry, artifacts: Callable[[str], list[Arti
 
 
 def reason(step: Step, artifacts: Sequence[Artifact]) -> str:
-    """Why a step is run: new, input changed, or which field changed from what to what against the nearest earlier artifact of the stage."""
+    """Why a step is run: new, input changed, or which field changed from what to what against the nearest earlier
+    artifact of the stage."""
     earlier = [artifact for artifact in artifacts if artifact.stage == step.name and artifact.kind == step.kind]
     if not earlier:
         return "new"

@@ -1,8 +1,7 @@
 """The steps of a recipe, with their keys: everything that is to be computed, before anybody looks at what has been.
 
-An evaluate step is put after the base and after every policy. Keys chain through the keys of inputs. Only JSON and the digests of files are read: no
-tokenizer, no problem, no user code.
-"""
+An evaluate step is put after the base and after every policy. Keys chain through the keys of inputs. Only JSON and the
+digests of files are read: no tokenizer, no problem, no user code."""
 
 from __future__ import annotations
 

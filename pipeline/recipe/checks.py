@@ -1,7 +1,7 @@
 """Everything that can be judged about a recipe without an accelerator, a tokenizer or user code.
 
-`check` is the first thing `plan` and `run` do: a recipe that passes can be planned. It raises BadInput: what was found, what was expected, what to do.
-"""
+`check` is the first thing `plan` and `run` do: a recipe that passes can be planned. It raises BadInput: what was
+found, what was expected, what to do."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ def _batch_divides(stage: Box, recipe: Recipe) -> None:
 def _files(recipe: Recipe) -> None:
     if recipe.model.path and not Path(recipe.model.path, "config.json").is_file():
         raise BadInput(
-            f"model.path: {recipe.model.path} holds no config.json; expected a model directory (paths count from {Path.cwd()})"
+            f"model.path: {recipe.model.path} holds no config.json; expected a model directory (paths count from "
+            f"{Path.cwd()})"
         )
     for where, settings in _formats(recipe):
         try:
@@ -109,7 +110,8 @@ def _dataset(recipe: Recipe, problem: DatasetProblem) -> None:
         _is_file("problem.dataset", problem.dataset)
     elif not HUB_ID.fullmatch(problem.dataset) or Path(problem.dataset).exists():
         raise BadInput(
-            f"problem.dataset: found {problem.dataset!r}, expected a file whose name ends in {ROWS}, or a dataset on the hub by owner and name, such as openai/gsm8k"
+            f"problem.dataset: found {problem.dataset!r}, expected a file whose name ends in {ROWS}, or a dataset on "
+            f"the hub by owner and name, such as openai/gsm8k"
         )
     for reward in problem.components:
         if reward.file:
@@ -117,7 +119,8 @@ def _dataset(recipe: Recipe, problem: DatasetProblem) -> None:
     for stage in recipe.stages:
         if STAGES[stage.kind].demonstrates(stage):
             raise BadInput(
-                f"stages.{stage.name}.data: a dataset problem has no demonstrations; give the stage a {ROWS} file of conversations, or what a rejection stage keeps"
+                f"stages.{stage.name}.data: a dataset problem has no demonstrations; give the stage a {ROWS} file of "
+                f"conversations, or what a rejection stage keeps"
             )
 
 
@@ -141,5 +144,6 @@ def _processes_agree(processes: int, path: Path) -> None:
     found = config.get("num_processes") if isinstance(config, dict) else None
     if found != processes:
         raise BadInput(
-            f"launch.accelerate: {path} is for num_processes: {found}, but launch.processes is {processes}; make them agree"
+            f"launch.accelerate: {path} is for num_processes: {found}, but launch.processes is {processes}; make "
+            f"them agree"
         )

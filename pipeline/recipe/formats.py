@@ -1,8 +1,9 @@
-"""How text is dressed at every step: declared once in the recipe, inherited from policy to policy, and never changed in silence.
+"""How text is dressed at every step: declared once in the recipe, inherited from policy to policy, and never changed
+in silence.
 
-recipe + what the base policy was trained with -> the base's Format -> each stage's: its policy's, with what its own `format` sets put over it. A recipe
-that contradicts its base policy, or a stage whose data were made with another Format, is refused; a stage that says so on purpose is not.
-"""
+recipe + what the base policy was trained with -> the base's Format -> each stage's: its policy's, with what its own
+`format` sets put over it. A recipe that contradicts its base policy, or a stage whose data were made with another
+Format, is refused; a stage that says so on purpose is not."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from stages.job import COMPARED, MANIFEST, Format, different
 
 
 def of_base(settings: FormatSettings, carried: Format | None) -> Format:
-    """The recipe's Format. `carried` is what the base policy was trained with; None for a model that switchback did not make.
+    """The recipe's Format. `carried` is what the base policy was trained with; None for a model that switchback did
+    not make.
 
     Raises BadInput where the recipe contradicts it.
     """
@@ -30,17 +32,19 @@ def of_base(settings: FormatSettings, carried: Format | None) -> Format:
     declared = over(carried, settings)
     for name in different(carried, declared):
         raise BadInput(
-            f"format: {_field(name)} is {_short(declared, name)}, but the base policy was trained with {_short(carried, name)};"
+            f"format: {_field(name)} is {_short(declared, name)}, but the base policy was trained with "
+            f"{_short(carried, name)};"
             " remove it, or change it on purpose with a stage's own format"
         )
     return carried
 
 
 def of_stage(name: str, settings: FormatSettings | None, policy: Format, data: tuple[str, Format] | None) -> Format:
-    """A stage's Format: its policy's, with what it sets itself. `data` is (the stage that made its rows, the Format it made them with).
+    """A stage's Format: its policy's, with what it sets itself. `data` is (the stage that made its rows, the Format it
+    made them with).
 
-    Raises BadInput where the rows were made with another Format and the stage does not say which one it means, field by field.
-    """
+    Raises BadInput where the rows were made with another Format and the stage does not say which one it means, field
+    by field."""
     settings = settings or FormatSettings()
     format = over(policy, settings)
     for field in different(format, data[1]) if data else ():
@@ -48,13 +52,15 @@ def of_stage(name: str, settings: FormatSettings | None, policy: Format, data: t
         if getattr(settings, _field(field)) is None:
             raise BadInput(
                 f"stages.{name}: its policy has {field} {_short(policy, field)}, but its data ({data[0]}) was made with"
-                f" {_short(data[1], field)}; set stages.{name}.format.{_field(field)} to say which one the new policy has"
+                f" {_short(data[1], field)}; set stages.{name}.format.{_field(field)} to say which one the new "
+                f"policy has"
             )
     return format
 
 
 def carried_by(directory: Path) -> Format | None:
-    """What a published policy, or a copy of one, was trained with; None for any other model. Raises BadInput for a manifest that cannot be read."""
+    """What a published policy, or a copy of one, was trained with; None for any other model. Raises BadInput for a
+    manifest that cannot be read."""
     if not (path := directory / MANIFEST).is_file():
         return None
     try:
@@ -100,7 +106,8 @@ def over(format: Format, settings: FormatSettings) -> Format:
 
 
 def rule(format: Format, prompt: str | None) -> str | None:
-    """How one sees that a completion follows the Format's prompt; None where its file does not say, or is not here. `prompt` is its name or path."""
+    """How one sees that a completion follows the Format's prompt; None where its file does not say, or is not here.
+    `prompt` is its name or path."""
     try:
         found = prompts.load(prompt or format.prompt)
     except ValueError:

@@ -1,4 +1,5 @@
-"""The recipe: YAML and overrides -> a frozen Recipe. What it says about files and other stages is judged in `pipeline.recipe.checks`.
+"""The recipe: YAML and overrides -> a frozen Recipe. What it says about files and other stages is judged in
+`pipeline.recipe.checks`.
 
 The order is the list; inputs are named; there is no graph language. Relative paths count from the working directory.
 """
@@ -65,7 +66,8 @@ Problem = Annotated[
     Discriminator(
         _which_problem,
         custom_error_type="problem",
-        custom_error_message="expected one of {name: scheduling}, {file: my_problem.py} and {dataset: ..., rewards: [...]}",
+        custom_error_message="expected one of {name: scheduling}, {file: my_problem.py} and {dataset: ..., rewards: "
+        "[...]}",
     ),
 ]
 
@@ -83,11 +85,13 @@ class Work(Config):
     """Work in progress, which lies in SWITCHBACK_WORK."""
 
     mirror: Place | None = execution(None)
-    """Directory or URL that resume checkpoints are copied to while a stage runs, and brought back from where they are missing. Off: none."""
+    """Directory or URL that resume checkpoints are copied to while a stage runs, and brought back from where they are
+    missing. Off: none."""
 
 
 Box = SftConfig | GrpoConfig | RejectionConfig
-"""The Configs of `STAGES` that a recipe may hold, for the type checker, which cannot read the table. A test holds the two equal."""
+"""The Configs of `STAGES` that a recipe may hold, for the type checker, which cannot read the table. A test holds the
+two equal."""
 if TYPE_CHECKING:
     StageSettings = Box
 else:
@@ -102,7 +106,8 @@ class Recipe(Config):
     name: str = execution(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")
     """What runs of it are called."""
     seed: int = identity(0, ge=0, lt=2**31)
-    """Names the stream of training rows, and seeds demonstrations, order and sampling. Evaluations do not depend on it."""
+    """Names the stream of training rows, and seeds demonstrations, order and sampling. Evaluations do not depend on
+    it."""
     registry: Place | None = execution(None)
     """Directory or URL of the registry. Off: SWITCHBACK_REGISTRY, else ./registry."""
     model: Model = identity()
@@ -128,7 +133,8 @@ class Recipe(Config):
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and put `a.b=value` overrides over it. Raises BadInput, one line, on anything that is wrong with it."""
+    """Read a recipe and put `a.b=value` overrides over it. Raises BadInput, one line, on anything that is wrong with
+    it."""
     if not path.is_file():
         raise BadInput(f"{path}: there is no such recipe file")
     try:
@@ -158,7 +164,8 @@ class _OneProblem(Config):
 
 
 def problem(name: str, overrides: Sequence[str] = ()) -> ProblemSettings:
-    """The settings of a problem by its name, or by the path of its .py file, with `field=value` overrides. Raises BadInput, one line."""
+    """The settings of a problem by its name, or by the path of its .py file, with `field=value` overrides. Raises
+    BadInput, one line."""
     data = {"problem": {"file": name} if name.endswith(".py") else {"name": name}}
     for override in overrides:
         if "=" not in override:

@@ -1,4 +1,5 @@
-"""What pydantic has to say of settings -> one line in our words: where, what was found, what was expected. Positions become the names of stages."""
+"""What pydantic has to say of settings -> one line in our words: where, what was found, what was expected. Positions
+become the names of stages."""
 
 from __future__ import annotations
 

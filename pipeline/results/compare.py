@@ -1,8 +1,8 @@
-"""Two artifacts side by side: what was asked of them, how they were run, what came of it. Two artifacts and the registry in, plain data out.
+"""Two artifacts side by side: what was asked of them, how they were run, what came of it. Two artifacts and the
+registry in, plain data out.
 
-Scores and answers are those of the two policies' evaluations. Only evaluations with equal settings are compared row by row, since only those saw the same
-rows.
-"""
+Scores and answers are those of the two policies' evaluations. Only evaluations with equal settings are compared row by
+row, since only those saw the same rows."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ class Comparison(Frozen):
     comparable: bool
     """Whether both were evaluated with the same settings; False where one of them was not."""
     samples: tuple[Sample, ...]
-    """The first rows that came out differently: validation rows of policies, rows of rejection sampling by what was kept."""
+    """The first rows that came out differently: validation rows of policies, rows of rejection sampling by what was
+    kept."""
 
 
 def compare(registry: Registry, a: Artifact, b: Artifact) -> Comparison:
@@ -91,7 +92,8 @@ def _format(artifact: Artifact) -> dict[str, Any]:
 
 
 def _evaluations(registry: Registry, a: Artifact, b: Artifact) -> tuple[Artifact | None, Artifact | None]:
-    """The evaluations of two policies: the newest two with equal settings, else the newest of each. An evaluation stands for itself."""
+    """The evaluations of two policies: the newest two with equal settings, else the newest of each. An evaluation
+    stands for itself."""
     ours, theirs = ([one] if one.kind == EVALUATE else of_policy(registry, one) for one in (a, b))
     for mine in ours:
         for other in theirs:

@@ -1,4 +1,5 @@
-"""The evaluations of a policy, which of two policies' can be compared, and how: those that were asked the same, of other policies, row by row."""
+"""The evaluations of a policy, which of two policies' can be compared, and how: those that were asked the same, of
+other policies, row by row."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def _is_of(evaluation: Artifact, policy: Artifact) -> bool:
 
 
 def difference(registry: Registry, a: Artifact, b: Artifact, split: Split) -> Difference:
-    """How much better evaluation `a` came out than `b`, paired by row. Raises NotComparable where they did not see the same rows in the same way."""
+    """How much better evaluation `a` came out than `b`, paired by row. Raises NotComparable where they did not see the
+    same rows in the same way."""
     if settings(a) != settings(b):
         raise NotComparable(f"{a.id} and {b.id} were not made with equal settings")
     ours, theirs = (scores(registry, evaluation, split) for evaluation in (a, b))

@@ -1,4 +1,5 @@
-"""Findings as people read them: those that differ in their subject only become one sentence. Manifests and JSON keep each."""
+"""Findings as people read them: those that differ in their subject only become one sentence. Manifests and JSON keep
+each."""
 
 from __future__ import annotations
 

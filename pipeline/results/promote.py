@@ -1,6 +1,7 @@
 """Promotion: an alias moves to another policy only when that one is not credibly worse.
 
-two policies -> their evaluations on the same validation rows -> the mean difference, paired by row, with its interval -> the move, or Refused
+two policies -> their evaluations on the same validation rows -> the mean difference, paired by row, with its interval
+-> the move, or Refused
 
 Validation decides; held-out rows are never looked at.
 """
@@ -24,12 +25,16 @@ class Comparison(Difference):
 
     def __str__(self) -> str:
         low, high = (f"{100 * end:+.1f}" for end in self.interval)
-        return f"{100 * self.difference:+.1f} points against {self.against} (95 % {low} to {high}, {self.rows} validation rows)"
+        return (
+            f"{100 * self.difference:+.1f} points against {self.against} (95 % {low} to {high}, {self.rows} "
+            f"validation rows)"
+        )
 
 
 def promote(registry: Registry, policy: Artifact, alias: str, reason: str = "", force: bool = False) -> Move:
-    """Point an alias at a policy. Where it points at another one, the new one must not be credibly worse: Refused when the interval of the difference
-    lies below 0, and when the two cannot be compared. `force` moves in any case, and the entry says so."""
+    """Point an alias at a policy. Where it points at another one, the new one must not be credibly worse: Refused when
+    the interval of the difference lies below 0, and when the two cannot be compared. `force` moves in any case, and
+    the entry says so."""
     if "policy" not in policy.outputs:
         raise BadInput(f"{policy.id} is of kind {policy.kind} and holds no policy; give a policy")
     seen = newest(registry, alias)
@@ -52,7 +57,8 @@ def _evidence(
         if force:
             return {"forced": True, "why": str(error)}
         raise Refused(
-            f"{alias} stays at {id}: {error}, so nothing says that {policy.id} is not worse; evaluate both alike, or use --force"
+            f"{alias} stays at {id}: {error}, so nothing says that {policy.id} is not worse; evaluate both alike, or "
+            f"use --force"
         ) from None
     worse = found.interval[1] < 0
     if worse and not force:
@@ -61,7 +67,8 @@ def _evidence(
 
 
 def compare(registry: Registry, policy: Artifact, other: Artifact) -> Comparison:
-    """How a policy does against another. Raises NotComparable without evaluations of both with equal settings on the same rows."""
+    """How a policy does against another. Raises NotComparable without evaluations of both with equal settings on the
+    same rows."""
     ours, theirs = of_policy(registry, policy), of_policy(registry, other)
     for one, found in ((policy, ours), (other, theirs)):
         if not found:

@@ -1,4 +1,5 @@
-"""What a run did, read off the registry: stage by stage, with the held-out evaluation of each policy. Files in, plain data out."""
+"""What a run did, read off the registry: stage by stage, with the held-out evaluation of each policy. Files in, plain
+data out."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What `switchback run` calls: a plan is run step after step, with or without Prefect.
 
-Preflight and audits come first, so that a recipe that cannot work trains nothing. Prefect shows the steps and decides nothing.
-"""
+Preflight and audits come first, so that a recipe that cannot work trains nothing. Prefect shows the steps and decides
+nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def execute(
     selection: Selection = ALL,
     resumes: str | None = None,
 ) -> str:
-    """Run the plan, of which `selection` was requested; returns the run's id. `resumes` is the run that this one continues.
+    """Run the plan, of which `selection` was requested; returns the run's id. `resumes` is the run that this one
+    continues.
 
     Raises StageFailed, BadInput or Refused. The run's last event says how it ended, whatever was raised.
     """

@@ -1,4 +1,5 @@
-"""Questions: jobs whose answer is shown and not published. They look at a recipe's steps, and at what of them is there already.
+"""Questions: jobs whose answer is shown and not published. They look at a recipe's steps, and at what of them is there
+already.
 
 a step -> its job, with the nearest policy that is there in the place of one that is not made yet -> an answer, as JSON
 """
@@ -42,7 +43,8 @@ def preflight(
 
 
 def checkable(planned: Sequence[Planned]) -> list[str]:
-    """Steps that a preflight looks at before anything runs: all that train or sample, and one evaluation for all, which have the same rows."""
+    """Steps that a preflight looks at before anything runs: all that train or sample, and one evaluation for all,
+    which have the same rows."""
     to_run = [one.step for one in planned if one.action == "run"]
     evaluations = [step.name for step in to_run if step.evaluates]
     return [*evaluations[:1], *(step.name for step in to_run if not step.evaluates)]
@@ -78,8 +80,8 @@ def audit(
     execution: Execution,
     on_metrics: OnMetrics = lambda line: None,
 ) -> audit_job.Report:
-    """What the rewards of a grpo step pay for, on the first of its rows or on those of a file. Its policy need not be there. Raises BadInput for another kind of
-    step, and for rows that cannot be read."""
+    """What the rewards of a grpo step pay for, on the first of its rows or on those of a file. Its policy need not be
+    there. Raises BadInput for another kind of step, and for rows that cannot be read."""
     if (rewards := rewards_of(one.step)) is None:
         raise BadInput(f"{one.step.name} is of kind {one.step.kind}; an audit looks at the rewards of a grpo stage")
     like = job_of(one.step.model_copy(update={"inputs": {}}), {}, registry, execution)
@@ -114,13 +116,15 @@ def rewards_of(step: Step) -> Rewards | None:
 def loss_map(
     one: Planned, planned: Sequence[Planned], row: int, registry: Registry, launcher: Launcher
 ) -> dict[str, Any]:
-    """The loss map of a row of an sft step. Raises BadInput for another kind of step, for data that are not made yet, and for no such row."""
+    """The loss map of a row of an sft step. Raises BadInput for another kind of step, for data that are not made yet,
+    and for no such row."""
     step = one.step
     if not STAGES[step.kind].weighs_tokens:
         raise BadInput(f"{step.name} is of kind {step.kind}; inspect shows what an sft stage trains on")
     if (source := step.inputs.get("data")) and not _is_there(source.step, planned):
         raise BadInput(
-            f"{step.name} trains on {source.step}, which has not been made yet; run it first, with --until {source.step}"
+            f"{step.name} trains on {source.step}, which has not been made yet; run it first, with --until "
+            f"{source.step}"
         )
     like = stand_in(one, planned, registry, Execution())
     with _question("inspect", {"stage": step.config.model_dump(mode="json"), "row": row}, like, like.inputs) as job:
@@ -145,7 +149,8 @@ def probe(
 
 
 def score(problem: dict[str, Any], rows: Path, completions: Path, launcher: Launcher) -> dict[str, Any]:
-    """What `stages.inspections.score` finds out about a file of completions. Raises BadInput with file and line for what cannot be used."""
+    """What `stages.inspections.score` finds out about a file of completions. Raises BadInput with file and line for
+    what cannot be used."""
     inputs = {"rows": str(rows.absolute()), "completions": str(completions.absolute())}
     like = Job(
         kind="score", name="score", config={}, inputs={}, work="", out="", problem=problem, rows=None, format=None, seed=0, dtype="float32", execution=Execution()
@@ -178,7 +183,8 @@ def _is_there(step: str | None, planned: Sequence[Planned]) -> bool:
 
 @contextmanager
 def _question(kind: str, config: dict[str, Any], like: Job, inputs: Mapping[str, str]) -> Iterator[Job]:
-    """A job with a temporary directory of its own, which is gone afterwards but for a failure whose line names a log there."""
+    """A job with a temporary directory of its own, which is gone afterwards but for a failure whose line names a log
+    there."""
     work = Path(tempfile.mkdtemp(prefix=f"switchback-{kind}-"))
     execution = like.execution.model_copy(update={"processes": 1, "accelerate": None})
     what: dict[str, Any] = {

@@ -1,4 +1,5 @@
-"""From a Step to its Job: every input becomes a path that a worker can read, and a source that its artifact will name."""
+"""From a Step to its Job: every input becomes a path that a worker can read, and a source that its artifact will
+name."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ def job_of(step: Step, made: Mapping[str, Artifact], registry: Registry, executi
 
 
 def _told(source: Source) -> str:
-    """What is told of an input in what is made from it: an id, a hub's name, or of a path its last part; no path of this machine."""
+    """What is told of an input in what is made from it: an id, a hub's name, or of a path its last part; no path of
+    this machine."""
     return source.id or (Path(source.name).name if Path(source.name).is_absolute() else source.name)
 
 

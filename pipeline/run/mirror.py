@@ -1,10 +1,11 @@
-"""Resume checkpoints, copied out while a stage runs, for machines that get lost. Off unless the recipe says `work: {mirror: PLACE}`.
+"""Resume checkpoints, copied out while a stage runs, for machines that get lost. Off unless the recipe says `work:
+{mirror: PLACE}`.
 
     resume/<first 12 digits of the key>/<n>-<step>-<digest>/    a whole checkpoint; n counts the copies, so the newest copy is the last by name
 
-Only whole checkpoints are copied (`stages.runtime.checkpoints`), under names that say what is in them, their record last: what another machine finds is whole, or
-is not there. The newest copy counts, whatever its step: a stage that had to start again is not taken back to what it left.
-"""
+Only whole checkpoints are copied (`stages.runtime.checkpoints`), under names that say what is in them, their record
+last: what another machine finds is whole, or is not there. The newest copy counts, whatever its step: a stage that had
+to start again is not taken back to what it left."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ class Copy(NamedTuple):
 
 
 class Mirror:
-    """Copies a stage's newest checkpoint out, one at a time, in a thread of its own; from the start of the stage to `close`."""
+    """Copies a stage's newest checkpoint out, one at a time, in a thread of its own; from the start of the stage to
+    `close`."""
 
     def __init__(self, store: Store, key12: str, work: Path, warn: Warn) -> None:
         """`warn` hears the first thing that went wrong; nothing that goes wrong with a copy ends a run."""
@@ -61,7 +63,8 @@ class Mirror:
         self._thread: Thread | None = None
 
     def look(self) -> None:
-        """Begin to copy the newest whole checkpoint, when it has not been and nothing else is being copied. Costs a look into one directory."""
+        """Begin to copy the newest whole checkpoint, when it has not been and nothing else is being copied. Costs a
+        look into one directory."""
         self._say()
         if self._thread and self._thread.is_alive():
             return
@@ -72,7 +75,8 @@ class Mirror:
             self._thread.start()
 
     def close(self, seconds: float) -> None:
-        """Let a copy under way come to its end, and what has been saved since be copied as well, but for no longer than this; 0 = at once."""
+        """Let a copy under way come to its end, and what has been saved since be copied as well, but for no longer
+        than this; 0 = at once."""
         ends = time.monotonic() + seconds
         try:
             self._wait(ends)
@@ -108,7 +112,8 @@ class Mirror:
 
 
 def open_mirror(place: str | None) -> Store | None:
-    """A place for copies; None for none. Raises BadInput for one that cannot be written, so that it is known before anything runs."""
+    """A place for copies; None for none. Raises BadInput for one that cannot be written, so that it is known before
+    anything runs."""
     if place is None:
         return None
     store = open_store(place)
@@ -118,8 +123,9 @@ def open_mirror(place: str | None) -> Store | None:
 
 @contextmanager
 def mirrored(store: Store | None, key12: str, work: Path, patience: float, say: Warn) -> Iterator[Callable[[], None]]:
-    """Around a stage: brings its newest checkpoint back where it has none, and yields what is to be called again and again while it runs. A stage that
-    does not end well gets `patience` seconds to copy what it saved last. None: no mirror."""
+    """Around a stage: brings its newest checkpoint back where it has none, and yields what is to be called again and
+    again while it runs. A stage that does not end well gets `patience` seconds to copy what it saved last. None: no
+    mirror."""
     if store is None:
         yield lambda: None
         return
@@ -145,8 +151,8 @@ def copy_out(store: Store, key12: str, checkpoint: Path, stopped: Callable[[], b
 
 
 def bring_back(store: Store, key12: str, work: Path, warn: Warn) -> str | None:
-    """Put the newest checkpoint of the mirror into a work directory that has none, or only older ones; returns its name. None when there is nothing to
-    bring.
+    """Put the newest checkpoint of the mirror into a work directory that has none, or only older ones; returns its
+    name. None when there is nothing to bring.
 
     A damaged copy is named to `warn`, and the one before it is taken. Raises BadInput when the mirror does not answer.
     """
@@ -161,8 +167,8 @@ def bring_back(store: Store, key12: str, work: Path, warn: Warn) -> str | None:
 
 
 def _ahead(there: list[Copy], work: Path) -> list[Copy]:
-    """The copies that are newer than what a work directory has: another machine may have gone on from it. A checkpoint that was never copied, or whose
-    copy has been pruned since, is compared by its step."""
+    """The copies that are newer than what a work directory has: another machine may have gone on from it. A checkpoint
+    that was never copied, or whose copy has been pruned since, is compared by its step."""
     if not (here := whole(work)):
         return there
     content = (here[-1] / COMPLETE).read_bytes()
@@ -173,7 +179,8 @@ def _ahead(there: list[Copy], work: Path) -> list[Copy]:
 
 
 def forget(store: Store | None, key12: str, warn: Warn) -> None:
-    """Remove a stage's copies, once it has been published; where that fails they stay, which `warn` hears. None: no mirror."""
+    """Remove a stage's copies, once it has been published; where that fails they stay, which `warn` hears. None: no
+    mirror."""
     try:
         if store is not None:
             names = [copy.name for copy in copies(store, key12)]
@@ -232,8 +239,8 @@ def _bring(store: Store, copy: Copy, record: Record, work: Path) -> Path:
 
 @contextmanager
 def _cloned(checkpoint: Path) -> Iterator[Path]:
-    """The same files under another name, as links, so that the stage may remove the checkpoint while it is copied. Raises FileNotFoundError when it
-    already has."""
+    """The same files under another name, as links, so that the stage may remove the checkpoint while it is copied.
+    Raises FileNotFoundError when it already has."""
     clone = checkpoint.with_name(f"{CLONE}{checkpoint.name}")
     try:
         shutil.copytree(checkpoint, clone, copy_function=os.link)

@@ -38,5 +38,5 @@ class Observer(Protocol):
         """It has been published."""
 
     def evaluated(self, step: Step, found: Evaluation, before: str, gain: Difference | None) -> None:
-        """What an evaluation found on held-out rows, and how much better that is than `before`, the policy that the stage started from. None: there is none,
-        or it cannot be compared."""
+        """What an evaluation found on held-out rows, and how much better that is than `before`, the policy that the
+        stage started from. None: there is none, or it cannot be compared."""

@@ -1,9 +1,8 @@
 """A Run: everything that lives as long as one invocation of `switchback run`, and what its steps do with it.
 
-Entering a Run starts it in the registry's log of runs and holds the base model. Its steps put artifacts into `made`. Leaving it ends the launcher
-with all processes, and writes the run's last event: done, failed or stopped. A run that is done releases its artifacts; any other keeps them held,
-so that it can be resumed.
-"""
+Entering a Run starts it in the registry's log of runs and holds the base model. Its steps put artifacts into `made`.
+Leaving it ends the launcher with all processes, and writes the run's last event: done, failed or stopped. A run that
+is done releases its artifacts; any other keeps them held, so that it can be resumed."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """One step, from its plan to its artifact: find, launch, check, publish. A plain function, without Prefect.
 
-The registry decides whether a step has been done. Work in progress lies in `<work>/<first 12 digits of the key>/`, so the same step always finds
-its own place; what is published leaves it by a rename.
-"""
+The registry decides whether a step has been done. Work in progress lies in `<work>/<first 12 digits of the key>/`, so
+the same step always finds its own place; what is published leaves it by a rename."""
 
 from __future__ import annotations
 
@@ -37,7 +36,8 @@ class Made(NamedTuple):
 
 
 def make(planned: Planned, run: Run) -> Made:
-    """Find the step's artifact in the registry, or run its job and publish what it made. `run.made` holds the artifacts of the steps before it.
+    """Find the step's artifact in the registry, or run its job and publish what it made. `run.made` holds the
+    artifacts of the steps before it.
 
     Raises StageFailed when the stage did not end well, BadInput when it refused what it was given.
     """
@@ -98,13 +98,15 @@ def _held(step: Step, run: Run) -> Artifact | None:
 
 
 def refuse_damaged(step: Step, sources: Mapping[str, Source], registry: Registry) -> None:
-    """Raise StageFailed when an input is no longer what was published; its key is then void, so that it can be made again."""
+    """Raise StageFailed when an input is no longer what was published; its key is then void, so that it can be made
+    again."""
     for source in sources.values():
         artifact = registry.open(source.id) if source.id else None
         if artifact and (wrong := as_read(registry, artifact)):
             condemn(registry, artifact.id)
             raise StageFailed(
-                f"{step.name}: its input is damaged: {wrong[0]}; {artifact.id} is void now; run the recipe again, {artifact.stage} included, to make it again"
+                f"{step.name}: its input is damaged: {wrong[0]}; {artifact.id} is void now; run the recipe again, "
+                f"{artifact.stage} included, to make it again"
             )
 
 
@@ -118,7 +120,8 @@ def differences(winner: Artifact, lost: Artifact) -> Iterator[Finding]:
             severity="warn",
             stage=winner.stage,
             evidence={"files": len(differing)},
-            advice=f"two runs made this step at once and their results differ ({', '.join(differing[:3])}); {winner.id} was first and is used",
+            advice=f"two runs made this step at once and their results differ ({', '.join(differing[:3])}); "
+            f"{winner.id} was first and is used",
         )
 
 

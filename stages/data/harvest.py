@@ -1,8 +1,9 @@
-"""The dataset that a rejection stage makes: rows as they were sampled, where each comes from, and how many rollouts each rule left.
+"""The dataset that a rejection stage makes: rows as they were sampled, where each comes from, and how many rollouts
+each rule left.
 
-pools of rollouts + which of them -> token rows (`stages.tokens.token_rows`) with their provenance, `card.json` for programs, README.md for people and the hub.
-What was sampled is what is written: prompt ids by the Format, and the ids of the completion as the rollout has them.
-"""
+pools of rollouts + which of them -> token rows (`stages.tokens.token_rows`) with their provenance, `card.json` for
+programs, README.md for people and the hub. What was sampled is what is written: prompt ids by the Format, and the ids
+of the completion as the rollout has them."""
 
 from __future__ import annotations
 

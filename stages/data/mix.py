@@ -1,9 +1,9 @@
 """General rows beside a stage's own: how many, and which.
 
-the number of own rows + a share + the lines of a file -> lines of it, each at most once. A seed puts the lines into an order and the first so many are drawn,
-so a larger share draws the same lines and more; which those are does not depend on what the own rows say. A grpo stage takes so many at every step, in that
-order, and when all were taken, all again in another.
-"""
+the number of own rows + a share + the lines of a file -> lines of it, each at most once. A seed puts the lines into an
+order and the first so many are drawn, so a larger share draws the same lines and more; which those are does not depend
+on what the own rows say. A grpo stage takes so many at every step, in that order, and when all were taken, all again
+in another."""
 
 from __future__ import annotations
 
@@ -49,34 +49,40 @@ def drawn(stage: str, lines: Sequence[T], own: int, share: float, seed: int) -> 
     wanted = count(own, share)
     if not wanted:
         raise BadInput(
-            f"stages.{stage}.mix: a share of {share:g} beside {own} rows is {share / (1 - share) * own:.2g} rows, which rounds to 0; raise the share, or remove mix"
+            f"stages.{stage}.mix: a share of {share:g} beside {own} rows is {share / (1 - share) * own:.2g} rows, "
+            f"which rounds to 0; raise the share, or remove mix"
         )
     if wanted > len(lines):
         lower = f", or lower the share to {_most(len(lines), own):g}" if lines else ""
         raise BadInput(
-            f"stages.{stage}.mix: a share of {share:g} beside {own} rows takes {share:g} / (1 - {share:g}) * {own} = {wanted} rows, but its data have {len(lines)},"
+            f"stages.{stage}.mix: a share of {share:g} beside {own} rows takes {share:g} / (1 - {share:g}) * {own} = "
+            f"{wanted} rows, but its data have {len(lines)},"
             f" and no row is repeated; add rows{lower}"
         )
     return order(lines, seed)[:wanted]
 
 
 def count_of_step(own: int, share: float) -> int:
-    """How many general rows make up at least `share` of a step's rows beside `own` others: share / (1 - share) * own, rounded up."""
+    """How many general rows make up at least `share` of a step's rows beside `own` others: share / (1 - share) * own,
+    rounded up."""
     exact = Fraction(str(share))
     return math.ceil(exact / (1 - exact) * own)
 
 
 def drawn_by_steps(stage: str, lines: Sequence[T], a_step: int, steps: int, seed: int) -> list[T]:
-    """The lines that so many steps take, in the order in which they are drawn. Raises BadInput where one step would take a line twice."""
+    """The lines that so many steps take, in the order in which they are drawn. Raises BadInput where one step would
+    take a line twice."""
     if a_step > len(lines):
         raise BadInput(
-            f"stages.{stage}.mix: every step takes {a_step} rows, but its data have {len(lines)}; add rows, or lower the share or prompts_per_step"
+            f"stages.{stage}.mix: every step takes {a_step} rows, but its data have {len(lines)}; add rows, or lower "
+            f"the share or prompts_per_step"
         )
     return order(lines, seed)[: a_step * steps]
 
 
 def of_step(drawn: Sequence[T], a_step: int, step: int, seed: int) -> list[T]:
-    """The rows of a step, from 0. No row is taken twice in a pass; one that is left where a pass does not divide into steps waits for the next, in another order."""
+    """The rows of a step, from 0. No row is taken twice in a pass; one that is left where a pass does not divide into
+    steps waits for the next, in another order."""
     a_pass = len(drawn) // a_step
     which, within = divmod(step, a_pass)
     rows = list(drawn)

@@ -1,4 +1,5 @@
-"""A rollout as a JSON line of `rollouts.jsonl`: grpo and rejection stages write it, rejection and `switchback diff` read it."""
+"""A rollout as a JSON line of `rollouts.jsonl`: grpo and rejection stages write it, rejection and `switchback diff`
+read it."""
 
 from __future__ import annotations
 

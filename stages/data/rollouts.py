@@ -1,7 +1,7 @@
 """Rollouts: rows sampled from a policy, as ids and as text, and judged. What rejection sampling and evaluation share.
 
-The ids are what the policy was given and what it answered, response prefix included; the text is what the problem judges.
-"""
+The ids are what the policy was given and what it answered, response prefix included; the text is what the problem
+judges."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Rollout:
 
 
 def line(row: str, sample: int, rollout: Rollout, step: int | None = None) -> RolloutLine:
-    """A rollout as a line of `rollouts.jsonl`, which grpo and rejection stages write and rejection reads. `step` is the optimiser step that sampled
-    it; None for a policy that stood still."""
+    """A rollout as a line of `rollouts.jsonl`, which grpo and rejection stages write and rejection reads. `step` is
+    the optimiser step that sampled it; None for a policy that stood still."""
     judgement = rollout.judgement
     ids, roles = rollout.answer
     return {

@@ -1,9 +1,9 @@
 """Selection: which rollouts of a row become data, and which rule dropped each of the others.
 
-the rollouts of one row -> a choice for each, in the same order. Pure. The rules stand in one order (`RULES`), each sees what the one before it left, and
-each is counted (`funnel`), so that the counts add up. The best of a row come first everywhere: by score, then by reward, then those of the newest
-policy, then those sampled first. There is no rule that adds anything: a reference answer is never mixed in.
-"""
+the rollouts of one row -> a choice for each, in the same order. Pure. The rules stand in one order (`RULES`), each
+sees what the one before it left, and each is counted (`funnel`), so that the counts add up. The best of a row come
+first everywhere: by score, then by reward, then those of the newest policy, then those sampled first. There is no rule
+that adds anything: a reference answer is never mixed in."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class Keep(Config):
     """Which rollouts are kept. One that could not be judged, or was cut before its turn end, never is."""
 
     pass_rate: Annotated[tuple[float, float], FromList] | None = identity(None)
-    """Only rows of which this share of the judged rollouts passed, both ends included: not hopeless, not yet easy. Off: any row."""
+    """Only rows of which this share of the judged rollouts passed, both ends included: not hopeless, not yet easy.
+    Off: any row."""
     min_score: float = identity(0.99, ge=0, le=1)
     """The least score, 0..1."""
     min_reward: float | None = identity(None)
@@ -38,13 +39,14 @@ class Keep(Config):
     max_length: int | None = identity(None, ge=1)
     """The most tokens of a completion, the prefix not counted, the turn end counted. Off: any that came to its end."""
     dedup: Literal["exact", "normalised", "off"] = identity("exact")
-    """What counts as the same completion of a row, of which one is kept: `exact`, the same token ids; `normalised`, the same text but for case, white space
-    and Unicode compatibility forms (NFKC). Off: nothing does."""
+    """What counts as the same completion of a row, of which one is kept: `exact`, the same token ids; `normalised`,
+    the same text but for case, white space and Unicode compatibility forms (NFKC). Off: nothing does."""
     max_similarity: float | None = identity(None, ge=0, lt=1)
-    """No completion whose token 4-grams overlap with those of a better one of its row by more than this (Jaccard, 0..1). Off: any."""
+    """No completion whose token 4-grams overlap with those of a better one of its row by more than this (Jaccard,
+    0..1). Off: any."""
     per_prompt: int = identity(2, ge=1)
-    """How many of one row at most, the best first; 1 is best-of-n. ReST-EM caps it so that easy rows do not outweigh hard ones (arXiv 2312.06585
-    section 3)."""
+    """How many of one row at most, the best first; 1 is best-of-n. ReST-EM caps it so that easy rows do not outweigh
+    hard ones (arXiv 2312.06585 section 3)."""
 
     @model_validator(mode="after")
     def _band_is_a_band(self) -> Keep:
@@ -123,8 +125,8 @@ def select(group: Sequence[Candidate], keep: Keep) -> list[Choice]:
 
 
 def control(group: Sequence[Candidate], count: int, rng: random.Random) -> list[int]:
-    """`count` of a row's rollouts, drawn without replacement whatever they scored, as indices in order. What cannot be trained on is left out here as
-    well: a completion that was cut, and one that could not be judged."""
+    """`count` of a row's rollouts, drawn without replacement whatever they scored, as indices in order. What cannot be
+    trained on is left out here as well: a completion that was cut, and one that could not be judged."""
     usable = [i for i, one in enumerate(group) if one.judged and one.finished]
     return sorted(rng.sample(usable, count))
 

@@ -1,11 +1,12 @@
-"""What an sft stage trains on, as token rows, and what a grpo stage trains on beside its rollouts: a problem's demonstrations, a file of conversations, or what another stage sampled; and beside them, where
-the stage has a mix, general conversations.
+"""What an sft stage trains on, as token rows, and what a grpo stage trains on beside its rollouts: a problem's
+demonstrations, a file of conversations, or what another stage sampled; and beside them, where the stage has a mix,
+general conversations.
 
-Whatever the source, a row is ids with a role each (`stages.tokens.token_rows`), and every answer in it starts with the response prefix. A file has a JSON object a
-line, as TRL takes them: `{"messages": [...]}`, trained as they are, every assistant turn an answer; or `{"prompt": ..., "completion": ...}`, of
-messages, of which the completion's are answers, or of plain text, which the Format dresses. A message has a role and content, both text. A line of which no
-answer says anything beyond the prefix is refused.
-"""
+Whatever the source, a row is ids with a role each (`stages.tokens.token_rows`), and every answer in it starts with the
+response prefix. A file has a JSON object a line, as TRL takes them: `{"messages": [...]}`, trained as they are, every
+assistant turn an answer; or `{"prompt": ..., "completion": ...}`, of messages, of which the completion's are answers,
+or of plain text, which the Format dresses. A message has a role and content, both text. A line of which no answer says
+anything beyond the prefix is refused."""
 
 from __future__ import annotations
 
@@ -48,8 +49,8 @@ class Rows(NamedTuple):
 
 
 def load(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase, mixed: Mix | None) -> Rows:
-    """The job's rows, with `mixed` of its config. Raises BadInput for no own rows or too few general ones, for rows that cannot be read, and for rows that
-    another tokenizer or template made."""
+    """The job's rows, with `mixed` of its config. Raises BadInput for no own rows or too few general ones, for rows
+    that cannot be read, and for rows that another tokenizer or template made."""
     rows = own(job, format, tokenizer)
     return Rows(rows, general(job, format, tokenizer, mixed, len(rows)) if mixed else [])
 
@@ -65,7 +66,8 @@ def own(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase) -> list[To
         rows = conversations(Path(source), format, tokenizer)
     if not rows:
         raise BadInput(
-            f"{job.name}: its data has no rows ({source or 'demonstrations'}); if a rejection stage kept none, lower keep.min_score or raise samples"
+            f"{job.name}: its data has no rows ({source or 'demonstrations'}); if a rejection stage kept none, lower "
+            f"keep.min_score or raise samples"
         )
     return rows
 
@@ -80,7 +82,8 @@ def general(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase, mixed:
 def general_of_steps(
     job: Job, format: Format, tokenizer: PreTrainedTokenizerBase, a_step: int, steps: int
 ) -> list[TokenRow]:
-    """The rows that so many steps take, in the order in which they are drawn. Raises BadInput for too few, for a row that cannot be read, and for one with nothing to train."""
+    """The rows that so many steps take, in the order in which they are drawn. Raises BadInput for too few, for a row
+    that cannot be read, and for one with nothing to train."""
     path = Path(job.inputs["mix"])
     rows = _general(path, mix.drawn_by_steps(job.name, _lines(path), a_step, steps, job.seed), format, tokenizer)
     for row in rows:
@@ -92,7 +95,8 @@ def general_of_steps(
 
 
 def look_at_general(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase) -> None:
-    """For a stage whose own rows are not there yet: raise BadInput where the row that every share draws cannot be used, or there is none."""
+    """For a stage whose own rows are not there yet: raise BadInput where the row that every share draws cannot be
+    used, or there is none."""
     path = Path(job.inputs["mix"])
     if not (lines := _lines(path)):
         raise BadInput(f"stages.{job.name}.mix: {path} has no rows; add rows, or remove mix")
@@ -110,7 +114,8 @@ def _made_for(job: Job, tokenizer: PreTrainedTokenizerBase, card: dict[str, Any]
     """The plan compares what of the two Formats it knows; tokenizer and chat template are only known here."""
     if card["tokenizer"] != prefix.tokenizer_digest(tokenizer):
         raise BadInput(
-            f"{job.name}: its data was tokenised by another tokenizer than its policy's; sample from a policy of the same family"
+            f"{job.name}: its data was tokenised by another tokenizer than its policy's; sample from a policy of the "
+            f"same family"
         )
     assert job.format is not None, "the plan gives every sft step a Format"
     seen = prefix.seen_format(job.format, tokenizer).training_template
@@ -192,7 +197,8 @@ def _conversation(columns: Mapping[str, Any], format: Format, tokenizer: PreTrai
 def _trained(
     tokenizer: PreTrainedTokenizerBase, start: str, turns: Sequence[chat.Message], given: int = 0
 ) -> prefix.Dressed:
-    """The conversation. Raises BadInput where none of its answers says anything: it would teach to end the turn at once."""
+    """The conversation. Raises BadInput where none of its answers says anything: it would teach to end the turn at
+    once."""
     answers = [turn["content"] for turn in turns[given:] if turn["role"] == "assistant"]
     if answers and not any(text.removeprefix(start).strip() for text in answers):
         raise BadInput("its answer is empty, so nothing but the end of the turn would be trained; remove the line")
@@ -200,13 +206,15 @@ def _trained(
 
 
 def _nothing_is_left_out(columns: Mapping[str, Any]) -> None:
-    """Raise BadInput for a line of which a part would be ignored, and for a message that is not a role and its words."""
+    """Raise BadInput for a line of which a part would be ignored, and for a message that is not a role and its
+    words."""
     if "messages" in columns and {"prompt", "completion"} & set(columns):
         raise BadInput(f"found messages beside prompt or completion, expected {SHAPES}")
     for name in ("tools", "chat_template_kwargs"):
         if columns.get(name):
             raise BadInput(
-                f"{name} are not rendered by switchback, so the row would be trained otherwise than it says; remove them"
+                f"{name} are not rendered by switchback, so the row would be trained otherwise than it says; remove "
+                f"them"
             )
     for name in ("messages", "prompt", "completion"):
         turns: list[Any] = columns[name] if isinstance(columns.get(name), list) else []

@@ -1,6 +1,5 @@
-"""The Format contract, as far as a tokenizer and a template show it without weights: what cannot be dressed alike in training and serving is refused
-(BadInput), what probably is not meant is a Finding.
-"""
+"""The Format contract, as far as a tokenizer and a template show it without weights: what cannot be dressed alike in
+training and serving is refused (BadInput), what probably is not meant is a Finding."""
 
 from __future__ import annotations
 
@@ -32,8 +31,8 @@ LOOKED_AT = 200
 def dressed(
     job: Job, format: Format, tokenizer: PreTrainedTokenizerBase, sft_rows: Sequence[TokenRow]
 ) -> list[tuple[str, str]]:
-    """(prompt as text, its prefix) of some of the stage's rows, and of a question that is none. Raises BadInput for rows and a template that do not
-    go together."""
+    """(prompt as text, its prefix) of some of the stage's rows, and of a question that is none. Raises BadInput for
+    rows and a template that do not go together."""
     from stages.problems import catalog
     from stages.tokens import chat, prefix
 
@@ -49,7 +48,8 @@ def dressed(
         conversations = [(prefix.messages(format, row), row) for row in catalog.rows(catalog.load(job.problem), range)]
         if len(conversations) > 1 and all(turns == conversations[0][0] for turns, _ in conversations):
             raise BadInput(
-                f"{job.name}: the prompt {format.prompt} says the same for every row; let its user template hold {{{{ prompt }}}}"
+                f"{job.name}: the prompt {format.prompt} says the same for every row; let its user template hold "
+                f"{{{{ prompt }}}}"
             )
         for turns, row in conversations:
             text = "".join(piece for _, piece in chat.pieces(tokenizer, turns))
@@ -67,12 +67,14 @@ def template(job: Job, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
             severity="warn",
             stage=job.name,
             evidence={},
-            advice="the chat template writes today's date into prompts, so stages that run on different days have different prompts; set format.chat_template to one without it",
+            advice="the chat template writes today's date into prompts, so stages that run on different days have "
+            "different prompts; set format.chat_template to one without it",
         )
 
 
 def prefixes(job: Job, tokenizer: PreTrainedTokenizerBase, dressed: Sequence[tuple[str, str]]) -> Iterator[Finding]:
-    """Prefixes that can be written down, that the template does not already hold, and that serving writes with the same ids."""
+    """Prefixes that can be written down, that the template does not already hold, and that serving writes with the
+    same ids."""
     first_prompt = {start: prompt for prompt, start in reversed(dressed)}
     for start, prompt in first_prompt.items():
         _written_once(job, tokenizer, prompt, start)
@@ -82,7 +84,8 @@ def prefixes(job: Job, tokenizer: PreTrainedTokenizerBase, dressed: Sequence[tup
                 severity="warn",
                 stage=job.name,
                 evidence={},
-                advice=f"the response prefix {start!r} ends in a space, which most tokenizers write as the start of the next word; remove the space",
+                advice=f"the response prefix {start!r} ends in a space, which most tokenizers write as the start of "
+                f"the next word; remove the space",
             )
         if _merges(tokenizer, prompt, start):
             yield Finding(
@@ -90,23 +93,27 @@ def prefixes(job: Job, tokenizer: PreTrainedTokenizerBase, dressed: Sequence[tup
                 severity="warn",
                 stage=job.name,
                 evidence={},
-                advice=f"the tokenizer merges the response prefix {start!r} with the end of the prompt where it tokenises both as one text, as servers do; begin it where a token begins",
+                advice=f"the tokenizer merges the response prefix {start!r} with the end of the prompt where it "
+                f"tokenises both as one text, as servers do; begin it where a token begins",
             )
 
 
 def _written_once(job: Job, tokenizer: PreTrainedTokenizerBase, prompt: str, start: str) -> None:
-    """Raise BadInput for a prefix that does not come back, that is open already, or that stands otherwise in a text than alone."""
+    """Raise BadInput for a prefix that does not come back, that is open already, or that stands otherwise in a text
+    than alone."""
     from stages.tokens import prefix
 
     ids = [*prefix.encode(tokenizer, prompt), *prefix.prefix_ids(tokenizer, start), *prefix.encode(tokenizer, "x")]
     if opened(prompt, start):
         raise BadInput(
-            f"{job.name}: the chat template already ends its generation prompt in {prompt[-30:]!r}, and the response prefix {start!r} would open it again;"
+            f"{job.name}: the chat template already ends its generation prompt in {prompt[-30:]!r}, and the response "
+            f"prefix {start!r} would open it again;"
             " set format.response_prefix to what comes after it, or to ''"
         )
     if tokenizer.decode(ids) != tokenizer.decode(prefix.encode(tokenizer, f"{prompt}{start}x")):
         raise BadInput(
-            f"{job.name}: the tokenizer writes a text that stands alone otherwise than inside another (it puts a blank before it), so what is trained after"
+            f"{job.name}: the tokenizer writes a text that stands alone otherwise than inside another (it puts a "
+            f"blank before it), so what is trained after"
             f" {start!r} is not what is served; use a tokenizer without a prefix space"
         )
 
@@ -122,15 +129,16 @@ def _merges(tokenizer: PreTrainedTokenizerBase, prompt: str, start: str) -> bool
 
 
 def opened(prompt: str, start: str) -> bool:
-    """Whether a generation prompt already ends with the prefix, or with the tag that the prefix opens with; blank space does not count."""
+    """Whether a generation prompt already ends with the prefix, or with the tag that the prefix opens with; blank
+    space does not count."""
     tag = re.match(r"\s*(<[^<>\s]+>|\[[^\[\]\s]+\])", start)
     openings = [opening for opening in (start.strip(), tag[1] if tag else "") if opening]
     return any(prompt.rstrip().endswith(opening) for opening in openings)
 
 
 def refuse_other_formats(job: Job, path: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A policy of ours shows what it was trained with, in its manifest, or at the end of its serving template where that was lost on the way: raise
-    BadInput when the job has another Format and does not say so."""
+    """A policy of ours shows what it was trained with, in its manifest, or at the end of its serving template where
+    that was lost on the way: raise BadInput when the job has another Format and does not say so."""
     from stages.tokens import chat, prefix
 
     assert job.format is not None, "the plan gives every stage a Format"
@@ -140,14 +148,17 @@ def refuse_other_formats(job: Job, path: str, tokenizer: PreTrainedTokenizerBase
         for name in different(Format.model_validate(found), job.format):
             if not SET_BY[name] & on_purpose:
                 raise BadInput(
-                    f"{job.name}: its policy was trained with another {name}; change it on purpose with stages.{job.name}.format"
+                    f"{job.name}: its policy was trained with another {name}; change it on purpose with "
+                    f"stages.{job.name}.format"
                 )
         return
     ours = isinstance(templates, dict) and chat.TRAINING in templates and not SET_BY["response_prefix"] & on_purpose
     if ours and templates["default"] != prefix.serving_template(templates[chat.TRAINING], job.format):
         raise BadInput(
-            f"{job.name}: its policy was trained with another response prefix than {job.format.response_prefix!r}; its chat template ends in"
-            f" {templates['default'][-40:]!r}. Set format.response_prefix to that, or change it on purpose with stages.{job.name}.format"
+            f"{job.name}: its policy was trained with another response prefix than {job.format.response_prefix!r}; "
+            f"its chat template ends in"
+            f" {templates['default'][-40:]!r}. Set format.response_prefix to that, or change it on purpose with "
+            f"stages.{job.name}.format"
         )
 
 
@@ -162,7 +173,8 @@ def boundaries(job: Job, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Toke
             severity="warn",
             stage=job.name,
             evidence={"rate": rate, "rows": len(looked_at)},
-            advice=f"in {rate:.0%} of {len(looked_at)} {what} the tokenizer would merge across the start or end of the response prefix, which is never done in training or serving;"
+            advice=f"in {rate:.0%} of {len(looked_at)} {what} the tokenizer would merge across the start or end of "
+            f"the response prefix, which is never done in training or serving;"
             " end the prefix where a token ends",
         )
 
@@ -177,7 +189,8 @@ def system_prompts(job: Job, tokenizer: PreTrainedTokenizerBase, rows: Sequence[
             severity="warn",
             stage=job.name,
             evidence={"rate": rate, "rows": len(looked_at)},
-            advice=f"{rate:.0%} of {len(looked_at)} rows have another system prompt than the Format's, with which the policy is evaluated and trained further",
+            advice=f"{rate:.0%} of {len(looked_at)} rows have another system prompt than the Format's, with which "
+            f"the policy is evaluated and trained further",
         )
 
 

@@ -1,8 +1,9 @@
-"""What can be known about stages before an accelerator starts, with their tokenizer, template, problem and data, but without their weights.
+"""What can be known about stages before an accelerator starts, with their tokenizer, template, problem and data, but
+without their weights.
 
-the jobs of steps that are about to run -> findings. What cannot work is refused in one line (BadInput); what is probably not meant is a warning, with
-what was measured. A policy that is not made yet has the tokenizer and template of the policy it comes from, which stands in for it.
-"""
+the jobs of steps that are about to run -> findings. What cannot work is refused in one line (BadInput); what is
+probably not meant is a warning, with what was measured. A policy that is not made yet has the tokenizer and template
+of the policy it comes from, which stands in for it."""
 
 from __future__ import annotations
 
@@ -129,5 +130,6 @@ def _positions(job: Job, path: str, rows: Sequence[TokenRow]) -> Iterator[Findin
             severity="warn",
             stage=job.name,
             evidence={"longest": longest, "positions": most},
-            advice=f"a row has {longest} tokens, and the model has positions for {most}; rows are never cut, so shorten it or remove it",
+            advice=f"a row has {longest} tokens, and the model has positions for {most}; rows are never cut, so "
+            f"shorten it or remove it",
         )

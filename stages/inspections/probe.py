@@ -1,8 +1,9 @@
-"""The prompt probe: prompts x response prefixes, on a policy as it is, before anything is trained; and on another one after, to see what survived.
+"""The prompt probe: prompts x response prefixes, on a policy as it is, before anything is trained; and on another one
+after, to see what survived.
 
-policy (and a later one) + Formats -> a line each: how often the policy passes, keeps the form and does what the prompt tells it to, and how long it
-takes. The text a model is given is dressed by the very functions that training uses, and its digest is the Format's.
-"""
+policy (and a later one) + Formats -> a line each: how often the policy passes, keeps the form and does what the prompt
+tells it to, and how long it takes. The text a model is given is dressed by the very functions that training uses, and
+its digest is the Format's."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""What completions from anywhere are worth: a file of rows and a file of completions -> outcomes, average score, rewards, intervals.
+"""What completions from anywhere are worth: a file of rows and a file of completions -> outcomes, average score,
+rewards, intervals.
 
-A question and no stage: nothing is published. Needs no model and no torch. `job.problem` judges, `job.inputs` has the files `rows` and `completions`
-(`stages.problems.catalog.files`), and `score.json` in `job.out` has the answer:
+A question and no stage: nothing is published. Needs no model and no torch. `job.problem` judges, `job.inputs` has the
+files `rows` and `completions` (`stages.problems.catalog.files`), and `score.json` in `job.out` has the answer:
 
     rows, completions           how many rows were answered, and how often in all
     outcomes                    outcome -> how many completions, in the order in which rules are judged

@@ -1,9 +1,9 @@
 """Rewards: from the components of a judgement to the one number that an advantage is made of.
 
-(rollouts, components) as the problem and the penalties gave them -> normalised per component -> clipped -> summed by weight. NaN is a component that does not
-apply, or a rollout that could not be judged: it takes no part in any mean, and adds nothing to a sum. What TRL makes of the sum (centred and scaled within
-the group) is TRL's. docs/rewards.md has the formulas. Cheap to import: torch comes with the functions that need it.
-"""
+(rollouts, components) as the problem and the penalties gave them -> normalised per component -> clipped -> summed by
+weight. NaN is a component that does not apply, or a rollout that could not be judged: it takes no part in any mean,
+and adds nothing to a sum. What TRL makes of the sum (centred and scaled within the group) is TRL's. docs/rewards.md
+has the formulas. Cheap to import: torch comes with the functions that need it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ Normalise = Literal["none", "group", "batch", "running"]
 
 
 class LengthPenalty(Config):
-    """The soft overlong punishment of DAPO (arXiv 2503.14476 equation 13): 0 up to `start` tokens, then linear to -1 at `end` and beyond."""
+    """The soft overlong punishment of DAPO (arXiv 2503.14476 equation 13): 0 up to `start` tokens, then linear to -1
+    at `end` and beyond."""
 
     weight: float = identity(1.0, gt=0, le=LARGEST_WEIGHT)
     """Of the component `length_penalty`."""
@@ -42,7 +43,8 @@ class LengthPenalty(Config):
 
 
 class RepetitionPenalty(Config):
-    """Minus the share of a completion's token n-grams that it has said before (arXiv 2502.03373 appendix, on ids in place of words), in -1..0."""
+    """Minus the share of a completion's token n-grams that it has said before (arXiv 2502.03373 appendix, on ids in
+    place of words), in -1..0."""
 
     weight: float = identity(1.0, gt=0, le=LARGEST_WEIGHT)
     """Of the component `repetition_penalty`."""
@@ -58,8 +60,8 @@ class Rewards(Config):
     normalise: Annotated[Annotated[Normalise, WORD] | Annotated[dict[str, Normalise], MAPPING], WordOrMapping] = (
         identity("none")
     )
-    """Centre and scale components before they are summed, all or by name: by mean and standard deviation of the row's `group`, of the step's `batch`, or of
-    all rollouts of the stage so far (`running`). none = off."""
+    """Centre and scale components before they are summed, all or by name: by mean and standard deviation of the row's
+    `group`, of the step's `batch`, or of all rollouts of the stage so far (`running`). none = off."""
     clip: Annotated[tuple[float, float], FromList] | None = identity(None)
     """Bounds of every component after that, before the sum. Off: none."""
     length_penalty: LengthPenalty | None = identity(None)
@@ -84,14 +86,16 @@ PENALTIES = ("length_penalty", "repetition_penalty")
 
 
 def weights_of(stage: str, settings: Rewards, problem: Mapping[str, float]) -> dict[str, float]:
-    """Component -> the weight that the stage trains with: the problem's, the stage's own in their place, and its penalties.
+    """Component -> the weight that the stage trains with: the problem's, the stage's own in their place, and its
+    penalties.
 
-    Raises BadInput for a component that there is not, and for a penalty of the stage that the problem has a component of the same name for.
-    """
+    Raises BadInput for a component that there is not, and for a penalty of the stage that the problem has a component
+    of the same name for."""
     own = {name: penalty.weight for name in PENALTIES if (penalty := getattr(settings, name))}
     if twice := [name for name in own if name in problem]:
         raise BadInput(
-            f"stages.{stage}.rewards.{twice[0]}: the problem has a component of this name; remove the penalty here, or rename the component there"
+            f"stages.{stage}.rewards.{twice[0]}: the problem has a component of this name; remove the penalty here, "
+            f"or rename the component there"
         )
     _known(f"stages.{stage}.rewards.weights", settings.weights, problem)
     if isinstance(settings.normalise, dict):
@@ -122,8 +126,8 @@ def repeated(ids: Sequence[int], ngram: int) -> float:
 
 
 class Running(NamedTuple):
-    """Count, mean and sum of squared differences of each component over all rollouts so far (Welford; merged as by Chan et al. 1983). (components,) each,
-    in float64 on the CPU, wherever the rollouts are."""
+    """Count, mean and sum of squared differences of each component over all rollouts so far (Welford; merged as by
+    Chan et al. 1983). (components,) each, in float64 on the CPU, wherever the rollouts are."""
 
     seen: Tensor
     mean: Tensor
@@ -156,7 +160,8 @@ def nothing_seen(components: int) -> Running:
 
 
 def composed(values: Tensor, names: Sequence[str], settings: Rewards, group_size: int, running: Running) -> Tensor:
-    """(rollouts, components), whole groups one after another, as they are to be summed by weight. `running` has seen these values already."""
+    """(rollouts, components), whole groups one after another, as they are to be summed by weight. `running` has seen
+    these values already."""
     import torch
 
     columns = zip(names, values.unbind(1), running.mean, running.deviation, strict=True)

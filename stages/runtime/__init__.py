@@ -1,1 +1,2 @@
-"""The process around a stage: worker, server, process tree, ranks, disk, checkpoints, metrics. It knows no kind of stage."""
+"""The process around a stage: worker, server, process tree, ranks, disk, checkpoints, metrics. It knows no kind of
+stage."""

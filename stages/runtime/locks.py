@@ -1,8 +1,7 @@
 """Exclusive locks on open files and directories (flock).
 
-The kernel frees a lock when its last holder ends, however that ends. A child that inherits the descriptor holds the lock too. A holder may
-write its pid into the file, so that a process that waits can name it.
-"""
+The kernel frees a lock when its last holder ends, however that ends. A child that inherits the descriptor holds the
+lock too. A holder may write its pid into the file, so that a process that waits can name it."""
 
 from __future__ import annotations
 

@@ -71,8 +71,8 @@ def _processes() -> Iterator[tuple[int, list[str]]]:
 def kill_tree(root: int) -> None:
     """SIGKILL everything below `root` until nothing is left.
 
-    A process may fork the next one and end while we look. It is then a zombie that the look before did not see, so we look again.
-    """
+    A process may fork the next one and end while we look. It is then a zombie that the look before did not see, so we
+    look again."""
     seen: set[int] | None = None
     while True:
         _kill_children(root)
@@ -85,7 +85,8 @@ def kill_tree(root: int) -> None:
 
 
 def _kill_children(root: int) -> None:
-    """SIGKILL each child at the moment it is seen: one that forks and ends within a millisecond is gone after a look at all processes."""
+    """SIGKILL each child at the moment it is seen: one that forks and ends within a millisecond is gone after a look
+    at all processes."""
     for pid, stat in _processes():
         if stat[0] != "Z" and int(stat[1]) == root:
             with suppress(ProcessLookupError):

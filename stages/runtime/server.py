@@ -2,10 +2,9 @@
 
     launcher --stdin--> server --fork, setsid, PDEATHSIG--> job --> whatever it starts
 
-Orders come as JSON lines {"job", "log"}; answers go back as {"ready"}, {"pid"}, {"pid", "status"}. The launcher's death, however it dies, is
-the end of stdin: the server kills everything below it and exits. The server's death kills the job. The server starts no thread and touches no GPU, so
-a fork of it is clean.
-"""
+Orders come as JSON lines {"job", "log"}; answers go back as {"ready"}, {"pid"}, {"pid", "status"}. The launcher's
+death, however it dies, is the end of stdin: the server kills everything below it and exits. The server's death kills
+the job. The server starts no thread and touches no GPU, so a fork of it is clean."""
 
 from __future__ import annotations
 
@@ -34,7 +33,8 @@ STDIN = 0
 
 
 def serve(launcher: int, stages: Mapping[str, worker.Runs], preload: bool = True) -> None:
-    """Answer orders until stdin ends. `launcher` is the pid of the process that holds the other end; `stages` says what runs each kind."""
+    """Answer orders until stdin ends. `launcher` is the pid of the process that holds the other end; `stages` says
+    what runs each kind."""
     die_with_parent(launcher)  # while it imports, it does not listen
     adopt_orphans()
     answers = os.fdopen(os.dup(1), "w", buffering=1)

@@ -1,8 +1,9 @@
-"""One job, from its file to its result: take the directory's lock, check what the launcher promised, run the stage, write `result.json` last.
+"""One job, from its file to its result: take the directory's lock, check what the launcher promised, run the stage,
+write `result.json` last.
 
-A job for several processes starts them with torchrun, or with accelerate where a config file is given; each is `python -m stages --rank job.json`.
-What goes wrong is told by the exit code and one line in `error.json`: 2 for something the user gave, 1 for anything else. The traceback is in the log.
-"""
+A job for several processes starts them with torchrun, or with accelerate where a config file is given; each is `python
+-m stages --rank job.json`. What goes wrong is told by the exit code and one line in `error.json`: 2 for something the
+user gave, 1 for anything else. The traceback is in the log."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
 
 
 def main(path: str, stages: Mapping[str, Runs]) -> int:
-    """Run the job in a file, in as many processes as it is for; returns the exit code. `stages` says what runs each kind."""
+    """Run the job in a file, in as many processes as it is for; returns the exit code. `stages` says what runs each
+    kind."""
     job = Job.model_validate_json(Path(path).read_text())
     work = Path(job.work)
     with (work / LOCK).open("a+") as lock:

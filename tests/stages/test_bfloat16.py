@@ -1,4 +1,5 @@
-"""All stages in bfloat16, on a randomly initialised policy: small everywhere, of the shape of a 0.5B model where there is a GPU."""
+"""All stages in bfloat16, on a randomly initialised policy: small everywhere, of the shape of a 0.5B model where there
+is a GPU."""
 
 from __future__ import annotations
 

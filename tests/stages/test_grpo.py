@@ -1,4 +1,5 @@
-"""GRPO with a prefix: the prefix is prompt to the policy and completion to the rewards, and the KL reference is where the stage starts."""
+"""GRPO with a prefix: the prefix is prompt to the policy and completion to the rewards, and the KL reference is where
+the stage starts."""
 
 from __future__ import annotations
 
@@ -87,7 +88,8 @@ def test_the_ids_that_are_trained_are_the_ids_that_were_sampled(policy, tmp_path
 
 
 def test_it_trains_as_plain_trl_does_with_the_prefix_in_the_chat_template(policy, tmp_path):
-    """An independent road to the same gradient: TRL's own trainer, the prefix at the end of the template's generation prompt."""
+    """An independent road to the same gradient: TRL's own trainer, the prefix at the end of the template's generation
+    prompt."""
     in_template = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
     _, _, ours = trained(policy, tmp_path)
     _, _, plain = trained(policy, tmp_path, kind=GRPOTrainer, template=in_template)
@@ -189,7 +191,8 @@ class Recording(PrefillGRPOTrainer):
 
 
 class TrainsThePrefix(Recording):
-    """The known bug (ms-swift #10106): the prefix is given to the sampler, and then trained as if it had been sampled."""
+    """The known bug (ms-swift #10106): the prefix is given to the sampler, and then trained as if it had been
+    sampled."""
 
     def _generate(self, prompts):
         out = list(super()._generate(prompts))
@@ -253,7 +256,8 @@ def random_prefix(rng):
 
 @pytest.mark.parametrize("number", range(50))
 def test_the_ids_in_the_loss_are_the_ids_that_were_sampled_for_any_prefix_and_template(number, policy, tmp_path):
-    """50 random prefixes over the chat templates that TRL ships: what was sampled after is rendered prompt + prefix, and goes into the loss as it is."""
+    """50 random prefixes over the chat templates that TRL ships: what was sampled after is rendered prompt + prefix,
+    and goes into the loss as it is."""
     rng = random.Random(number)
     name, template = list(TEMPLATES.items())[number % len(TEMPLATES)]
     start = random_prefix(rng)
@@ -371,7 +375,8 @@ def _penalised(penalty, own_settings):
 
 
 class Flaky:
-    """A problem that pays for how many different ids an answer has and for its first one, and cannot judge every third one that it is asked about."""
+    """A problem that pays for how many different ids an answer has and for its first one, and cannot judge every third
+    one that it is asked about."""
 
     reward_weights = {"variety": 1.0, "first": 0.5}  # noqa: RUF012
 

@@ -128,13 +128,18 @@ def test_a_stage_trains_on_the_control_by_its_name(harvested):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"distill": {"data": "harvest:control"}}, "stages.distill.data: there is no harvest:control; a rejection stage with control: random makes one"),
-        ({"distill": {"data": "harvest:rollouts"}}, "stages.distill.data: found harvest:rollouts, but a stage trains on harvest or harvest:control"),
+        ({"distill": {"data": "harvest:control"}}, "stages.distill.data: there is no harvest:control; a rejection "
+                                                   "stage with control: random makes one"),
+        ({"distill": {"data": "harvest:rollouts"}}, "stages.distill.data: found harvest:rollouts, but a stage trains "
+                                                    "on harvest or harvest:control"),
         ({"harvest": {"control": "best"}}, "stages.harvest.control: found 'best'"),
-        ({"harvest": {"source": "both", "policy": "warmup", "rows": "train[0:9]"}}, "its policy warmup is no grpo stage"),
-        ({"harvest": {"source": "both", "format": {"response_prefix": ""}}}, "dressed in its own Format; remove format"),
+        ({"harvest": {"source": "both", "policy": "warmup", "rows": "train[0:9]"}}, "its policy warmup is no grpo "
+                                                                                    "stage"),
+        ({"harvest": {"source": "both", "format": {"response_prefix": ""}}}, "dressed in its own Format; remove "
+                                                                             "format"),
         ({"harvest": {"source": "training"}}, "samples has no effect with source: training"),
-        ({"harvest": {"source": "both", "training_steps": [3, 4]}}, "stages.harvest.training_steps: found [3, 4], but rl1 has 2 steps; expected two of 1 to 2"),
+        ({"harvest": {"source": "both", "training_steps": [3, 4]}}, "stages.harvest.training_steps: found [3, 4], "
+                                                                    "but rl1 has 2 steps; expected two of 1 to 2"),
         ({"harvest": {"training_steps": [1, 2]}}, "training_steps belongs to source: training or both"),
         ({"harvest": {"source": "both", "training_steps": [3, 2]}}, "training_steps: found [3, 2]"),
         ({"harvest": {"keep": {"pass_rate": [0.9, 0.1]}}}, "pass_rate: found [0.9, 0.1]"),
@@ -151,8 +156,10 @@ def test_what_cannot_be_harvested_is_one_line(change, said, settings, write):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"source": "both", "training_steps": [1, 99]}, "stages.harvest.training_steps: found [1, 99], but rl1 has 2 steps; expected two of 1 to 2"),
-        ({**TRAINING, "rows": "train[500:520]"}, "stages.harvest.rows: found train[500:520], but rl1 is trained on train[512:528], and source: training has no others"),
+        ({"source": "both", "training_steps": [1, 99]}, "stages.harvest.training_steps: found [1, 99], but rl1 has 2 "
+                                                        "steps; expected two of 1 to 2"),
+        ({**TRAINING, "rows": "train[500:520]"}, "stages.harvest.rows: found train[500:520], but rl1 is trained on "
+                                                 "train[512:528], and source: training has no others"),
         ({**TRAINING, "rows": "train[520:529]"}, "stages.harvest.rows: found train[520:529], but rl1 is trained on"),
         ({**TRAINING, "rows": "train[512:528]", "training_steps": [1, 2]}, None),
         ({"source": "both", "rows": "train[500:520]"}, None),
@@ -236,7 +243,8 @@ def test_harvesting_a_log_samples_nothing(reused):
 
 
 def test_a_harvest_says_how_many_of_its_rows_the_training_met(reused):
-    """Two steps of two prompts of 16 rows; what the stage says is on its artifact's record, and what it kept is of these rows."""
+    """Two steps of two prompts of 16 rows; what the stage says is on its artifact's record, and what it kept is of
+    these rows."""
     registry, made = reused
     met = {line["row"] for line in lines_of(registry, made["logged"])}
     assert len(met) == 4 and {row.row for row in token_rows.read(registry.path(made["logged"], "data"))} <= met
@@ -250,8 +258,8 @@ HOW = {"seed": 3, "temperature": 1.0, "max_completion_length": 8}
 
 
 def from_a_log(directory: Path, lines, change=None, **config) -> Job:
-    """A job that harvests the log of a grpo stage on the tiny base, with these rollouts of each of 50 rows; `change` is what another tokenizer or Format
-    did to its card."""
+    """A job that harvests the log of a grpo stage on the tiny base, with these rollouts of each of 50 rows; `change`
+    is what another tokenizer or Format did to its card."""
     one = job(TINY_BASE, {"kind": "rejection"}, directory)
     given = {
         "config": {"name": "rejection", "kind": "rejection", "policy": "rl1", "source": "training", **config},
@@ -318,7 +326,8 @@ def test_a_log_that_another_tokenizer_or_format_made_is_refused_in_one_line(chan
     ("config", "in_log", "said"),
     [
         ({}, 20, "has rollouts of 20 of the 50 rows; of the others nothing can be kept"),
-        ({"training_steps": [2, 3]}, 10, "has rollouts of 10 of the 50 rows in steps 2 to 3; of the others nothing can be kept"),
+        ({"training_steps": [2, 3]}, 10, "has rollouts of 10 of the 50 rows in steps 2 to 3; of the others nothing "
+                                         "can be kept"),
     ],
 )  # fmt: skip
 def test_rows_that_a_training_did_not_meet_are_counted_in_a_note(config, in_log, said, tmp_path):
@@ -370,10 +379,12 @@ def test_a_reward_that_there_is_none_of_is_null_and_json(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("control", "title"), [(None, "Completions that were kept as the best"), ("random", "Completions that were drawn at random, a control")]
+    ("control", "title"), [(None, "Completions that were kept as the best"), ("random", "Completions that were drawn "
+                                                                                        "at random, a control")]
 )  # fmt: skip
 @pytest.mark.parametrize(
-    ("source", "told"), [("fresh", "a policy"), ("training", "a policy's training"), ("both", "a policy and its training")]
+    ("source", "told"), [("fresh", "a policy"), ("training", "a policy's training"), ("both", "a policy and its "
+                                                                                              "training")]
 )  # fmt: skip
 def test_the_card_says_of_how_many_which_whence_and_why(control, title, source, told, tmp_path):
     rows = [token_rows.TokenRow("r", [1, 2], "uc")]

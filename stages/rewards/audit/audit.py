@@ -1,11 +1,12 @@
 """The audit of a reward: what it pays for answers whose worth is known, before anything is trained by it.
 
-rows + the problem's baselines (`stages.rewards.audit.baselines`) -> rewards and score of each, side by side -> `audit.json` and findings (`stages.rewards.audit.rules`).
-Needs no model, no tokenizer and no torch. The same rows, seed and problem give the same report.
+rows + the problem's baselines (`stages.rewards.audit.baselines`) -> rewards and score of each, side by side ->
+`audit.json` and findings (`stages.rewards.audit.rules`). Needs no model, no tokenizer and no torch. The same rows,
+seed and problem give the same report.
 
-A reward has no scale of its own, so it is told as a *share*: 0 is the least reward that any of the answers earned and 1 the greatest. Where the problem has
-no gold, the greatest that was seen may be far from the best; there the range is what would be possible with components that reach 0 and 1 at least.
-"""
+A reward has no scale of its own, so it is told as a *share*: 0 is the least reward that any of the answers earned and
+1 the greatest. Where the problem has no gold, the greatest that was seen may be far from the best; there the range is
+what would be possible with components that reach 0 and 1 at least."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ FILE = "audit.json"
 FIRST = 3
 """Answers that are tried before all are played."""
 KEPT = 0.02
-"""Score and reward share that gold may lose by a change that mends something; with touching events as overlaps, an optimal schedule earns .993."""
+"""Score and reward share that gold may lose by a change that mends something; with touching events as overlaps, an
+optimal schedule earns .993."""
 Others = Iterable[tuple[str, Problem]]
 """(a `--set`, the problem with it)"""
 
@@ -61,8 +63,8 @@ class Report(Frozen):
 
 
 def run(job: Job) -> Result:
-    """Write `audit.json` to `job.out`. Raises BadInput for a file of rows that cannot be read, and for weights of components that there are not;
-    TooManyFailures for user code that hangs on the first answers already."""
+    """Write `audit.json` to `job.out`. Raises BadInput for a file of rows that cannot be read, and for weights of
+    components that there are not; TooManyFailures for user code that hangs on the first answers already."""
     config = AuditConfig.model_validate(job.config)
     assert job.problem is not None and job.rows is not None and job.format is not None, "the plan gives grpo all three"
     problem = catalog.load(_uncounted(job.problem))
@@ -83,12 +85,14 @@ def _uncounted(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_hanging(problem: Problem, asked: Sequence[Baseline]) -> None:
-    """Raise TooManyFailures where user code has no time for any of the first answers, gold where there is some: it would wait as long for every other."""
+    """Raise TooManyFailures where user code has no time for any of the first answers, gold where there is some: it
+    would wait as long for every other."""
     golds = [one.answer for one in asked if one.name == GOLD]
     first = (golds or [one.answer for one in asked])[:FIRST]
     if all(one.failure == "timeout" for one in problem.judge(first)):
         raise TooManyFailures(
-            f"the problem's own code judged none of the first {len(first)}{' gold' if golds else ''} answers: {first_message(problem)};"
+            f"the problem's own code judged none of the first {len(first)}{' gold' if golds else ''} answers: "
+            f"{first_message(problem)};"
             " mend it, or raise problem.time_limit"
         )
 
@@ -102,8 +106,9 @@ def audit(
     own: Mapping[str, float] = MappingProxyType({}),
     heard: Heard = lambda done: None,
 ) -> Report:
-    """What the problem says to every baseline. `astray` is how many golds do not start with the response prefix; `others` are what the problem would be with
-    one setting changed; `own` are weights in the place of the problem's; `heard` is told how many answers are judged."""
+    """What the problem says to every baseline. `astray` is how many golds do not start with the response prefix;
+    `others` are what the problem would be with one setting changed; `own` are weights in the place of the problem's;
+    `heard` is told how many answers are judged."""
     weights = {**problem.reward_weights, **own}
     table = play(problem, weights, asked, heard)
     mended = _mended(table, asked, ((change, other, {**other.reward_weights, **own}) for change, other in others))
@@ -115,7 +120,8 @@ def audit(
 
 
 def with_one_change(settings: Mapping[str, Any]) -> Iterator[tuple[str, Problem]]:
-    """(a `--set`, the problem with it) for every other choice that a built-in problem's settings have. Nothing for other problems."""
+    """(a `--set`, the problem with it) for every other choice that a built-in problem's settings have. Nothing for
+    other problems."""
     if (name := settings.get("name")) is None:
         return
     for field, info in catalog.PROBLEMS[name].settings.model_fields.items():

@@ -1,8 +1,8 @@
 """Answers that need no model: what an audit plays to see what a reward pays for.
 
-a problem's rows -> for each of them the problem's own baselines (`Problem.baselines`, `gold` the best) and those that fit any problem: an empty answer, the
-prompt copied, one answer to every row, and texts that mean harm. A policy can only write what starts with the response prefix, so all of them do.
-"""
+a problem's rows -> for each of them the problem's own baselines (`Problem.baselines`, `gold` the best) and those that
+fit any problem: an empty answer, the prompt copied, one answer to every row, and texts that mean harm. A policy can
+only write what starts with the response prefix, so all of them do."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ class Baseline(NamedTuple):
 
 
 def of_rows(problem: Problem, rows: Sequence[Row], format: Format, seed: int) -> tuple[list[Baseline], int]:
-    """(every baseline of every row, how many rows have a gold that does not start with the response prefix). The same call gives the same texts.
+    """(every baseline of every row, how many rows have a gold that does not start with the response prefix). The same
+    call gives the same texts.
 
     Raises BadInput for a baseline that is no text.
     """
@@ -66,8 +67,8 @@ def of_rows(problem: Problem, rows: Sequence[Row], format: Format, seed: int) ->
 
 
 def continued(start: str, text: str) -> str:
-    """What a policy that means `text` would write after the prefix `start`: the text itself where it starts with the prefix, else the prefix and
-    what of the text comes after the characters that both begin with."""
+    """What a policy that means `text` would write after the prefix `start`: the text itself where it starts with the
+    prefix, else the prefix and what of the text comes after the characters that both begin with."""
     shared = next((i for i, (a, b) in enumerate(zip(start, text, strict=False)) if a != b), min(len(start), len(text)))
     return start + text[shared:]
 

@@ -1,4 +1,5 @@
-"""The rules of an audit that look at components: whether each tells answers apart, is earned often enough, leaves room for the others, and rises with the score."""
+"""The rules of an audit that look at components: whether each tells answers apart, is earned often enough, leaves room
+for the others, and rises with the score."""
 
 from __future__ import annotations
 
@@ -10,16 +11,19 @@ from stages.job import Finding
 from stages.rewards.audit.facts import EXACT, Audited, warn, warn_of
 
 SPARSE = 0.9
-"""Share of the well-formed answers of the problem's own baselines for which a component is 0. A group of 8 in which one answer in ten earns something
-has nothing to learn from in 43 % of the cases."""
+"""Share of the well-formed answers of the problem's own baselines for which a component is 0. A group of 8 in which
+one answer in ten earns something has nothing to learn from in 43 % of the cases."""
 DOMINATED = 0.95
-"""Share of the weights, or of the reward's variance, that is one component's: the others then decide between ties only."""
+"""Share of the weights, or of the reward's variance, that is one component's: the others then decide between ties
+only."""
 DISAGREE = 0.1
-"""Rank correlation of a component with the score, below which it leads elsewhere, or nowhere; over hundreds of answers chance alone stays below it."""
+"""Rank correlation of a component with the score, below which it leads elsewhere, or nowhere; over hundreds of answers
+chance alone stays below it."""
 
 
 def constant(audited: Audited) -> Iterator[Finding]:
-    """The reward and every component tell answers apart. Without a gold only weights of 0 are told, because nothing right was then played."""
+    """The reward and every component tell answers apart. Without a gold only weights of 0 are told, because nothing
+    right was then played."""
     same = [name for name in audited.weights if audited.has_gold and _spread(audited.of(name)) == 0]
     for name in same:
         values = audited.of(name)
@@ -28,7 +32,8 @@ def constant(audited: Audited) -> Iterator[Finding]:
             audited,
             "constant",
             {"value": values[0], "answers": len(values)},
-            f"is {values[0]:g} for all {len(values)} answers, the best and the worst, so it teaches nothing; mend it or remove it",
+            f"is {values[0]:g} for all {len(values)} answers, the best and the worst, so it teaches nothing; mend it "
+            f"or remove it",
         )
     weighted = {name for name, weight in audited.weights.items() if weight}
     rewards = [one.reward for one in audited.played if one.reward is not None]
@@ -42,7 +47,8 @@ def constant(audited: Audited) -> Iterator[Finding]:
             audited,
             "constant",
             {"value": rewards[0], "answers": len(rewards)},
-            f"all {len(rewards)} answers earn {rewards[0]:g}, the best and the worst, so training learns nothing: {why}",
+            f"all {len(rewards)} answers earn {rewards[0]:g}, the best and the worst, so training learns nothing: "
+            f"{why}",
         )
 
 
@@ -62,7 +68,8 @@ def absent(audited: Audited) -> Iterator[Finding]:
                 audited,
                 "absent",
                 {"answers": judged},
-                f"is None for all {judged} answers that were judged, so it pays nothing; mend when it applies, or remove it",
+                f"is None for all {judged} answers that were judged, so it pays nothing; mend when it applies, or "
+                f"remove it",
             )
 
 
@@ -77,7 +84,8 @@ def sparse(audited: Audited) -> Iterator[Finding]:
                 audited,
                 "sparse",
                 {"zeros": zeros, "answers": len(values)},
-                f"is 0 for {zeros:.0%} of the well-formed answers, so most groups learn nothing from it; give partial credit, or start from a"
+                f"is 0 for {zeros:.0%} of the well-formed answers, so most groups learn nothing from it; give "
+                f"partial credit, or start from a"
                 " policy that earns it sometimes",
             )
 
@@ -122,7 +130,8 @@ def disagree(audited: Audited) -> Iterator[Finding]:
                 audited,
                 "disagree",
                 {"rank_correlation": found, "answers": len(pairs)},
-                f"{_leads(sign, sign * found)} with the score (rank correlation {found:+.2f}), so it leads away from the task"
+                f"{_leads(sign, sign * found)} with the score (rank correlation {found:+.2f}), so it leads away from "
+                f"the task"
                 " where it can; look at what it pays for",
             )
 
@@ -160,8 +169,8 @@ def _covariance(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def _shares_of_variance(audited: Audited) -> dict[str, float]:
-    """Component -> its part of the reward's variance (its covariance with the reward); they add up to 1. Empty where the reward is constant, and without a
-    gold, because what only right answers earn does not vary then."""
+    """Component -> its part of the reward's variance (its covariance with the reward); they add up to 1. Empty where
+    the reward is constant, and without a gold, because what only right answers earn does not vary then."""
     complete = [one for one in audited.played if one.reward is not None]
     rewards = [one.reward for one in complete if one.reward is not None]
     if not (whole := _covariance(rewards, rewards)) or not audited.has_gold:

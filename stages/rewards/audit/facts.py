@@ -89,6 +89,7 @@ def warn(audited: Audited, rule: str, evidence: dict[str, float], advice: str) -
 def warn_of(
     subject: str, audited: Audited, rule: str, evidence: dict[str, float], predicate: str, override: str | None = None
 ) -> Finding:
-    """A finding of a rule about a baseline or a component: `subject` and `predicate` make the advice. `override` is the `--set` that follows it."""
+    """A finding of a rule about a baseline or a component: `subject` and `predicate` make the advice. `override` is
+    the `--set` that follows it."""
     found = warn(audited, rule, evidence, f"{subject} {predicate}")
     return found.model_copy(update={"subject": subject, "override": override})

@@ -1,7 +1,7 @@
 """What is wrong with a reward, told from what it pays for answers whose worth is known.
 
-the lines of an audit, and every answer it played -> findings. Pure: no problem, no files. Shares are of the range of rewards (`stages.rewards.audit.audit`), 0..1.
-"""
+the lines of an audit, and every answer it played -> findings. Pure: no problem, no files. Shares are of the range of
+rewards (`stages.rewards.audit.audit`), 0..1."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from stages.rewards.audit.component_rules import absent, constant, disagree, dom
 from stages.rewards.audit.facts import EXACT, Audited, Line, Played, warn, warn_of
 
 EXPLOITABLE = 0.4
-"""Reward share above score share. A training reward may lead the policy in steps (a right form is worth something), but one that pays nearly half of
-its range for nothing has a summit of its own: in the reference scheduling task, copying every event earns .69 for .01, and 36 % of the trained
-policy's answers still overlap."""
+"""Reward share above score share. A training reward may lead the policy in steps (a right form is worth something),
+but one that pays nearly half of its range for nothing has a summit of its own: in the reference scheduling task,
+copying every event earns .69 for .01, and 36 % of the trained policy's answers still overlap."""
 GOLD_MISSES = 0.05
-"""Share of the rows on which gold may fail before the run is stopped. Real data sets have a few wrong answers; a wrong judge or a wrong column fails on
-many rows."""
+"""Share of the rows on which gold may fail before the run is stopped. Real data sets have a few wrong answers; a wrong
+judge or a wrong column fails on many rows."""
 GOLD_ROWS = 2
 """Rows on which gold has to fail before the run is stopped, where there are so many: one of a few rows may be odd."""
 HOLD_GOLD = (f"{HOSTILE}repeated", f"{HOSTILE}swapped_tags")
 """Texts in which nothing but the right answer stands, so that a judge may well accept them."""
 UNEARNED = 0.5
-"""Mean score of answers that do not look at their row. A coin does as well on a question with two answers; more is a task that asks for nothing."""
+"""Mean score of answers that do not look at their row. A coin does as well on a question with two answers; more is a
+task that asks for nothing."""
 
 
 def findings(audited: Audited) -> list[Finding]:
@@ -36,7 +37,8 @@ def findings(audited: Audited) -> list[Finding]:
 
 
 def gold(audited: Audited) -> Iterator[Finding]:
-    """Gold passes, nothing scores more, and nothing that scores less earns more; what scores as much and earns more is worth a word, too."""
+    """Gold passes, nothing scores more, and nothing that scores less earns more; what scores as much and earns more is
+    worth a word, too."""
     pairs = _beside_gold(audited)
     golds = [one for one in audited.played if one.name == GOLD]
     fails = {
@@ -94,7 +96,8 @@ def gold_prefix(audited: Audited) -> Iterator[Finding]:
             audited,
             "gold_prefix",
             {"rows": audited.astray},
-            f"{audited.astray} gold answers do not start with the response prefix, so no rollout can be like them; make format.response_prefix"
+            f"{audited.astray} gold answers do not start with the response prefix, so no rollout can be like them; "
+            f"make format.response_prefix"
             " and the answers agree",
         )
 
@@ -107,7 +110,8 @@ def gold_form(audited: Audited) -> Iterator[Finding]:
             audited,
             "gold_form",
             {"rows": float(malformed)},
-            f"{malformed} of {len(judged)} gold answers do not have the right form (well_formed); mend them, or what tells the form",
+            f"{malformed} of {len(judged)} gold answers do not have the right form (well_formed); mend them, or what "
+            f"tells the form",
         )
 
 
@@ -122,7 +126,8 @@ def exploitable(audited: Audited) -> Iterator[Finding]:
             audited,
             "exploitable",
             {"reward_share": share, "score": line.score, "gap": line.gap},
-            f"earns {100 * share:.1f} of 100 reward and {100 * line.score:.1f} of 100 score, so training may settle for it;"
+            f"earns {100 * share:.1f} of 100 reward and {100 * line.score:.1f} of 100 score, so training may settle "
+            f"for it;"
             f" it is {_why_paid(audited, line)}",
             audited.mended.get(line.name),
         )
@@ -135,7 +140,8 @@ def _why_paid(audited: Audited, line: Line) -> str:
     by = f"paid by {_parts(paid) or 'nothing'}"
     if not _parts(spared):
         return f"{by}: let a broken rule cost more there"
-    mend = "let a broken rule cost more" if sum(paid.values()) > sum(spared.values()) else "let a right answer earn more than these cost"  # fmt: skip
+    mend = "let a broken rule cost more" if sum(paid.values()) > sum(spared.values()) else ("let a right answer earn "
+                                                                                           "more than these cost")  # fmt: skip
     return f"{by}, and spared what costs other answers ({_parts(spared)}): {mend}"
 
 
@@ -184,7 +190,8 @@ def failures(audited: Audited) -> Iterator[Finding]:
             audited,
             "failures",
             {**{str(name): float(count) for name, count in counts.items()}, "answers": len(audited.played)},
-            f"{sum(counts.values())} of {len(audited.played)} answers could not be judged ({', '.join(f'{n} {c}' for n, c in counts.items())};"
+            f"{sum(counts.values())} of {len(audited.played)} answers could not be judged "
+            f"({', '.join(f'{n} {c}' for n, c in counts.items())};"
             f" most often {where.most_common(1)[0][0]}); such a rollout has no reward{said}",
         )
 
@@ -198,7 +205,8 @@ def no_baselines(audited: Audited) -> Iterator[Finding]:
             severity="note",
             stage=audited.stage,
             evidence={"own": float(len(own))},
-            advice=f"{_no_gold(own)}, and nothing says that the best answer earns most; give it baselines with one that is named {GOLD}"
+            advice=f"{_no_gold(own)}, and nothing says that the best answer earns most; give it baselines with one "
+            f"that is named {GOLD}"
             " (a problem file's baselines(row, rng); the column that problem.gold of a dataset names)",
         )
 

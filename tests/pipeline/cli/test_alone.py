@@ -1,4 +1,5 @@
-"""A command that starts from nothing, as users start it, says what one says that was forked with its imports done, as most tests have it."""
+"""A command that starts from nothing, as users start it, says what one says that was forked with its imports done, as
+most tests have it."""
 
 from __future__ import annotations
 

@@ -162,7 +162,8 @@ def test_a_reward_that_hangs_on_the_first_gold_answers_ends_the_audit(only_rl, w
     done = run_cli(*arguments, env={"TMPDIR": str(tmp_path / "tmp")})
     assert done.returncode == 1 and not list((tmp_path / "tmp").iterdir())
     assert done.stderr == (
-        "switchback: rl1: the problem's own code judged none of the first 3 gold answers: no answer within 0.3 s; mend it, or raise problem.time_limit\n"
+        "switchback: rl1: the problem's own code judged none of the first 3 gold answers: no answer within 0.3 s; "
+        "mend it, or raise problem.time_limit\n"
     )
 
 
@@ -192,7 +193,11 @@ def test_an_audit_does_not_import_torch(settings, write, tmp_path):
     job = job.model_copy(
         update={"kind": "audit", "config": {}, "work": str(tmp_path / "w"), "out": str(tmp_path / "w" / "out")}
     )
-    code = "import sys\nfrom stages.inspections.kinds import INSPECTIONS\nfrom stages.runtime import worker\nprint(worker.main(sys.argv[1], INSPECTIONS), [m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    code = (
+        "import sys\nfrom stages.inspections.kinds import INSPECTIONS\nfrom stages.runtime import "
+        "worker\nprint(worker.main(sys.argv[1], INSPECTIONS), [m for m in ('torch', 'transformers', 'numpy') if m "
+        "in sys.modules])"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, str(job.save())], cwd=ROOT, env=environment(), capture_output=True, text=True
     )

@@ -31,8 +31,10 @@ BROKEN = {
     "a syntax error": (("def score", "dfe score"), {}, "mine.py:8: SyntaxError"),
     "no rewards": (("REWARDS", "REWARD"), {}, "mine.py: REWARDS is None, expected component: weight"),
     "no score": (("def score", "def scores"), {}, "mine.py has no function score; did you mean scores"),
-    "an import that fails": (("REWARDS", "import nosuch\nREWARDS"), {}, "mine.py: its import failed: mine.py:2: ModuleNotFoundError"),
-    "no demonstration": (("", ""), {"stages.rl1": {"kind": "sft", "rows": "train[0:8]"}}, "mine.py has no demonstration"),
+    "an import that fails": (("REWARDS", "import nosuch\nREWARDS"), {}, "mine.py: its import failed: mine.py:2: "
+                                                                        "ModuleNotFoundError"),
+    "no demonstration": (("", ""), {"stages.rl1": {"kind": "sft", "rows": "train[0:8]"}}, "mine.py has no "
+                                                                                          "demonstration"),
     "too few rows to evaluate on": (("", ""), {"evaluate.rows": 1000}, "evaluate.rows: mine.py has "),
     "too few to decide on": (("", ""), {"validation.rows": 200}, "validation.rows: mine.py has "),
     "too few to train on": (("", ""), {"stages.rl1.rows": "train[0:400]"}, "stages.rl1.rows: mine.py has "),

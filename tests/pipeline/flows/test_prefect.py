@@ -1,4 +1,5 @@
-"""Prefect for real: a flow shows its steps and what was reused, a schedule fires, and the user's own server is used where there is one."""
+"""Prefect for real: a flow shows its steps and what was reused, a schedule fires, and the user's own server is used
+where there is one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Nothing outlives its launcher: jobs, the serving worker, the Prefect server, and what a job starts in a session of its own."""
+"""Nothing outlives its launcher: jobs, the serving worker, the Prefect server, and what a job starts in a session of
+its own."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def wait_for(condition, seconds):
 
 
 SOON = 30.0
-"""Seconds until what was killed is gone: it takes a fraction of one, and what is not killed sleeps or trains for minutes."""
+"""Seconds until what was killed is gone: it takes a fraction of one, and what is not killed sleeps or trains for
+minutes."""
 STARTED = 300.0
 """Seconds until a launcher has got to work, on a machine that does much else."""
 
@@ -45,7 +47,8 @@ STARTED = 300.0
     [(signal.SIGKILL, -9, "interrupted"), (signal.SIGTERM, 143, "stopped"), (signal.SIGINT, 130, "stopped")],
 )
 def test_the_launchers_death_takes_job_worker_and_prefect_server_along(number, code, state, climbed, write, tmp_path):
-    """Only the launcher's pid is signalled, in the middle of rl1, with a Prefect server of its own; soon nothing of it lives."""
+    """Only the launcher's pid is signalled, in the middle of rl1, with a Prefect server of its own; soon nothing of it
+    lives."""
     settings = copy.deepcopy(LEARNED)
     stage(settings, "rl1")["steps"] = 100_000
     shutil.copytree(climbed[1], tmp_path / "r", ignore=shutil.ignore_patterns("work"))
@@ -110,7 +113,8 @@ except StageFailed as error:
 
 @pytest.fixture
 def sleepy(tmp_path):
-    """A directory whose worker knows one more kind, which starts a grandchild in its own session and sleeps; a launcher of it, by deadline."""
+    """A directory whose worker knows one more kind, which starts a grandchild in its own session and sleeps; a
+    launcher of it, by deadline."""
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nif '-m' in sys.orig_argv and 'stages' in sys.orig_argv:\n"
         "    import sleepy\n"
@@ -178,7 +182,10 @@ def parent(pid: int) -> int:
 
 def test_a_launcher_killed_while_its_worker_imports_leaves_nothing(tmp_path):
     mark = f"{TOKEN}={uuid.uuid4().hex}"
-    code = "import time\nfrom pipeline.launch.local import Launcher\nlauncher = Launcher()\nlauncher.warm_up()\nprint('up', flush=True)\ntime.sleep(600)"
+    code = (
+        "import time\nfrom pipeline.launch.local import Launcher\nlauncher = "
+        "Launcher()\nlauncher.warm_up()\nprint('up', flush=True)\ntime.sleep(600)"
+    )
     launcher = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=ROOT,
@@ -194,7 +201,8 @@ def test_a_launcher_killed_while_its_worker_imports_leaves_nothing(tmp_path):
 
 
 def imports_torch(pid: int) -> bool:
-    """Whether a process is at its imports: it has loaded torch's library; TRL, which takes longest, comes after that."""
+    """Whether a process is at its imports: it has loaded torch's library; TRL, which takes longest, comes after
+    that."""
     try:
         return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
     except OSError:

@@ -49,7 +49,8 @@ OTHER: dict[str, Any] = {
     "keep.min_score": 0.5, "keep.per_prompt": 1, "keep.pass_rate": [0.1, 0.9], "keep.min_reward": 0.5, "keep.max_length": 9, "keep.dedup": "off",
     "keep.max_similarity": 0.5, "stage.source": "training", "stage.training_steps": [2, 2], "stage.control": "random", "stage.mix": None,
 }  # fmt: skip
-"""Another value for every field; None where a field cannot be changed on its own (covered by tests of their own below)."""
+"""Another value for every field; None where a field cannot be changed on its own (covered by tests of their own
+below)."""
 
 GROUPS = {
     "recipe": [()], "model": [("model",)], "lora": [("model", "lora")], "problem": [("problem",)], "format": [("format",), ("stages", 3, "format")],
@@ -72,7 +73,8 @@ def config_at(loaded: Any, way: tuple[Any, ...]) -> Config:
 
 
 def fields() -> list[tuple[str, tuple[Any, ...], str]]:
-    """(group, way, field) of every field of every Config in the recipe, but for the few that cannot be changed on their own."""
+    """(group, way, field) of every field of every Config in the recipe, but for the few that cannot be changed on
+    their own."""
     loaded = recipe.Recipe.model_validate(EVERYTHING)
     found = []
     for group, ways in GROUPS.items():

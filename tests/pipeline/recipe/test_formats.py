@@ -122,7 +122,8 @@ def test_every_artifact_says_its_format_and_the_evaluation_its_digest(climbed):
 
 
 def test_a_run_in_which_a_stage_changes_the_prefix(climbed, settings, write, tmp_path):
-    """From a policy that was trained with another one; the stages after it inherit the change, and nothing is refused on the way."""
+    """From a policy that was trained with another one; the stages after it inherit the change, and nothing is refused
+    on the way."""
     registry = Registry(Path(shutil.copytree(climbed[1], tmp_path / "r")))
     settings["model"] = {
         "artifact": next(artifact.id for artifact in registry.artifacts() if artifact.stage == "warmup")

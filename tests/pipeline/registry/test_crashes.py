@@ -1,4 +1,5 @@
-"""A registry that is killed at any moment: every change to the file system that it makes, killed once just before, and once with the file half written."""
+"""A registry that is killed at any moment: every change to the file system that it makes, killed once just before, and
+once with the file half written."""
 
 from __future__ import annotations
 
@@ -281,7 +282,8 @@ def alias_of(root: Path, *names: str) -> None:
 
 
 def use(root: Path, name: str) -> None:
-    """As a run does: make or take what there is, make something of it, and let go of both once an alias points at that."""
+    """As a run does: make or take what there is, make something of it, and let go of both once an alias points at
+    that."""
     registry = registry_of(root)
     parent = make_in(root, name)
     assert registry.get(parent.id), "what a run holds is there"
@@ -318,7 +320,8 @@ def test_whatever_happens_in_the_middle_of_a_clean_up_or_around_it_no_alias_is_b
 
 
 def test_of_two_clean_ups_that_judge_differently_one_decides(memory):
-    """A slow one has looked at the pins; then somebody pins, a fast one sees that and gives the artifact back, and an alias is set to it."""
+    """A slow one has looked at the pins; then somebody pins, a fast one sees that and gives the artifact back, and an
+    alias is set to it."""
     nothing(memory)
     registry, artifact = registry_of(memory), make_in(memory, "1")
     registry.release(artifact.id, RUN)

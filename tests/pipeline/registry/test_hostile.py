@@ -1,4 +1,5 @@
-"""A registry that somebody else wrote into: what is not what switchback writes is refused, in one line that names it, before anything of it is used."""
+"""A registry that somebody else wrote into: what is not what switchback writes is refused, in one line that names it,
+before anything of it is used."""
 
 from __future__ import annotations
 
@@ -328,7 +329,8 @@ GOOD = {
     "bfloat16": file_of({"a": tensor([2, 2], 0, 8, "BF16")}, EIGHT),
 }  # fmt: skip
 BAD = {
-    "nothing": b"", "too short for a length": b"abc", "a length and no header": struct.pack("<Q", 2), "longer than the file": file_of(b"{}", length=100), "the longest length": file_of(b"{}", length=2**64 - 1),
+    "nothing": b"", "too short for a length": b"abc", "a length and no header": struct.pack("<Q", 2), "longer than "
+                                                                                                      "the file": file_of(b"{}", length=100), "the longest length": file_of(b"{}", length=2**64 - 1),
     "over 100 MB": file_of(b"{}", length=100_000_001), "length 0": file_of(b"", EIGHT), "no JSON": file_of(b"{a"), "a list": file_of(b"[]"), "a number": file_of(b"1"),
     "not UTF-8": file_of(b'{"\xff":1}'), "behind it": file_of(b"{}x"), "deep": file_of(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
     "past the end": file_of({"a": tensor([2], 0, 8)}, FOUR), "bytes left over": file_of({"a": tensor([1], 0, 4)}, EIGHT), "overlap": file_of({"a": tensor([2], 0, 8), "b": tensor([2], 4, 12)}, bytes(12)),

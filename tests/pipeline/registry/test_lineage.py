@@ -1,4 +1,5 @@
-"""Where an artifact comes from, down to the bytes of the base model and the data, told truthfully when some of it is gone."""
+"""Where an artifact comes from, down to the bytes of the base model and the data, told truthfully when some of it is
+gone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A registry on an object store, on moto's S3 behind real HTTP: the same promises as on a disk, whatever is lost on the way and whoever is killed."""
+"""A registry on an object store, on moto's S3 behind real HTTP: the same promises as on a disk, whatever is lost on
+the way and whoever is killed."""
 
 from __future__ import annotations
 
@@ -145,7 +146,8 @@ def refuse(environ, through, start_response):
     ("place", "said"),
     [
         ("s3://missing/registry", "there is no bucket missing"),
-        ("ftp://bucket/registry", "ftp:// is no place that is known; give a directory or a URL that starts with s3://, gs://, az://"),
+        ("ftp://bucket/registry", "ftp:// is no place that is known; give a directory or a URL that starts with "
+                                  "s3://, gs://, az://"),
         ("s3://me:pass-pass-word@bucket/registry", "has a user, a password or a query in it"),
         ("s3://bucket/registry?token=pass-pass-word", "has a user, a password or a query in it"),
         ("s3://", "is no place in an object store; expected s3://bucket"),
@@ -184,9 +186,11 @@ def test_plain_http_is_for_this_machine_unless_the_user_says_otherwise(variable,
 @pytest.mark.parametrize(
     ("status", "answer", "said"),
     [
-        ("404 Not Found", b"<html>no such page</html>", "answered 404 where something else was expected; check the URL"),
+        ("404 Not Found", b"<html>no such page</html>", "answered 404 where something else was expected; check the "
+                                                        "URL"),
         ("301 Moved", b"<Error><Code>PermanentRedirect</Code></Error>", "is in another region; set AWS_REGION"),
-        ("400 Bad Request", b"<Error><Code>AuthorizationHeaderMalformed</Code></Error>", "is in another region; set AWS_REGION"),
+        ("400 Bad Request", b"<Error><Code>AuthorizationHeaderMalformed</Code></Error>", "is in another region; set "
+                                                                                         "AWS_REGION"),
     ],
 )  # fmt: skip
 def test_a_server_that_is_not_the_right_one_is_said_to_be_none(status, answer, said, server):
@@ -460,7 +464,8 @@ def whole(registry: Registry, artifact: Artifact) -> bool:
 
 
 def killed_at(server: ObjectServer, at: int, when: str, directory: Path) -> bool:
-    """Publish in a process that is killed at its `at`-th request, before the server handles it or after; False when it has fewer."""
+    """Publish in a process that is killed at its `at`-th request, before the server handles it or after; False when it
+    has fewer."""
     seen, ready = [0], threading.Event()
 
     def door(environ, through, start_response):

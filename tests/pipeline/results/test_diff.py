@@ -13,7 +13,8 @@ from tests.conftest import printed_json, run_cli
 
 @pytest.fixture(scope="module")
 def made(climbed, tmp_path_factory):
-    """(registry, step -> id) of a copy of the climb, with a second harvest and an evaluation with more samples in it."""
+    """(registry, step -> id) of a copy of the climb, with a second harvest and an evaluation with more samples in
+    it."""
     recipe, source = climbed
     registry = tmp_path_factory.mktemp("diff") / "registry"
     shutil.copytree(source, registry, ignore=shutil.ignore_patterns("work"))

@@ -1,4 +1,5 @@
-"""Resume checkpoints that are copied out while a stage runs: whole or not at all, never in its way, and brought back where they are missing."""
+"""Resume checkpoints that are copied out while a stage runs: whole or not at all, never in its way, and brought back
+where they are missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A whole climb on the real trainers, in seconds: artifacts, reuse, what the commands say of it, and how stages fail."""
+"""A whole climb on the real trainers, in seconds: artifacts, reuse, what the commands say of it, and how stages
+fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""General conversations beside an sft stage's own rows: how many, which, and that everything that looks at rows sees them."""
+"""General conversations beside an sft stage's own rows: how many, which, and that everything that looks at rows sees
+them."""
 
 from __future__ import annotations
 
@@ -130,8 +131,10 @@ def test_only_lines_that_are_drawn_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("count", "share", "start", "said"),
     [
-        (40, 0.6, "<think>\n", "takes 0.6 / (1 - 0.6) * 50 = 75 rows, but its data have 40, and no row is repeated; add rows, or lower the share to 0.444"),
-        (40, 0.005, "<think>\n", "a share of 0.005 beside 50 rows is 0.25 rows, which rounds to 0; raise the share, or remove mix"),
+        (40, 0.6, "<think>\n", "takes 0.6 / (1 - 0.6) * 50 = 75 rows, but its data have 40, and no row is repeated; "
+                               "add rows, or lower the share to 0.444"),
+        (40, 0.005, "<think>\n", "a share of 0.005 beside 50 rows is 0.25 rows, which rounds to 0; raise the share, "
+                                 "or remove mix"),
         (0, 0.2, "<think>\n", "but its data have 0, and no row is repeated; add rows"),
         (40, 0.2, "", "the response prefix is '<think>"),
     ],

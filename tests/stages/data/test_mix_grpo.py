@@ -1,4 +1,5 @@
-"""General rows beside the rollouts of a grpo stage: trained by likelihood, by hand, however the step is cut into pieces."""
+"""General rows beside the rollouts of a grpo stage: trained by likelihood, by hand, however the step is cut into
+pieces."""
 
 from __future__ import annotations
 

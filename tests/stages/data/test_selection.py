@@ -129,7 +129,8 @@ def test_a_reward_is_the_weighted_sum_of_the_components_that_apply():
     ],
 )
 def test_rules_see_of_a_rollout_what_its_line_says(change, field, expected):
-    """With a pass from half a point on, which a failure never is, though its score of 0 may be enough for the problem."""
+    """With a pass from half a point on, which a failure never is, though its score of 0 may be enough for the
+    problem."""
     found = candidate({**LINE, **change}, {"a": 2.0}, lambda score: score >= 0.5)
     assert getattr(found, field) == expected
     if "failure" in change:

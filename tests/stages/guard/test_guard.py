@@ -1,4 +1,5 @@
-"""Hostile user code, in real processes: the answer it hurts is lost, the others are judged, and nothing is left running."""
+"""Hostile user code, in real processes: the answer it hurts is lost, the others are judged, and nothing is left
+running."""
 
 from __future__ import annotations
 
@@ -95,7 +96,8 @@ HOSTILE = {
 
 
 PATIENT = 60.0
-"""Seconds that a call may take which is to come to its end, on a machine that does much else: only what hangs meets its time limit."""
+"""Seconds that a call may take which is to come to its end, on a machine that does much else: only what hangs meets
+its time limit."""
 MINE = f"TEST_PROCESS={os.getpid()}"
 """In the environment of everything that these tests start; other tests have guards too."""
 
@@ -321,7 +323,8 @@ def test_what_moves_on_while_it_is_killed_is_caught(tmp_path, mark):
     )
     code = OWN.replace(
         "def boom():",
-        f"def move_on():\n    import subprocess\n    subprocess.Popen([sys.executable, '-S', '-c', {chain!r}, {mark!r}], env={{}})\n    time.sleep(1000)\ndef boom():",
+        f"def move_on():\n    import subprocess\n    subprocess.Popen([sys.executable, '-S', '-c', {chain!r}, "
+        f"{mark!r}], env={{}})\n    time.sleep(1000)\ndef boom():",
     ).replace('"print":', '"move_on": move_on, "print":')
     mine = own(tmp_path, code, time_limit=1.0)
     (row,) = mine.rows("train", 0, 1, 0)

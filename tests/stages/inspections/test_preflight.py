@@ -1,4 +1,5 @@
-"""What can be known about a stage before an accelerator starts is said then: refused where it cannot work, a warning where it is probably not meant."""
+"""What can be known about a stage before an accelerator starts is said then: refused where it cannot work, a warning
+where it is probably not meant."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""switchback score: completions of anybody, judged in a process that needs no model; what is wrong with a file is one line."""
+"""switchback score: completions of anybody, judged in a process that needs no model; what is wrong with a file is one
+line."""
 
 from __future__ import annotations
 
@@ -159,11 +160,16 @@ def test_neither_the_command_nor_its_worker_imports_torch(files):
     """Which is why it answers at once."""
     rows, completions = files
     code = (
-        "import sys, stages\nfrom stages.inspections.score import run\nfrom stages.job import Job, Execution\nfrom pathlib import Path\nfrom stages.inspections.kinds import INSPECTIONS\nfrom stages.runtime.worker import _run\n"
+        "import sys, stages\nfrom stages.inspections.score import run\nfrom stages.job import Job, Execution\nfrom "
+        "pathlib import Path\nfrom stages.inspections.kinds import INSPECTIONS\nfrom stages.runtime.worker import "
+        "_run\n"
         "work, rows, completions = sys.argv[1:]\nPath(work, 'out').mkdir()\n"
-        "job = Job(kind='score', name='score', config={}, inputs={'rows': rows, 'completions': completions}, work=work, out=work + '/out',\n"
-        "          problem={'name': 'scheduling'}, rows=None, format=None, seed=0, dtype='float32', execution=Execution())\n"
-        "_run(job, INSPECTIONS[job.kind])\nprint([name for name in ('torch', 'transformers', 'trl', 'prefect') if name in sys.modules])"
+        "job = Job(kind='score', name='score', config={}, inputs={'rows': rows, 'completions': completions}, "
+        "work=work, out=work + '/out',\n"
+        "          problem={'name': 'scheduling'}, rows=None, format=None, seed=0, dtype='float32', "
+        "execution=Execution())\n"
+        "_run(job, INSPECTIONS[job.kind])\nprint([name for name in ('torch', 'transformers', 'trl', 'prefect') if "
+        "name in sys.modules])"
     )
     arguments = [sys.executable, "-c", code, rows.parent, rows, completions]
     done = subprocess.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True)

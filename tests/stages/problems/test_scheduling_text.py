@@ -1,7 +1,8 @@
-"""The text form of scheduling against the reference it is after: its regular expressions, its rules and rewards, its generator's statistics.
+"""The text form of scheduling against the reference it is after: its regular expressions, its rules and rewards, its
+generator's statistics.
 
-The oracles are written from evaluation/eval.py and train_grpo.ipynb of github.com/anakin87/qwen-scheduler-grpo, on short texts, because theirs backtrack.
-"""
+The oracles are written from evaluation/eval.py and train_grpo.ipynb of github.com/anakin87/qwen-scheduler-grpo, on
+short texts, because theirs backtrack."""
 
 from __future__ import annotations
 
@@ -212,7 +213,8 @@ def test_a_line_that_is_no_row_says_why(change, said):
 
 
 def test_instances_have_the_statistics_of_the_reference():
-    """Of its 500 training rows: 4 to 8 events 102/113/110/79/96; 1 to 3 priorities 286/185/29; 1 to 3 overlapping pairs 259/192/49."""
+    """Of its 500 training rows: 4 to 8 events 102/113/110/79/96; 1 to 3 priorities 286/185/29; 1 to 3 overlapping
+    pairs 259/192/49."""
     instances = [row.instance for row in REFERENCE.rows("train", 0, 2000, seed=0)]
     pairs = [sum(touches(a, b) for a, b in combinations(one.events, 2)) for one in instances]
     for found, reference in (

@@ -1,4 +1,5 @@
-"""Arithmetic and countdown: what is asked can be answered, what is right scores 1, and each other outcome has its name."""
+"""Arithmetic and countdown: what is asked can be answered, what is right scores 1, and each other outcome has its
+name."""
 
 from __future__ import annotations
 
@@ -138,7 +139,8 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
 
 
 def pythons(text):
-    """The value of an expression as Python's own grammar reads it; None for what is none of ours, "zero" for a division by zero."""
+    """The value of an expression as Python's own grammar reads it; None for what is none of ours, "zero" for a
+    division by zero."""
 
     def value(node):
         if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:

@@ -185,7 +185,8 @@ def test_a_setting_that_mends_a_flag_is_found_by_trying_it():
     [
         (Sums(score=lambda row, text: 0.0), "40 do not pass"),
         (Sums(score=lambda row, text: 0.5 + 0.5 * (text == off_by_one(row))), "40 score less than another answer"),
-        (Sums(more=lambda row, text: {"correct": 2.0 * (text == off_by_one(row))}), "40 earn less than an answer with a lower score"),
+        (Sums(more=lambda row, text: {"correct": 2.0 * (text == off_by_one(row))}), "40 earn less than an answer "
+                                                                                    "with a lower score"),
         (Sums({"correct": -1.0}), "40 earn less"),
     ],
     ids=["scored_by_nobody", "outscored", "outpaid", "weight_with_the_wrong_sign"],
@@ -398,7 +399,8 @@ def test_a_gold_by_another_name_is_asked_after():
 
 
 def test_a_component_that_even_good_answers_rarely_earn_is_sparse():
-    """Of 80 well-formed answers of the problem's own, 4 earn it: one in twenty. With 12 of 80 it is more than one in ten."""
+    """Of 80 well-formed answers of the problem's own, 4 earn it: one in twenty. With 12 of 80 it is more than one in
+    ten."""
     for rows, flagged in ((4, True), (12, False)):
         lucky = {row.id for row in Sums().rows("train", 0, rows, 0)}
 

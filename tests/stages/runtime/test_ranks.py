@@ -36,7 +36,8 @@ TORCHRUN = [
 
 @pytest.mark.slow
 def test_two_processes_have_the_gradient_of_one(tmp_path):
-    """Full and LoRA, accumulated, padding-free, packed and with a ragged last batch, under every normaliser, to relative 1e-5."""
+    """Full and LoRA, accumulated, padding-free, packed and with a ragged last batch, under every normaliser, to
+    relative 1e-5."""
     for name, command in {"one": [sys.executable], "two": TORCHRUN}.items():
         (tmp_path / name).mkdir()
         env = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
@@ -84,7 +85,8 @@ def test_the_climb_in_two_processes_with_adapters(settings, write, tmp_path):
 
 
 def test_rollouts_do_not_depend_on_how_many_processes_sample(settings, write, tmp_path):
-    """Every sequence has a seed of its own, and the first or the second process samples it the same, beside whichever others."""
+    """Every sequence has a seed of its own, and the first or the second process samples it the same, beside whichever
+    others."""
     settings["stages"] = [{**stage(settings, "harvest"), "policy": "base", "rows": "train[0:24]", "samples": 64}]
     rollouts = []
     for processes in (1, 2):
@@ -165,7 +167,8 @@ def test_one_process_that_fails_is_one_line_and_none_is_left(settings, write, tm
 
 @contextmanager
 def endless_training(settings, write, tmp_path):
-    """(the launcher, what marks all its processes) of a warm-up in two processes that has logged a step; nothing of it is left afterwards."""
+    """(the launcher, what marks all its processes) of a warm-up in two processes that has logged a step; nothing of it
+    is left afterwards."""
     settings["launch"]["processes"] = 2
     stage(settings, "warmup")["epochs"] = 10_000.0
     mark = f"{TOKEN}={uuid.uuid4().hex}"

@@ -82,7 +82,8 @@ def with_window():
 
 @pytest.mark.parametrize("model", [MODEL, with_window(), ending()], ids=["full", "sliding window", "early ends"])
 def test_a_sequence_is_what_full_forwards_and_its_own_numbers_give(model):
-    """Against an implementation that knows no cache, padding, batch or leaving, at 70 tokens: past a block of numbers and past the room of the cache."""
+    """Against an implementation that knows no cache, padding, batch or leaving, at 70 tokens: past a block of numbers
+    and past the room of the cache."""
     sampled = sample(engine_of(model), PROMPTS, KEYS, Decoding(0.8, 70, samples=2), seed=11)
     for prompt, key, group in zip(PROMPTS, KEYS, sampled, strict=True):
         assert group == [step_by_step(model, prompt, 70, inverse(11, key, number, 0.8)) for number in range(2)]
@@ -270,7 +271,8 @@ def test_what_was_sampled_before_a_death_is_found_in_other_batches_too(tmp_path)
     ids=str,
 )  # fmt: skip
 def test_what_is_committed_answers_only_the_very_same_question(change, samples, tmp_path):
-    """How many of two sequences are sampled anew when one thing is another; two samples of each need the second ones."""
+    """How many of two sequences are sampled anew when one thing is another; two samples of each need the second
+    ones."""
 
     def sampled(policy="policy", engine=None, **question):
         asking = {"prompts": PROMPTS[:2], "keys": KEYS[:2], "decoding": Decoding(1.0, 4), "seed": 0, **question}

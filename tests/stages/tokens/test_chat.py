@@ -1,4 +1,5 @@
-"""The chat template: every token of a prompt has a role, over all templates that TRL ships, and a conversation is trained as it will be served."""
+"""The chat template: every token of a prompt has a role, over all templates that TRL ships, and a conversation is
+trained as it will be served."""
 
 from __future__ import annotations
 

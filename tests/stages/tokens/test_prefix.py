@@ -1,4 +1,5 @@
-"""The prefix is one thing: given in sampling, target in SFT, seen by the problem, yielded by the serving template, never doubled."""
+"""The prefix is one thing: given in sampling, target in SFT, seen by the problem, yielded by the serving template,
+never doubled."""
 
 from __future__ import annotations
 

@@ -51,7 +51,8 @@ SCENARIOS = {
     "grpo-lora": {"stage": "rl1", "config": {**GRPO, "kl": {"beta": 0.05}}, "lora": LORA},
     "rejection": {"stage": "harvest", "config": {"samples": 128}, "kill": CHUNK, "sampler_tokens": 2**15},
 }  # fmt: skip
-"""What is killed in the middle; 16 rows of rl1 are 4 steps an epoch, so that those stages are in their second epoch by then."""
+"""What is killed in the middle; 16 rows of rl1 are 4 steps an epoch, so that those stages are in their second epoch by
+then."""
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,8 @@ def quick():
 
 @pytest.fixture(scope="module")
 def killed(jobs, quick) -> dict[str, list[dict]]:
-    """Scenario -> what came of it each time that it was killed: every one in the middle, and what is small at every change to its files."""
+    """Scenario -> what came of it each time that it was killed: every one in the middle, and what is small at every
+    change to its files."""
     scenarios = [{"name": name, **one} for name, one in SCENARIOS.items()]
     scenarios += [
         {"name": f"small-{kill}", "stage": "warmup", "config": SMALL, "kill": kill} for kill in ("every", "torn")
@@ -123,7 +125,8 @@ def test_it_goes_on_from_its_newest_whole_checkpoint_and_names_the_torn_one(midd
 @pytest.mark.slow
 @pytest.mark.parametrize(("kill", "points"), [("every", 25), ("torn", 15)])
 def test_a_stage_may_be_killed_at_any_change_to_its_files(kill, points, killed):
-    """Everything that a training stage writes, renames and removes; `torn` leaves half a line in each file that was to be written."""
+    """Everything that a training stage writes, renames and removes; `torn` leaves half a line in each file that was to
+    be written."""
     found = killed[f"small-{kill}"]
     assert all(one["killed"] for one in found) and len(found) >= points, [one["point"] for one in found]
     for one in found:
@@ -181,14 +184,16 @@ def test_two_processes_stop_at_one_step_go_on_exactly_and_not_as_one(jobs, quick
     assert words == [f"resumed from {checkpoint.name}"] and digests(resumed) == digests(whole)
     _, words = launch(quick / "stopped", 1)
     assert words == [
-        f"set aside {checkpoint.name}: it was made with processes 2, not 1, micro-batch 8, not 16, distribution MULTI_CPU, not NO",
+        f"set aside {checkpoint.name}: it was made with processes 2, not 1, micro-batch 8, not 16, distribution "
+        f"MULTI_CPU, not NO",
         "starts from its beginning",
     ]
 
 
 @pytest.mark.parametrize("at", [5, 11])
 def test_a_trainer_resumes_exactly_inside_a_generation_of_several_steps(at, tmp_path):
-    """steps_per_generation 4 at one micro-step a step, 8 steps an epoch: both checkpoints are inside a generation, the second in another epoch."""
+    """steps_per_generation 4 at one micro-step a step, 8 steps an epoch: both checkpoints are inside a generation, the
+    second in another epoch."""
     policy = save(tmp_path / "policy")
     settings = {"steps_per_generation": 4, "max_steps": 14, "beta": 0.1, "save_strategy": "steps", "save_steps": at}
     _, _, whole = trained(policy, tmp_path / "a", **settings)
@@ -294,7 +299,8 @@ def registry(climbed, tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_saves_at_the_next_step_and_the_same_command_goes_on(long_recipe, registry, uninterrupted):
-    """Without any checkpoint on the way: save_every is 10 minutes. What was never saved ends where what was saved and resumed ends."""
+    """Without any checkpoint on the way: save_every is 10 minutes. What was never saved ends where what was saved and
+    resumed ends."""
     checkpoint = stopped(Running(long_recipe, registry).after(10), signal.SIGTERM, 143)
     before = runs.runs(Registry(registry))[0].run
     done = run_cli("run", long_recipe, "--registry", registry, "--no-prefect", "--only", "rl1")

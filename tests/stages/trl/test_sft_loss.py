@@ -1,4 +1,5 @@
-"""The loss is what we say: weights by role, three normalisers, equal to TRL's own at (0, 1) and (1, 1), and the same however rows are batched."""
+"""The loss is what we say: weights by role, three normalisers, equal to TRL's own at (0, 1) and (1, 1), and the same
+however rows are batched."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def by_part(prompt, completion):
 
 
 def trainer(tmp_path, weights=None, data=None, lora=False, normaliser="weight_sum", **settings):
-    """TRL's SFTTrainer (on completions), or ours with weights; SGD with a large step, so that a small difference shows."""
+    """TRL's SFTTrainer (on completions), or ours with weights; SGD with a large step, so that a small difference
+    shows."""
     settings = {
         "per_device_train_batch_size": 8, "max_steps": 2, "learning_rate": 0.5, "optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant",
         "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1, "gradient_checkpointing": False,
@@ -206,7 +208,8 @@ def test_the_loss_of_five_tokens_is_the_one_computed_by_hand(kind, by_hand, tmp_
 
 
 def test_under_weight_sum_only_the_ratio_of_weights_matters_and_under_counts_their_size_does(tmp_path):
-    """What papers.md calls the difference between the normalisers: halving every weight halves the gradient, or changes nothing."""
+    """What papers.md calls the difference between the normalisers: halving every weight halves the gradient, or
+    changes nothing."""
     for kind, factor in (("weight_sum", 1.0), ("nonzero_count", 0.5), ("completion_count", 0.5)):
         whole = gradient(tmp_path, (0.2, 1.0), kind, per_device_train_batch_size=16)
         half = gradient(tmp_path, (0.1, 0.5), kind, per_device_train_batch_size=16)
@@ -260,7 +263,8 @@ def test_the_loss_of_each_part_is_logged_without_its_weight(tmp_path):
 
 
 def test_the_full_logits_are_never_built(tmp_path, monkeypatch):
-    """The LM head runs inside TRL's fused kernel; were the model's own head called on the sequence, this would see it."""
+    """The LM head runs inside TRL's fused kernel; were the model's own head called on the sequence, this would see
+    it."""
     made = trainer(tmp_path, (0.1, 1.0), max_steps=1)
     called = []
     made.model.lm_head.register_forward_hook(lambda *_: called.append(1))

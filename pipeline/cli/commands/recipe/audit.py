@@ -59,7 +59,8 @@ def audit(
     registry: RegistryOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Play answers whose worth is known, and show what they earn beside what they score. Ends with 3 where the best answer is not the best paid."""
+    """Play answers whose worth is known, and show what they earn beside what they score. Ends with 3 where the best
+    answer is not the best paid."""
     if rows and not rows.is_file():
         raise BadInput(f"--rows: {rows} is not there")
     loaded, place, planned = open_plan(recipe, overrides, registry)
@@ -88,7 +89,8 @@ def _print(report: Report, source: str) -> None:
     terminal = console()
     show(_table(report, terminal))
     print(
-        f"{report.stage}: {report.rows} rows of {source}; share and score are x 100. The share runs from {report.range.least:.4g} to"
+        f"{report.stage}: {report.rows} rows of {source}; share and score are x 100. The share runs from "
+        f"{report.range.least:.4g} to"
         f" {report.range.greatest:.4g}: {RANGES[report.range.source]}"
     )
     for finding in findings.merged(report.findings):

@@ -15,10 +15,11 @@ from pipeline.run import inspections
 
 
 def check(recipe: RecipeArgument, overrides: SetOption = None, registry: RegistryOption = None) -> None:
-    """Ask all that a run asks before its first step, and run nothing: settings, files, the problem and its rewards, prompts, data.
+    """Ask all that a run asks before its first step, and run nothing: settings, files, the problem and its rewards,
+    prompts, data.
 
-    It looks at the steps that a run would run. Ends with 3 where the best answer is not the best paid, as a run does. A few seconds, and none of an accelerator.
-    """
+    It looks at the steps that a run would run. Ends with 3 where the best answer is not the best paid, as a run does.
+    A few seconds, and none of an accelerator."""
     loaded = load(recipe, overrides or ())
     place = open_registry(registry, loaded)
     planned = planning.plan(loaded, place)
@@ -41,10 +42,16 @@ def _looked_at(recipe: Recipe, planned: list[Planned], place: Registry) -> str:
                 progress.found(finding)
             refuse(found)
     if not there:
-        return f"looked at its settings, files and rewards, not at prompts, data and rows: {recipe.model.hub} is not on this machine yet"
+        return (
+            f"looked at its settings, files and rewards, not at prompts, data and rows: {recipe.model.hub} is not "
+            f"on this machine yet"
+        )
     later = [one.step.name for one in planned if one.action == "run" and inspections.waits_for_data(one, planned)]
     waits = f"; not at the data of {', '.join(later)}, which are not made yet" if later else ""
-    return f"looked at its settings and files, and at the problem, rewards, prompts and data of {', '.join(inspections.checkable(planned))}{waits}"
+    return (
+        f"looked at its settings and files, and at the problem, rewards, prompts and data of "
+        f"{', '.join(inspections.checkable(planned))}{waits}"
+    )
 
 
 def _is_here(model: Model) -> bool:

@@ -69,8 +69,8 @@ def probe(
     registry: RegistryOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Try prompts and response prefixes on a policy, before any training, and on another one after it. What is not given is as the recipe, or the
-    policy's own artifact, says."""
+    """Try prompts and response prefixes on a policy, before any training, and on another one after it. What is not
+    given is as the recipe, or the policy's own artifact, says."""
     loaded, place, planned = open_plan(recipe, overrides, registry)
     base = planned[0]
     artifacts = {role: _policy(place, id) for role, id in (("policy", policy), ("after", after)) if id}
@@ -131,7 +131,8 @@ def _unescaped(text: str) -> str:
 def _print_probe(lines: list[dict[str, Any]]) -> None:
     show(probe_table(lines))
     print(
-        "shares x 100 of all samples on validation rows, with 95 % intervals over rows; what a model was given, first row:"
+        "shares x 100 of all samples on validation rows, with 95 % intervals over rows; what a model was given, "
+        "first row:"
     )
     seen = dict.fromkeys((line["format_digest"], line["prompt"], line["given"]) for line in lines)
     for digest, prompt, given in seen:

@@ -33,12 +33,14 @@ Completions = Annotated[
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="A setting of the problem, such as form=compact. May be given again.", show_default=False),
+    typer.Option("--set", metavar="FIELD=VALUE", help="A setting of the problem, such as form=compact. May be given "
+                                                      "again.", show_default=False),
 ]  # fmt: skip
 
 
 def score(name: Name, rows: Rows, completions: Completions, overrides: Set = None, json: JsonOption = False) -> None:
-    """Judge completions: outcomes, average score and rewards, with intervals. Needs no model. Ends with 1 where none could be judged."""
+    """Judge completions: outcomes, average score and rewards, with intervals. Needs no model. Ends with 1 where none
+    could be judged."""
     for file in (rows, completions, *([Path(name)] if name.endswith(".py") else [])):
         if not file.is_file():
             raise BadInput(f"{file} is not there, or no regular file; name one on disk")
@@ -58,7 +60,8 @@ def _print(found: dict[str, Any], built_in: bool) -> None:
     failed = sum(found["failures"].values())
     note = f"; {failed} of {found['completions']} completions could not be judged and count as 0" if failed else ""
     print(
-        f"average score {100 * found['average']:.2f} (95 % {100 * low:.1f} - {100 * high:.1f}, over {found['rows']} rows{note})"
+        f"average score {100 * found['average']:.2f} (95 % {100 * low:.1f} - {100 * high:.1f}, over {found['rows']} "
+        f"rows{note})"
     )
     rewards = ", ".join(f"{name} {_x100(value)}" for name, value in found["rewards"].items())
     print(f"reward {_x100(found['reward'])} {_scale(found['weights'], built_in)}: {rewards}")
@@ -78,7 +81,8 @@ def _refuse_unjudged(found: dict[str, Any]) -> None:
     """Raise Failed where the numbers say nothing of the completions, because none was judged."""
     if sum(found["failures"].values()) == found["completions"]:
         raise Failed(
-            f"score: none of the {found['completions']} completions could be judged; the first said: {found['first_failure']}; mend it and run again"
+            f"score: none of the {found['completions']} completions could be judged; the first said: "
+            f"{found['first_failure']}; mend it and run again"
         )
 
 

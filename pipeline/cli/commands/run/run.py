@@ -58,7 +58,8 @@ def resume(
     registry: RegistryOption = None,
     no_prefect: NoPrefect = False,
 ) -> None:
-    """Go on with a run where it was, as a new run that names it. Relative paths count from the directory that it was started in."""
+    """Go on with a run where it was, as a new run that names it. Relative paths count from the directory that it was
+    started in."""
     place = open_registry(registry)
     loaded = parse(runs.recipe_of(place, run), f"recipe.yaml of {run}", overrides or ())
     remembered = runs.planned(place, run)
