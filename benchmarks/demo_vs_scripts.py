@@ -99,9 +99,17 @@ def plain(out: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
     scores: dict[str, float] = {}
     common = {
-        "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "save_strategy": "no", "logging_steps": 1,
-        "disable_tqdm": True, "seed": 0, "data_seed": 0, "dataloader_pin_memory": False,
-    }  # fmt: skip
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "seed": 0,
+        "data_seed": 0,
+        "dataloader_pin_memory": False,
+    }
 
     def train_rows(box):
         start, stop = map(int, box["rows"].partition("[")[2].rstrip("]").split(":"))
@@ -121,9 +129,13 @@ def plain(out: Path) -> None:
         model.eval()
         how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if samples > 1 else {"do_sample": False}
         config = GenerationConfig(
-            max_new_tokens=LENGTH, num_return_sequences=samples, eos_token_id=[tokenizer.eos_token_id], pad_token_id=tokenizer.pad_token_id,
-            disable_compile=True, **how,
-        )  # fmt: skip
+            max_new_tokens=LENGTH,
+            num_return_sequences=samples,
+            eos_token_id=[tokenizer.eos_token_id],
+            pad_token_id=tokenizer.pad_token_id,
+            disable_compile=True,
+            **how,
+        )
         prompts = [rendered(row) + PREFIX for row in rows]
         lengths = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
         order = sorted(range(len(rows)), key=lengths.__getitem__)
@@ -177,9 +189,16 @@ def plain(out: Path) -> None:
             for prompt, completion in pairs
         ]
         settings = SFTConfig(
-            output_dir=str(out / box["name"]), per_device_train_batch_size=32, num_train_epochs=box["epochs"], learning_rate=box["learning_rate"],
-            lr_scheduler_type="cosine", warmup_steps=0.05, weight_decay=box["weight_decay"], max_length=None, **common,
-        )  # fmt: skip
+            output_dir=str(out / box["name"]),
+            per_device_train_batch_size=32,
+            num_train_epochs=box["epochs"],
+            learning_rate=box["learning_rate"],
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+            weight_decay=box["weight_decay"],
+            max_length=None,
+            **common,
+        )
         return save(
             WeightedTrainer(
                 model=load(path), args=settings, train_dataset=Dataset.from_list(data), processing_class=tokenizer
@@ -202,10 +221,20 @@ def plain(out: Path) -> None:
             return reward
 
         settings = GRPOConfig(
-            output_dir=str(out / box["name"]), per_device_train_batch_size=128, steps_per_generation=1, num_generations=8, max_steps=box["steps"],
-            learning_rate=box["learning_rate"], lr_scheduler_type=box["lr_scheduler"], warmup_steps=5, beta=0.001, epsilon_high=0.28,
-            max_completion_length=LENGTH, reward_weights=list(problem.reward_weights.values()), **common,
-        )  # fmt: skip
+            output_dir=str(out / box["name"]),
+            per_device_train_batch_size=128,
+            steps_per_generation=1,
+            num_generations=8,
+            max_steps=box["steps"],
+            learning_rate=box["learning_rate"],
+            lr_scheduler_type=box["lr_scheduler"],
+            warmup_steps=5,
+            beta=0.001,
+            epsilon_high=0.28,
+            max_completion_length=LENGTH,
+            reward_weights=list(problem.reward_weights.values()),
+            **common,
+        )
         data = Dataset.from_list([{"prompt": rendered(row) + PREFIX, "row": i} for i, row in enumerate(rows)])
         functions = [component(name) for name in problem.reward_weights]
         return save(

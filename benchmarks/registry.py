@@ -1,18 +1,22 @@
 """What keeping a model costs: publishing to the registry against W&B's and MLflow's artifact stores, in one run.
 
-    python benchmarks/registry.py --mlflow-python PYTHON    # of an environment with: pip install mlflow-skinny sqlalchemy alembic
+    python benchmarks/registry.py --mlflow-python PYTHON
 
-Contestants (benchmarks/storing.py): Registry.publish; wandb's `add_dir` + `log_artifact`, offline; the same with policy="immutable", which hashes and
-keeps no copy, so it is another service and no target is set against it; MLflow's `log_artifacts` with a SQLite store; and one sha256 pass over the
-files. Each gets a fresh directory of random bytes in four safetensors files, which are in memory and on the disk, in a process of its own; they take
-turns. Start-up, imports and migrations are not counted. Each round gives a ratio to publish; the table has medians and ranges.
+PYTHON is of an environment with mlflow-skinny, sqlalchemy and alembic.
 
-Written: `write_bytes` of /proc/PID/io, of the process and its children: what they made dirty for the disk. Disk: what the model takes afterwards, its
-source included where that is still there. To the disk: seconds of fsync before what is kept survives a power cut, in a column of their own, because
-publish waits for them and the rivals do not: for publish, of the source as it was just written; for the others, of their copy.
+Contestants (benchmarks/storing.py): Registry.publish; wandb's `add_dir` + `log_artifact`, offline; the same with
+policy="immutable", which hashes and keeps no copy, so it is another service and no target is set against it; MLflow's
+`log_artifacts` with a SQLite store; and one sha256 pass over the files. Each gets a fresh directory of random bytes
+in four safetensors files, which are in memory and on the disk, in a process of its own; they take turns. Start-up,
+imports and migrations are not counted. Each round gives a ratio to publish; the table has medians and ranges.
 
-Then: verify against sha256sum, and opening an artifact against cp + sha256sum; `ls` and `plan`, as whole processes, with 5,000 artifacts that the plan's
-stages have to be compared with. Exits 1 when a target is missed.
+Written: `write_bytes` of /proc/PID/io, of the process and its children: what they made dirty for the disk. Disk: what
+the model takes afterwards, its source included where that is still there. To the disk: seconds of fsync before what
+is kept survives a power cut, in a column of their own, because publish waits for them and the rivals do not: for
+publish, of the source as it was just written; for the others, of their copy.
+
+Then: verify against sha256sum, and opening an artifact against cp + sha256sum; `ls` and `plan`, as whole processes,
+with 5,000 artifacts that the plan's stages have to be compared with. Exits 1 when a target is missed.
 """
 
 from __future__ import annotations
@@ -46,7 +50,8 @@ SWITCHBACK = Path(sys.executable).parent / "switchback"
 RECIPE = ROOT / "configs" / "demo.yaml"
 HASH, OURS, WANDB, IMMUTABLE, MLFLOW = "one sha256 pass", "switchback", "wandb", "wandb immutable", "mlflow"
 FASTER, DISK, SECONDS, SAME = 2.0, 0.55, 1.0, 1.1
-"""Targets: times faster than a store, share of its disk, seconds of `ls` and `plan`, ratio to the hash that still counts as no more."""
+"""Targets: times faster than a store, share of its disk, seconds of `ls` and `plan`, ratio to the hash that still
+counts as no more."""
 
 Seen = dict[str, float]
 
@@ -173,9 +178,20 @@ def draft(number: int, identity: dict[str, object], stage: str, kind: str = "sft
     """An artifact of a key of its own."""
     told = {**identity, "seed": number}
     return Artifact(
-        id=f"{stage}-{number:08x}", key=key_of(told), kind=kind, stage=stage, created=now(), outputs={"policy": "."}, files=(), inputs={},
-        format=None, config={}, identity=told, metrics={}, provenance={},
-    )  # fmt: skip
+        id=f"{stage}-{number:08x}",
+        key=key_of(told),
+        kind=kind,
+        stage=stage,
+        created=now(),
+        outputs={"policy": "."},
+        files=(),
+        inputs={},
+        format=None,
+        config={},
+        identity=told,
+        metrics={},
+        provenance={},
+    )
 
 
 def listing_costs(root: Path, options: argparse.Namespace) -> dict[str, list[float]]:
@@ -202,7 +218,8 @@ def cpu_of_children() -> float:
 
 
 def fill(root: Path, count: int) -> None:
-    """A registry of artifacts without files: those of the demo's steps, under other seeds. Written directly, without the fsyncs of publish."""
+    """A registry of artifacts without files: those of the demo's steps, under other seeds. Written directly, without
+    the fsyncs of publish."""
     (root / "artifacts").mkdir(parents=True)
     (root / "format.json").write_text(json.dumps(FORMAT))
     planned = steps(load(RECIPE), Registry(root))

@@ -47,7 +47,13 @@ from tests.models import make_tokenizer
 
 BASELINE, BOUND = "generate", 2.0
 PROMPTS, SAMPLES, LONGEST, MEAN = 24, 8, 512, 128
-SHAPE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+SHAPE = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 GPU = torch.cuda.is_available()
 TOKENIZER = make_tokenizer()
 END, PAD = cast(int, TOKENIZER.eos_token_id), cast(int, TOKENIZER.pad_token_id)
@@ -79,7 +85,14 @@ def mix(count: int) -> list[list[int]]:
 def random_model() -> Qwen2ForCausalLM:
     """Small, random, and with a chance of 1 in MEAN to end at any token."""
     torch.manual_seed(0)
-    config = Qwen2Config(vocab_size=len(TOKENIZER), max_position_embeddings=1024, eos_token_id=END, pad_token_id=PAD, bos_token_id=None, **SHAPE)  # fmt: skip
+    config = Qwen2Config(
+        vocab_size=len(TOKENIZER),
+        max_position_embeddings=1024,
+        eos_token_id=END,
+        pad_token_id=PAD,
+        bos_token_id=None,
+        **SHAPE,
+    )
     model = Qwen2ForCausalLM(config)
     head = torch.nn.Linear(config.hidden_size, len(TOKENIZER))
     with torch.no_grad():
@@ -122,9 +135,14 @@ def plain(prompts: list[list[int]], model: Any) -> Contestant:
 def of_trl(prompts: list[list[int]], model: Any, directory: str) -> Contestant:
     """The generation of a GRPOTrainer, which repeats a prompt for each of its samples."""
     arguments = GRPOConfig(
-        output_dir=directory, max_completion_length=LONGEST, num_generations=SAMPLES, per_device_train_batch_size=SAMPLES,
-        report_to=[], use_cpu=not GPU, bf16=False,
-    )  # fmt: skip
+        output_dir=directory,
+        max_completion_length=LONGEST,
+        num_generations=SAMPLES,
+        per_device_train_batch_size=SAMPLES,
+        report_to=[],
+        use_cpu=not GPU,
+        bf16=False,
+    )
     trainer: Any = GRPOTrainer(
         model=model,
         reward_funcs=[lambda completions, **_: [0.0] * len(completions)],

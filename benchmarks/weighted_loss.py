@@ -46,8 +46,20 @@ does."""
 RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 """For glibc. Else it keeps some freed tensors, not the same ones in every run, and peaks differ by 7 %."""
 GPU = torch.cuda.is_available()
-SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
-QWEN2_0_5B = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2}  # fmt: skip
+SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+QWEN2_0_5B = {
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+}
 
 
 def main() -> int:
@@ -132,9 +144,16 @@ def dataset(name: str, options: argparse.Namespace) -> Dataset:
 def trainer(name: str, data: Dataset, vocabulary: int) -> Any:
     """As switchback's sft stage makes it: on a GPU, bfloat16 and activation checkpointing."""
     settings = SFTConfig(
-        output_dir=tempfile.gettempdir(), per_device_train_batch_size=len(data), max_length=None, use_cpu=not GPU, bf16=GPU,
-        activation_checkpointing=GPU, report_to="none", save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=tempfile.gettempdir(),
+        per_device_train_batch_size=len(data),
+        max_length=None,
+        use_cpu=not GPU,
+        bf16=GPU,
+        activation_checkpointing=GPU,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
     kind, ours = (WeightedSFTTrainer, {"weights": WEIGHTS}) if name == OURS else (SFTTrainer, {})
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "configs" / "tiny-base")
     return kind(model=model(vocabulary), args=settings, train_dataset=data, processing_class=tokenizer, **ours)

@@ -21,9 +21,35 @@ if TYPE_CHECKING:
 
 SHARDING = ("FSDP", "DEEPSPEED")
 """What an accelerate config may ask for that must not silently become something else."""
-OURS = ("output_dir", "seed", "data_seed", "report_to", "use_cpu", "bf16", "fp16", "disable_tqdm", "logging_steps", "logging_strategy",
-        "save_strategy", "save_steps", "save_only_model", "save_total_limit", "load_best_model_at_end", "ignore_data_skip", "enable_jit_checkpoint", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "resume_from_checkpoint",
-        "trust_remote_code", "ddp_backend", "push_to_hub", "hub_token", "model_init_kwargs", "chat_template_kwargs")  # fmt: skip
+OURS = (
+    "output_dir",
+    "seed",
+    "data_seed",
+    "report_to",
+    "use_cpu",
+    "bf16",
+    "fp16",
+    "disable_tqdm",
+    "logging_steps",
+    "logging_strategy",
+    "save_strategy",
+    "save_steps",
+    "save_only_model",
+    "save_total_limit",
+    "load_best_model_at_end",
+    "ignore_data_skip",
+    "enable_jit_checkpoint",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_steps",
+    "resume_from_checkpoint",
+    "trust_remote_code",
+    "ddp_backend",
+    "push_to_hub",
+    "hub_token",
+    "model_init_kwargs",
+    "chat_template_kwargs",
+)
 """TRL settings that follow from the job; a recipe cannot pass them."""
 
 

@@ -27,9 +27,20 @@ def draft(name: str, kind: str = "sft", parent: Artifact | None = None) -> Artif
     source = of(parent) if parent else BASE
     identity = {"kind": kind, "name": name, "policy": source.key}
     return Artifact(
-        id="", key=key_of(identity), kind=kind, stage=f"s{name}", created="", outputs={"policy": "."}, files=(), inputs={"policy": source},
-        format=None, config={}, identity=identity, metrics={}, provenance={},
-    )  # fmt: skip
+        id="",
+        key=key_of(identity),
+        kind=kind,
+        stage=f"s{name}",
+        created="",
+        outputs={"policy": "."},
+        files=(),
+        inputs={"policy": source},
+        format=None,
+        config={},
+        identity=identity,
+        metrics={},
+        provenance={},
+    )
 
 
 def of(artifact: Artifact) -> Source:

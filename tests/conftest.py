@@ -43,23 +43,72 @@ TINY: Settings = {
     "evaluate": {"rows": 8, "samples": 2, "max_completion_length": 36},
     "validation": {"rows": 4},
     "stages": [
-        {"name": "warmup", "kind": "sft", "policy": "base", "rows": "train[0:512]", "epochs": 1.0, "learning_rate": 1.5e-3, "prompt_loss_weight": 0.1},
-        {"name": "rl1", "kind": "grpo", "policy": "warmup", "rows": "train[512:528]", "steps": 2, "prompts_per_step": 2, "group_size": 4,
-         "max_completion_length": 36, "learning_rate": 5e-4},
-        {"name": "harvest", "kind": "rejection", "policy": "rl1", "samples": 2, "max_completion_length": 36, "keep": {"min_score": 0.0}},
-        {"name": "distill", "kind": "sft", "policy": "warmup", "data": "harvest", "epochs": 1.0, "learning_rate": 1.5e-3},
-        {"name": "rl2", "kind": "grpo", "policy": "distill", "rows": "train[528:544]", "steps": 2, "prompts_per_step": 2, "group_size": 4,
-         "max_completion_length": 36, "learning_rate": 5e-4},
+        {
+            "name": "warmup",
+            "kind": "sft",
+            "policy": "base",
+            "rows": "train[0:512]",
+            "epochs": 1.0,
+            "learning_rate": 1.5e-3,
+            "prompt_loss_weight": 0.1,
+        },
+        {
+            "name": "rl1",
+            "kind": "grpo",
+            "policy": "warmup",
+            "rows": "train[512:528]",
+            "steps": 2,
+            "prompts_per_step": 2,
+            "group_size": 4,
+            "max_completion_length": 36,
+            "learning_rate": 5e-4,
+        },
+        {
+            "name": "harvest",
+            "kind": "rejection",
+            "policy": "rl1",
+            "samples": 2,
+            "max_completion_length": 36,
+            "keep": {"min_score": 0.0},
+        },
+        {
+            "name": "distill",
+            "kind": "sft",
+            "policy": "warmup",
+            "data": "harvest",
+            "epochs": 1.0,
+            "learning_rate": 1.5e-3,
+        },
+        {
+            "name": "rl2",
+            "kind": "grpo",
+            "policy": "distill",
+            "rows": "train[528:544]",
+            "steps": 2,
+            "prompts_per_step": 2,
+            "group_size": 4,
+            "max_completion_length": 36,
+            "learning_rate": 5e-4,
+        },
     ],
     "launch": {"threads": 1},
-}  # fmt: skip
+}
 
 
 LEARNED: Settings = {**TINY, "stages": [{**TINY["stages"][0], "epochs": 6.0}, *TINY["stages"][1:]]}
 """The same with enough warm-up that some completions earn a reward, so that RL has something to do."""
 
 
-LONG = ("test_ranks.py", "test_resume.py", "test_run.py", "test_processes.py", "test_crashes.py", "test_prefect.py", "test_custom.py", "test_check.py")  # fmt: skip
+LONG = (
+    "test_ranks.py",
+    "test_resume.py",
+    "test_run.py",
+    "test_processes.py",
+    "test_crashes.py",
+    "test_prefect.py",
+    "test_custom.py",
+    "test_check.py",
+)
 """Files that take minutes, the longest first: begun last, they would keep one of two processes busy while the other
 has nothing left."""
 

@@ -7,8 +7,10 @@ shutil's copies. What native code writes by itself (safetensors, torch.save, par
 renames and records around it do.
 
     points(action, root)              every point that the action passes, by name; the action is run to its end
-    crash_at(action, root, n, mode)   the action again, killed at point n: True; or to its end, where it has no such point: False
-    stopped_at(action, root, n)       the action again, standing still at point n while the block runs, so that something else can happen there
+    crash_at(action, root, n, mode)   the action again, killed at point n: True; or to its end,
+                                     where it has no such point: False
+    stopped_at(action, root, n)       the action again, standing still at point n while the block runs,
+                                     so that something else can happen there
 
 `before` kills just before the change; `torn` first puts half a line of rubbish into the file that was to be written.
 Works in a process that has imported torch, as long as the action does not need another thread of it."""

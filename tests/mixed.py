@@ -39,23 +39,45 @@ class Variety:
 def trained(out, general=True, pays=True, a_step=4, steps=1, resume=None, rows=ROWS, **settings):
     """(trainer, parameters) after so many steps of SGD."""
     settings = {
-        "per_device_train_batch_size": 8 // WORLD, "num_generations": 4, "max_completion_length": 12, "max_steps": steps, "learning_rate": RATE,
-        "beta": 0.0, "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1, "gradient_checkpointing": False,
-        "disable_tqdm": True, "seed": 7, "optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant", **settings,
-    }  # fmt: skip
+        "per_device_train_batch_size": 8 // WORLD,
+        "num_generations": 4,
+        "max_completion_length": 12,
+        "max_steps": steps,
+        "learning_rate": RATE,
+        "beta": 0.0,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "seed": 7,
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant",
+        **settings,
+    }
     if WORLD > 1:
         settings["ddp_backend"] = "gloo"
     tokenizer = make_tokenizer()
     prompts = [prefilled([{"role": "user", "content": f"What is {i} + 1?"}], "") for i in range(16)]
     more = {"general": General(rows[: a_step * 4], a_step, COEFFICIENT, seed=3)} if general else {}
     trainer = (MixedGRPOTrainer if general else RewardedGRPOTrainer)(
-        judging=Judging(cast(Any, Variety(pays)), [Row(str(i), "") for i in range(16)], {"variety": 1.0}, Rewards(), frozenset(), None),
+        judging=Judging(
+            cast(Any, Variety(pays)),
+            [Row(str(i), "") for i in range(16)],
+            {"variety": 1.0},
+            Rewards(),
+            frozenset(),
+            None,
+        ),
         model=make_model(tokenizer),
         args=GRPOConfig(output_dir=str(out), **settings),
         train_dataset=Dataset.from_list([{"prompt": prompt, "row": i} for i, prompt in enumerate(prompts)]),
         processing_class=tokenizer,
         **more,
-    )  # fmt: skip
+    )
     trainer.train(resume_from_checkpoint=resume)
     parameters = trainer.accelerator.unwrap_model(trainer.model).named_parameters()
     return trainer, {name: parameter.detach().clone() for name, parameter in parameters}
@@ -65,6 +87,13 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     place = Path(sys.argv[1])
     for a_step in (3, 4):
-        found = trained(place, pays=False, a_step=a_step, per_device_train_batch_size=4 // WORLD, gradient_accumulation_steps=2, steps_per_generation=2)  # fmt: skip
+        found = trained(
+            place,
+            pays=False,
+            a_step=a_step,
+            per_device_train_batch_size=4 // WORLD,
+            gradient_accumulation_steps=2,
+            steps_per_generation=2,
+        )
         if os.environ.get("RANK", "0") == "0":
             save_file(found[1], place / f"{a_step}.safetensors")

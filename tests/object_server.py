@@ -58,9 +58,12 @@ class ObjectServer:
     def env(self) -> dict[str, str]:
         """What a client needs in its environment."""
         return {
-            "AWS_ENDPOINT_URL": self.endpoint, "AWS_ACCESS_KEY_ID": "AKIATESTTESTTEST", "AWS_SECRET_ACCESS_KEY": "hush-hush-hush",
-            "AWS_REGION": "us-east-1", "NO_PROXY": "127.0.0.1",
-        }  # fmt: skip
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": "AKIATESTTESTTEST",
+            "AWS_SECRET_ACCESS_KEY": "hush-hush-hush",
+            "AWS_REGION": "us-east-1",
+            "NO_PROXY": "127.0.0.1",
+        }
 
     @contextmanager
     def behind(self, door: Door) -> Iterator[None]:

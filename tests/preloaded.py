@@ -57,8 +57,13 @@ class Preloaded:
         if self._process is None:
             command = [sys.executable, "-m", "tests.preloaded", str(os.getpid())]
             self._process = subprocess.Popen(
-                command, cwd=Path(__file__).parent.parent, env=self._env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )  # fmt: skip
+                command,
+                cwd=Path(__file__).parent.parent,
+                env=self._env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
         with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
             order = {"arguments": arguments, "cwd": str(cwd), "env": dict(env), "out": out.name, "err": err.name}
             print(json.dumps(order), file=self._process.stdin, flush=True)
@@ -124,8 +129,15 @@ class ForkedWorker:
     """A serving worker as `subprocess.Popen` starts it, but that it has imported already."""
 
     def __init__(
-        self, command: list[str], stdin: int, stdout: int, stderr: Any, env: Mapping[str, str], start_new_session: bool, **_: Any
-    ) -> None:  # fmt: skip
+        self,
+        command: list[str],
+        stdin: int,
+        stdout: int,
+        stderr: Any,
+        env: Mapping[str, str],
+        start_new_session: bool,
+        **_: Any,
+    ) -> None:
         assert (stdin, stdout, start_new_session) == (subprocess.PIPE, subprocess.PIPE, True)
         orders, ours = os.pipe()
         theirs, answers = os.pipe()

@@ -21,9 +21,21 @@ TEMPLATES = {
 WITHOUT_SYSTEM = ("gemma",)
 """They refuse a system message."""
 REWRITES = [
-    "deepseek_r1_distill", "deepseekv3", "glm4moe", "lfm2_2_5", "lfm2_2_5_v2", "lfm2_2_5_vl", "nemotron_3_5_lightning", "nemotron_3_nano",
-    "nemotron_3_super", "nemotron_3_ultra", "qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6",
-]  # fmt: skip
+    "deepseek_r1_distill",
+    "deepseekv3",
+    "glm4moe",
+    "lfm2_2_5",
+    "lfm2_2_5_v2",
+    "lfm2_2_5_vl",
+    "nemotron_3_5_lightning",
+    "nemotron_3_nano",
+    "nemotron_3_super",
+    "nemotron_3_ultra",
+    "qwen3",
+    "qwen3_5_nothink",
+    "qwen3_5_think",
+    "qwen3_6",
+]
 """They take the reasoning out of earlier assistant turns."""
 ADDS_TO_TURNS = ("gptoss", "muse_glimmer", "qwen3_8")
 """They write more around an earlier assistant turn than its words and its end."""

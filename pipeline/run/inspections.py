@@ -153,8 +153,19 @@ def score(problem: dict[str, Any], rows: Path, completions: Path, launcher: Laun
     what cannot be used."""
     inputs = {"rows": str(rows.absolute()), "completions": str(completions.absolute())}
     like = Job(
-        kind="score", name="score", config={}, inputs={}, work="", out="", problem=problem, rows=None, format=None, seed=0, dtype="float32", execution=Execution()
-    )  # fmt: skip
+        kind="score",
+        name="score",
+        config={},
+        inputs={},
+        work="",
+        out="",
+        problem=problem,
+        rows=None,
+        format=None,
+        seed=0,
+        dtype="float32",
+        execution=Execution(),
+    )
     with _question("score", {}, like, inputs) as job:
         launcher.launch(job)
         return json.loads(Path(job.out, score_job.FILE).read_text())

@@ -1,7 +1,8 @@
 """Resume checkpoints, copied out while a stage runs, for machines that get lost. Off unless the recipe says `work:
 {mirror: PLACE}`.
 
-    resume/<first 12 digits of the key>/<n>-<step>-<digest>/    a whole checkpoint; n counts the copies, so the newest copy is the last by name
+    resume/<first 12 digits of the key>/<n>-<step>-<digest>/    a complete checkpoint; n counts the copies,
+                                                                  so the newest copy is the last by name
 
 Only whole checkpoints are copied (`stages.runtime.checkpoints`), under names that say what is in them, their record
 last: what another machine finds is whole, or is not there. The newest copy counts, whatever its step: a stage that had

@@ -34,7 +34,7 @@ c completion), the completion's text, and where it comes from. `card.json` says 
 {funnel}
 
 The settings: `{keep}`
-"""
+"""  # noqa: E501 - published text
 
 
 class Sampled(NamedTuple):

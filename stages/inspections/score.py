@@ -10,10 +10,11 @@ files `rows` and `completions` (`stages.problems.catalog.files`), and `score.jso
     average, interval           mean score, and its 95 % bootstrap interval over rows
     pass_rate, pass_interval    share that passes, and its 95 % Wilson interval
     solved                      share with the best possible score
-    rewards, reward             component -> its mean, where it applies (null where it never does); the mean of their weighted sum,
-                                over the completions to which a component applies
+    rewards, reward             component -> its mean, where it applies (null where it never does); the mean of
+                                their weighted sum, over the completions to which a component applies
     weights                     component -> its weight in that sum
-    failures, first_failure     what user code did in the place of judging -> how often; what the first of them said (null without any)
+    failures, first_failure     what user code did in place of judging -> how often; the message of the first
+                                (null without any)
 """
 
 from __future__ import annotations

@@ -36,10 +36,22 @@ def trained(
 ):
     """(trainer, what the reward saw, parameters) after two steps; `resume` is a checkpoint to go on from."""
     settings = {
-        "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 12, "max_steps": 2, "learning_rate": 1e-2, "beta": 0.0,
-        "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1, "gradient_checkpointing": False,
-        "disable_tqdm": True, "seed": 7, **settings,
-    }  # fmt: skip
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 12,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "beta": 0.0,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "seed": 7,
+        **settings,
+    }
     seen = []
 
     def variety(completions, completion_ids, **_):
@@ -54,9 +66,14 @@ def trained(
         prompts = [prefilled(prompt, response_prefix) for prompt in prompts]
     data = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
     trainer = kind(
-        model=models.load_policy(str(policy), "float32"), reward_funcs=variety, args=GRPOConfig(output_dir=str(tmp_path), **settings),
-        train_dataset=data, eval_dataset=data.select(range(4)) if "eval_strategy" in settings else None, processing_class=tokenizer, peft_config=lora,
-    )  # fmt: skip
+        model=models.load_policy(str(policy), "float32"),
+        reward_funcs=variety,
+        args=GRPOConfig(output_dir=str(tmp_path), **settings),
+        train_dataset=data,
+        eval_dataset=data.select(range(4)) if "eval_strategy" in settings else None,
+        processing_class=tokenizer,
+        peft_config=lora,
+    )
     trainer.train(resume_from_checkpoint=resume)
     return trainer, seen, {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
 
@@ -402,15 +419,32 @@ def judged(policy, tmp_path, own, steps=1, **settings):
     prompts = [prefilled([{"role": "user", "content": row.prompt}], PREFIX) for row in rows]
     weights = weights_of("rl1", own, problem.reward_weights)
     arguments = GRPOConfig(
-        output_dir=str(tmp_path), per_device_train_batch_size=8, num_generations=4, max_completion_length=12, max_steps=steps, beta=0.0, bf16=False, use_cpu=True,
-        report_to="none", save_strategy="no", gradient_checkpointing=False, disable_tqdm=True, seed=7, reward_weights=[*weights.values()], logging_steps=1, **settings,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=8,
+        num_generations=4,
+        max_completion_length=12,
+        max_steps=steps,
+        beta=0.0,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        seed=7,
+        reward_weights=[*weights.values()],
+        logging_steps=1,
+        **settings,
+    )
     log = tmp_path / "rollouts"
     log.mkdir(parents=True)
     trainer = RewardedGRPOTrainer(
-        judging=Judging(problem, rows, weights, own, frozenset({tokenizer.eos_token_id}), log), model=models.load_policy(str(policy), "float32"),
-        args=arguments, train_dataset=Dataset.from_list([{"prompt": p, "row": i} for i, p in enumerate(prompts)]), processing_class=tokenizer,
-    )  # fmt: skip
+        judging=Judging(problem, rows, weights, own, frozenset({tokenizer.eos_token_id}), log),
+        model=models.load_policy(str(policy), "float32"),
+        args=arguments,
+        train_dataset=Dataset.from_list([{"prompt": p, "row": i} for i, p in enumerate(prompts)]),
+        processing_class=tokenizer,
+    )
     trainer.train()
     assert problem.asked == 8 * steps, "judged once for all components"
     return trainer, [json.loads(line) for line in (log / "rollouts.jsonl").read_text().splitlines()]

@@ -41,7 +41,8 @@ def preflight(job, config, tokenizer, path):
     print("looked at", job.name, flush=True)
     return Inspected()
 
-STAGE = Stage(config=NoopConfig, run=run, version=1, torch=False, makes=lambda config: ("note",), check=check, preflight=preflight)
+STAGE = Stage(config=NoopConfig, run=run, version=1, torch=False, makes=lambda config: ("note",), check=check,
+              preflight=preflight)
 '''
 ROW = """
 import sys

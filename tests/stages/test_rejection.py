@@ -252,8 +252,19 @@ def test_a_harvest_says_how_many_of_its_rows_the_training_met(reused):
     assert finding["rule"] == "rows_not_in_log" and finding["evidence"] == {"in_log": 4.0, "rows": 16.0}
 
 
-ROLLOUT = {"row": "", "sample": 0, "step": 1, "ids": [5, 6, 7, 8], "prefix": 2, "text": "x", "finished": True, "score": 0.5, "outcome": "valid",
-           "rewards": {"format": 1.0}, "failure": None}  # fmt: skip
+ROLLOUT = {
+    "row": "",
+    "sample": 0,
+    "step": 1,
+    "ids": [5, 6, 7, 8],
+    "prefix": 2,
+    "text": "x",
+    "finished": True,
+    "score": 0.5,
+    "outcome": "valid",
+    "rewards": {"format": 1.0},
+    "failure": None,
+}
 HOW = {"seed": 3, "temperature": 1.0, "max_completion_length": 8}
 
 

@@ -140,8 +140,11 @@ def _why_paid(audited: Audited, line: Line) -> str:
     by = f"paid by {_parts(paid) or 'nothing'}"
     if not _parts(spared):
         return f"{by}: let a broken rule cost more there"
-    mend = "let a broken rule cost more" if sum(paid.values()) > sum(spared.values()) else ("let a right answer earn "
-                                                                                           "more than these cost")  # fmt: skip
+    mend = (
+        "let a broken rule cost more"
+        if sum(paid.values()) > sum(spared.values())
+        else ("let a right answer earn more than these cost")
+    )
     return f"{by}, and spared what costs other answers ({_parts(spared)}): {mend}"
 
 

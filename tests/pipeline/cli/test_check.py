@@ -31,18 +31,36 @@ BROKEN = {
     "a syntax error": (("def score", "dfe score"), {}, "mine.py:8: SyntaxError"),
     "no rewards": (("REWARDS", "REWARD"), {}, "mine.py: REWARDS is None, expected component: weight"),
     "no score": (("def score", "def scores"), {}, "mine.py has no function score; did you mean scores"),
-    "an import that fails": (("REWARDS", "import nosuch\nREWARDS"), {}, "mine.py: its import failed: mine.py:2: "
-                                                                        "ModuleNotFoundError"),
-    "no demonstration": (("", ""), {"stages.rl1": {"kind": "sft", "rows": "train[0:8]"}}, "mine.py has no "
-                                                                                          "demonstration"),
+    "an import that fails": (
+        ("REWARDS", "import nosuch\nREWARDS"),
+        {},
+        "mine.py: its import failed: mine.py:2: ModuleNotFoundError",
+    ),
+    "no demonstration": (
+        ("", ""),
+        {"stages.rl1": {"kind": "sft", "rows": "train[0:8]"}},
+        "mine.py has no demonstration",
+    ),
     "too few rows to evaluate on": (("", ""), {"evaluate.rows": 1000}, "evaluate.rows: mine.py has "),
     "too few to decide on": (("", ""), {"validation.rows": 200}, "validation.rows: mine.py has "),
     "too few to train on": (("", ""), {"stages.rl1.rows": "train[0:400]"}, "stages.rl1.rows: mine.py has "),
-    "a weight of nothing": (("", ""), {"stages.rl1.rewards": {"weights": {"left": 2.0}}}, "stages.rl1.rewards.weights: there is no component left; there is right"),
-    "a scale of nothing": (("", ""), {"stages.rl1.rewards": {"normalise": {"left": "group"}}}, "stages.rl1.rewards.normalise: there is no component left"),
+    "a weight of nothing": (
+        ("", ""),
+        {"stages.rl1.rewards": {"weights": {"left": 2.0}}},
+        "stages.rl1.rewards.weights: there is no component left; there is right",
+    ),
+    "a scale of nothing": (
+        ("", ""),
+        {"stages.rl1.rewards": {"normalise": {"left": "group"}}},
+        "stages.rl1.rewards.normalise: there is no component left",
+    ),
     "a sampler that is not here": (("", ""), {"sampler": "vllm"}, "sampler: vllm is not installed here"),
-    "a mix of something else": (("", ""), {"stages.rl1.mix": {"data": "general.jsonl", "share": 0.1}}, "general.jsonl, line 1: found text, expected"),
-}  # fmt: skip
+    "a mix of something else": (
+        ("", ""),
+        {"stages.rl1.mix": {"data": "general.jsonl", "share": 0.1}},
+        "general.jsonl, line 1: found text, expected",
+    ),
+}
 """(what is written otherwise in the file, what in the recipe, what is said)"""
 
 

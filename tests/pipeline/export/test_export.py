@@ -198,9 +198,13 @@ def test_an_empty_directory_is_filled(small, tmp_path):
 
 @pytest.mark.parametrize(
     ("where", "said"),
-    [("full", "not an empty directory"), ("file", "not an empty directory"), ("file/x", "file: File exists; nothing "
-                                                                                        "was exported"), ("registry/artifacts/x", "lies in the registry")],
-)  # fmt: skip
+    [
+        ("full", "not an empty directory"),
+        ("file", "not an empty directory"),
+        ("file/x", "file: File exists; nothing was exported"),
+        ("registry/artifacts/x", "lies in the registry"),
+    ],
+)
 def test_a_directory_that_cannot_be_had_is_refused_in_one_line(where, said, small, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")

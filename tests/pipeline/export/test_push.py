@@ -26,8 +26,12 @@ def push(server, tmp_path):
 
     def push(place: Path, *arguments: str, **env: str):
         settings = {
-            "HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"
-        }  # fmt: skip
+            "HF_ENDPOINT": server.url,
+            "HF_TOKEN": TOKEN,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+        }
         return run_cli("push", *arguments, "--registry", place, env={**settings, **env})
 
     return push
@@ -105,8 +109,19 @@ def test_the_same_again_makes_no_commit(small, server, push):
 
 
 @pytest.mark.parametrize(
-    "target", ["acme/m", "hf://m", "hf://acme/m/x", "hf://acme/m@main", "s3://acme/m", "hf://acme/../m", "hf://a--b/c", "hf:///m", ""]
-)  # fmt: skip
+    "target",
+    [
+        "acme/m",
+        "hf://m",
+        "hf://acme/m/x",
+        "hf://acme/m@main",
+        "s3://acme/m",
+        "hf://acme/../m",
+        "hf://a--b/c",
+        "hf:///m",
+        "",
+    ],
+)
 def test_a_bad_target_is_refused_in_one_line_before_anything_is_sent(target, small, server, push):
     done = push(small[0], small[1], target)
     assert done.returncode == 2 and "expected hf://org/name" in done.stderr and done.stderr.count("\n") == 1

@@ -60,9 +60,14 @@ def test_a_flow_has_a_task_a_step_and_says_what_was_reused(server, settings, wri
     assert first.stderr == "", "the terminal is switchback's"
     run = run_of(tmp_path / "r")
     assert states(server, run) == {
-        "base.evaluate": ("Completed", "COMPLETED"), "warmup": ("Completed", "COMPLETED"), "warmup.evaluate": ("Completed", "COMPLETED"),
-        **dict.fromkeys(["rl1", "rl1.evaluate", "harvest", "distill", "distill.evaluate", "rl2", "rl2.evaluate"], ("NotSelected", "COMPLETED")),
-    }  # fmt: skip
+        "base.evaluate": ("Completed", "COMPLETED"),
+        "warmup": ("Completed", "COMPLETED"),
+        "warmup.evaluate": ("Completed", "COMPLETED"),
+        **dict.fromkeys(
+            ["rl1", "rl1.evaluate", "harvest", "distill", "distill.evaluate", "rl2", "rl2.evaluate"],
+            ("NotSelected", "COMPLETED"),
+        ),
+    }
     assert not (tmp_path / "r" / "work" / "prefect").exists(), "no server of its own beside the user's"
     again = run_cli("run", recipe, "--registry", tmp_path / "r", "--until", "warmup", env=env)
     assert again.returncode == 0, again.stderr

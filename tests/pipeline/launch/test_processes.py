@@ -55,8 +55,14 @@ def test_the_launchers_death_takes_job_worker_and_prefect_server_along(number, c
     mark = f"{TOKEN}={uuid.uuid4().hex}"
     command = [str(SWITCHBACK), "run", str(write(settings)), "--registry", str(tmp_path / "r")]
     launcher = subprocess.Popen(
-        command, cwd=ROOT, env=environment(**dict([mark.split("=")])), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )  # fmt: skip
+        command,
+        cwd=ROOT,
+        env=environment(**dict([mark.split("=")])),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
         assert wait_for(lambda: is_training(tmp_path / "r" / "work", "grpo"), STARTED), launcher.communicate()
         assert wait_for(lambda: len(marked(mark)) >= 3, SOON), (
@@ -84,7 +90,8 @@ import os, signal, subprocess, sys, time
 from pathlib import Path
 from stages.job import Job, Result
 def run(job):
-    subprocess.Popen([sys.executable, '-c', 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)'], start_new_session=True)
+    child = 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)'
+    subprocess.Popen([sys.executable, '-c', child], start_new_session=True)
     if os.fork() == 0:
         time.sleep(600)
     Path(job.out, 'started.txt').touch()
@@ -101,7 +108,8 @@ from stages.job import Execution, Job
 from stages.kinds import STAGES, Stage
 STAGES['sleepy'] = Stage(Config, print, 1)
 work = Path(sys.argv[1])
-job = Job(kind='sleepy', name='sleepy', config={}, inputs={}, work=str(work), out=str(work / 'out'), problem=None, rows=None, format=None, seed=0,
+job = Job(kind='sleepy', name='sleepy', config={}, inputs={}, work=str(work), out=str(work / 'out'), problem=None,
+          rows=None, format=None, seed=0,
           dtype='float32', execution=Execution())
 try:
     with Launcher() as launcher:
@@ -252,9 +260,19 @@ def test_a_launcher_touches_nothing_where_another_job_works(tmp_path):
         path.write_text("somebody's")
     config = {"name": "x", "kind": "sft", "policy": "base"}
     job = Job(
-        kind="sft", name="x", config=config, inputs={}, work=str(work), out=str(work / "out"), problem=None, rows=None, format=None, seed=0,
-        dtype="float32", execution=Execution(),
-    )  # fmt: skip
+        kind="sft",
+        name="x",
+        config=config,
+        inputs={},
+        work=str(work),
+        out=str(work / "out"),
+        problem=None,
+        rows=None,
+        format=None,
+        seed=0,
+        dtype="float32",
+        execution=Execution(),
+    )
     with (work / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with Launcher(preload=False) as launcher, pytest.raises(StageFailed, match="another job still works"):

@@ -88,9 +88,18 @@ def test_a_small_file_is_not_remembered(cache):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "null", "[" * 100_000, '{"PATH": 1}', '{"PATH": {"state": STATE, "sha256": "../../etc"}}', "x" * (digest_cache.BYTES + 1)],
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "[" * 100_000,
+        '{"PATH": 1}',
+        '{"PATH": {"state": STATE, "sha256": "../../etc"}}',
+        "x" * (digest_cache.BYTES + 1),
+    ],
     ids=["empty", "torn", "list", "null", "deep", "no entry", "no digest", "long"],
-)  # fmt: skip
+)
 def test_a_hostile_or_torn_cache_is_as_good_as_none(content, settled, cache):
     seen = settled.stat()
     state = json.dumps([seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns, seen.st_ino, seen.st_dev])

@@ -28,9 +28,20 @@ def made(settings, registry, *names):
         out.mkdir(parents=True)
         (out / "x.json").write_text("{}")
         draft = Artifact(
-            id="", key=step.key, kind=step.kind, stage=step.name, created="", outputs={"policy": ".", "data": "."}, files=(), inputs={}, format=None,
-            config={}, identity=step.identity, metrics={}, provenance={},
-        )  # fmt: skip
+            id="",
+            key=step.key,
+            kind=step.kind,
+            stage=step.name,
+            created="",
+            outputs={"policy": ".", "data": "."},
+            files=(),
+            inputs={},
+            format=None,
+            config={},
+            identity=step.identity,
+            metrics={},
+            provenance={},
+        )
         registry.publish(out, draft, "user")
 
 
@@ -46,8 +57,17 @@ def actions(settings, registry, **selection):
 def test_an_empty_registry_runs_everything_as_new(settings, registry):
     found = planned(settings, registry)
     assert list(found) == [
-        "base.evaluate", "warmup", "warmup.evaluate", "rl1", "rl1.evaluate", "harvest", "distill", "distill.evaluate", "rl2", "rl2.evaluate",
-    ]  # fmt: skip
+        "base.evaluate",
+        "warmup",
+        "warmup.evaluate",
+        "rl1",
+        "rl1.evaluate",
+        "harvest",
+        "distill",
+        "distill.evaluate",
+        "rl2",
+        "rl2.evaluate",
+    ]
     assert {(one.action, one.why) for one in found.values()} == {("run", "new")}
     assert not registry.store.root.exists(), "planning writes nothing"
 

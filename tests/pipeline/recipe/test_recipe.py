@@ -35,15 +35,22 @@ BAD = {
     "two of one name": ({"stages.rl2.name": "rl1"}, "two stages are named rl1"),
     "reserved name": ({"stages.rl2.name": "base"}, "the name base is reserved"),
     "negative weight": ({"stages.warmup.prompt_loss_weight": -0.1}, "prompt_loss_weight: found -0.1"),
-    "both weights 0": ({"stages.warmup.prompt_loss_weight": 0.0, "stages.warmup.completion_loss_weight": 0.0}, "are both 0"),
-    "a batch that does not divide": ({"launch.micro_batch": 3}, "rows_per_step=32 does not divide by processes=1 x "
-                                                                "micro_batch=3 (=3)"),
+    "both weights 0": (
+        {"stages.warmup.prompt_loss_weight": 0.0, "stages.warmup.completion_loss_weight": 0.0},
+        "are both 0",
+    ),
+    "a batch that does not divide": (
+        {"launch.micro_batch": 3},
+        "rows_per_step=32 does not divide by processes=1 x micro_batch=3 (=3)",
+    ),
     "no prompt file": ({"format.prompt": "planes"}, "no prompt named 'planes'"),
     "no prompt path": ({"format.prompt": "nowhere/p.md"}, "nowhere/p.md is not there"),
     "no model": ({"model.path": "nowhere"}, "model.path: nowhere holds no config.json"),
     "two models": ({"model.hub": "org/name"}, "expected exactly one"),
-    "too few rows": ({"stages.rl1.rows": "train[0:1]"}, "has 1 rows, fewer than one generation batch of "
-                                                        "prompts_per_step=2"),
+    "too few rows": (
+        {"stages.rl1.rows": "train[0:1]"},
+        "has 1 rows, fewer than one generation batch of prompts_per_step=2",
+    ),
     "rows that are no range": ({"stages.rl1.rows": "train"}, "expected a range such as train[0:1000]"),
     "rows of another split": ({"stages.rl1.rows": "held_out[0:100]"}, "held_out rows are for evaluation only"),
     "unknown kind": ({"stages.rl1.kind": "gropo"}, "did you mean grpo?"),
@@ -54,27 +61,43 @@ BAD = {
     "packing": ({"stages.warmup.trl": {"packing": True}}, "trl.packing"),
     "a setting that is no JSON": ({"stages.rl1.trl": {"x": float("nan")}}, "trl.x: found nan"),
     "a seed that numpy refuses": ({"seed": 2**32}, "seed: found 4294967296"),
-    "an unknown key of one of two shapes": ({"problem": {"dataset": "a.jsonl", "rewards": [{"name": "accuracy", "wieght": 3}]}}, "problem.rewards.0: unknown key 'wieght'; did you mean weight?"),
+    "an unknown key of one of two shapes": (
+        {"problem": {"dataset": "a.jsonl", "rewards": [{"name": "accuracy", "wieght": 3}]}},
+        "problem.rewards.0: unknown key 'wieght'; did you mean weight?",
+    ),
     "neither shape": ({"problem": {"dataset": "a.jsonl", "rewards": [3]}}, "problem.rewards.0: found 3, expected text"),
-    "a dataset that is no file and not on the hub": ({"problem": {"dataset": "nope", "rewards": ["accuracy"]}}, "problem.dataset: found 'nope', expected a file whose name ends in .jsonl, or a dataset on the hub"),
-    "a dataset that is another file": ({"problem": {"dataset": "configs/demo.yaml", "rewards": ["accuracy"]}}, "found 'configs/demo.yaml', expected a file whose name ends in .jsonl"),
+    "a dataset that is no file and not on the hub": (
+        {"problem": {"dataset": "nope", "rewards": ["accuracy"]}},
+        "problem.dataset: found 'nope', expected a file whose name ends in .jsonl, or a dataset on the hub",
+    ),
+    "a dataset that is another file": (
+        {"problem": {"dataset": "configs/demo.yaml", "rewards": ["accuracy"]}},
+        "found 'configs/demo.yaml', expected a file whose name ends in .jsonl",
+    ),
     "no reward": ({"problem": {"dataset": "a.jsonl", "rewards": []}}, "problem.rewards: found [], expected at least 1"),
-    "a word of a mapping": ({"stages.rl1.rewards": {"normalise": {"score": "runing"}}}, "rewards.normalise.score: "
-                                                                                        "found 'runing', expected "
-                                                                                        "'none', 'group'"),
-    "a word": ({"stages.rl1.rewards": {"normalise": "runing"}}, "rewards.normalise: found 'runing', expected 'none', "
-                                                                "'group'"),
+    "a word of a mapping": (
+        {"stages.rl1.rewards": {"normalise": {"score": "runing"}}},
+        "rewards.normalise.score: found 'runing', expected 'none', 'group'",
+    ),
+    "a word": (
+        {"stages.rl1.rewards": {"normalise": "runing"}},
+        "rewards.normalise: found 'runing', expected 'none', 'group'",
+    ),
     "a name that is no text": ({"model.lora": {"targets": [5]}}, "model.lora.targets.0: found 5, expected text"),
-    "no settings": ({"stages.rl1.mix": "general.jsonl"}, "stages.rl1.mix: found 'general.jsonl', expected settings, "
-                                                         "such as {data: ..., share: ...}"),
-    "no settings that are needed": ({"stages.rl1.kl": 0.1}, "stages.rl1.kl: found 0.1, expected settings, such as "
-                                                            "{beta: ...}"),
+    "no settings": (
+        {"stages.rl1.mix": "general.jsonl"},
+        "stages.rl1.mix: found 'general.jsonl', expected settings, such as {data: ..., share: ...}",
+    ),
+    "no settings that are needed": (
+        {"stages.rl1.kl": 0.1},
+        "stages.rl1.kl: found 0.1, expected settings, such as {beta: ...}",
+    ),
     "no mapping": ({"stages.rl1.trl": 5}, "stages.rl1.trl: found 5, expected a mapping"),
     "no list": ({"stages.rl1.rewards": {"clip": 5}}, "rewards.clip: found 5, expected a list"),
     "no duration": ({"deadline": "banana"}, "deadline: found 'banana', expected seconds, or a duration such as 90s"),
     "no stage": ({"stages": ["warmup"]}, "stages.0: found 'warmup', expected a mapping"),
     "a pass-rate band": ({"stages.harvest.keep": {"pass_rate": [0.9, 0.1]}}, "expected two shares"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("changes, said", BAD.values(), ids=BAD.keys())
@@ -252,10 +275,13 @@ format: {prompt: scheduler, response_prefix: "<think>\\n"}
 evaluate: {rows: 1000, samples: 8, temperature: 1.0}
 validation: {rows: 200}
 stages:
-  - {name: warmup,  kind: sft,       policy: base,   data: demonstrations, prompt_loss_weight: 0.1, epochs: 3, rows_per_step: 32, learning_rate: 2.0e-5}
-  - {name: rl1,     kind: grpo,      policy: warmup, rows: "train[0:1000]", steps: 200, prompts_per_step: 16, group_size: 8, max_completion_length: 512,
+  - {name: warmup,  kind: sft,       policy: base,   data: demonstrations, prompt_loss_weight: 0.1, epochs: 3,
+     rows_per_step: 32, learning_rate: 2.0e-5}
+  - {name: rl1,     kind: grpo,      policy: warmup, rows: "train[0:1000]", steps: 200, prompts_per_step: 16,
+     group_size: 8, max_completion_length: 512,
      learning_rate: 1.0e-6, kl: {beta: 0.001, reference: policy}}
-  - {name: harvest, kind: rejection, policy: rl1,    samples: 16, keep: {min_score: 0.99, per_prompt: 2, pass_rate: [0.05, 0.9]}}
+  - {name: harvest, kind: rejection, policy: rl1,    samples: 16, keep: {min_score: 0.99, per_prompt: 2,
+     pass_rate: [0.05, 0.9]}}
   - {name: distill, kind: sft,       policy: base,   data: harvest}
   - {name: rl2,     kind: grpo,      policy: distill, rows: "train[1000:2000]", steps: 200}
 launch: {processes: 1}

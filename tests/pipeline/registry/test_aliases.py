@@ -157,9 +157,22 @@ def evaluate(registry: Registry, policy: Artifact, scores: list[float], out: Pat
     ]
     (out / "validation.jsonl").write_text("\n".join(map(json.dumps, said)) + "\n")
     evaluation = Evaluation(
-        policy=policy.id, split="validation", decoding={}, rows=len(scores), samples=2, seeds=[0], greedy=0.0, mean=0.0, interval=(0.0, 0.0), solved=0.0,
-        format=0.0, format_digest="", pass_at_k={}, outcomes={}, per_row="validation.jsonl",
-    )  # fmt: skip
+        policy=policy.id,
+        split="validation",
+        decoding={},
+        rows=len(scores),
+        samples=2,
+        seeds=[0],
+        greedy=0.0,
+        mean=0.0,
+        interval=(0.0, 0.0),
+        solved=0.0,
+        format=0.0,
+        format_digest="",
+        pass_at_k={},
+        outcomes={},
+        per_row="validation.jsonl",
+    )
     (out / "validation.json").write_text(evaluation.model_dump_json())
     identity = {
         "kind": "evaluate",

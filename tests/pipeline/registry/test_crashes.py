@@ -197,16 +197,22 @@ def is_made(root: Path) -> bool:
 
 
 SCENARIOS = {
-    "a run": Scenario(nothing, run_of_a_recipe, lambda root: "done" in [run.state for run in runs.runs(registry_of(root))]),
+    "a run": Scenario(
+        nothing, run_of_a_recipe, lambda root: "done" in [run.state for run in runs.runs(registry_of(root))]
+    ),
     "publish": Scenario(nothing, lambda root: make_in(root, "1"), is_made),
     "publish from another file system": Scenario(nothing, from_another_file_system, is_made),
     "publish what was made already": Scenario(one, lose_a_race, is_made),
-    "recover": Scenario(unrecorded, lambda root: make_in(root, "1"), lambda root: len(registry_of(root).artifacts()) == 1 and is_made(root)),
+    "recover": Scenario(
+        unrecorded,
+        lambda root: make_in(root, "1"),
+        lambda root: len(registry_of(root).artifacts()) == 1 and is_made(root),
+    ),
     "void": Scenario(one, void, lambda root: not is_made(root)),
     "hold and pin": Scenario(one, hold, lambda root: not list(root.glob("registry/pins/*/*.json"))),
     "move aliases": Scenario(with_alias, move_alias, lambda root: list(aliases(registry_of(root))) == ["prod"]),
     "clean up": Scenario(much_to_clean, clean_up, is_clean),
-}  # fmt: skip
+}
 
 
 # the tests
@@ -413,8 +419,10 @@ DO = {
     "drop": lambda root, registry, alias: remove(registry, alias),
     "pin": lambda root, registry, i: [keep(registry, found, "") for found in at(registry, i)],
     "unpin": lambda root, registry, i: [let_go(registry, found.id) for found in at(registry, i)],
-    "gc": lambda root, registry, much_later: clean(registry, root / "work", timedelta(0), later() if much_later else None),
-}  # fmt: skip
+    "gc": lambda root, registry, much_later: clean(
+        registry, root / "work", timedelta(0), later() if much_later else None
+    ),
+}
 
 
 def test_eight_processes_publish_while_a_clean_up_loops_and_no_alias_loses_anything(memory):

@@ -31,9 +31,20 @@ def finished(directory):
 
 def draft(name="k", stage="warmup"):
     return Artifact(
-        id="", key=key_of({"name": name}), kind="sft", stage=stage, created="", outputs={"policy": ".", "data": "data"}, files=(), inputs={},
-        format=None, config={}, identity={"name": name}, metrics={"loss": 1.0}, provenance={},
-    )  # fmt: skip
+        id="",
+        key=key_of({"name": name}),
+        kind="sft",
+        stage=stage,
+        created="",
+        outputs={"policy": ".", "data": "data"},
+        files=(),
+        inputs={},
+        format=None,
+        config={},
+        identity={"name": name},
+        metrics={"loss": 1.0},
+        provenance={},
+    )
 
 
 @pytest.fixture
@@ -59,10 +70,40 @@ def rewrite(registry, artifact, content):
 
 
 OUTSIDE = [
-    "", "/", "/etc/passwd", "//etc/passwd", "..", "../x.json", "../../etc/x.json", "a/../x.json", "a/../../x.json", "a/..", "./a.json", "a/./b.json", "a//b.json", "a/",
-    "/a.json", "a\\b.json", "..\\x.json", "C:\\x.json", "a\0.json", "\0", "a\n.json", "a.json\n", "a\r.json", "a\t.json", "\x1b[2Ja.json", "a\x7f.json", "a\x85.json",
-    "a\u2028b.json", "a\u202egnp.json", "a\u200b.json", "\ufeffa.json", "x" * 1100 + ".json", "a/" * 600 + "b.json",
-]  # fmt: skip
+    "",
+    "/",
+    "/etc/passwd",
+    "//etc/passwd",
+    "..",
+    "../x.json",
+    "../../etc/x.json",
+    "a/../x.json",
+    "a/../../x.json",
+    "a/..",
+    "./a.json",
+    "a/./b.json",
+    "a//b.json",
+    "a/",
+    "/a.json",
+    "a\\b.json",
+    "..\\x.json",
+    "C:\\x.json",
+    "a\0.json",
+    "\0",
+    "a\n.json",
+    "a.json\n",
+    "a\r.json",
+    "a\t.json",
+    "\x1b[2Ja.json",
+    "a\x7f.json",
+    "a\x85.json",
+    "a\u2028b.json",
+    "a\u202egnp.json",
+    "a\u200b.json",
+    "\ufeffa.json",
+    "x" * 1100 + ".json",
+    "a/" * 600 + "b.json",
+]
 """Paths that leave an artifact, or that mean something else elsewhere."""
 NO_KIND = [
     ".",
@@ -81,10 +122,22 @@ NO_KIND = [
 ]
 """Names of no kind of file that an artifact holds."""
 CLASHES = [
-    ["model.safetensors"], ["Model.safetensors"], ["artifact.json"], ["a.json", "A.json"], ["é.json", "e\u0301.json"],
-    ["straße.json", "STRASSE.json"], ["ﬁ.json", "fi.json"], ["data/Rows.jsonl"], ["Data/x.json"], ["x.json", "x.json/y.json"],
-    ["X.json", "x.json/y.json"], ["artifact.json/x.json"], ["Artifact.json"], ["d/e/a.json", "d/E/b.json"], ["Σ.json", "ς.json"],
-]  # fmt: skip
+    ["model.safetensors"],
+    ["Model.safetensors"],
+    ["artifact.json"],
+    ["a.json", "A.json"],
+    ["é.json", "e\u0301.json"],
+    ["straße.json", "STRASSE.json"],
+    ["ﬁ.json", "fi.json"],
+    ["data/Rows.jsonl"],
+    ["Data/x.json"],
+    ["x.json", "x.json/y.json"],
+    ["X.json", "x.json/y.json"],
+    ["artifact.json/x.json"],
+    ["Artifact.json"],
+    ["d/e/a.json", "d/E/b.json"],
+    ["Σ.json", "ς.json"],
+]
 """Files beside model.safetensors and data/rows.jsonl that are one with another where case or accents do not count."""
 
 
@@ -124,16 +177,66 @@ def test_names_that_are_one_on_another_file_system_are_refused(paths, registry, 
 
 
 CHANGED = [
-    {"id": "warmup-00000000"}, {"id": ""}, {"id": "../x"}, {"id": 3}, {"id": None}, {"id": "warmup-1234567\n"}, {"stage": "rl1"}, {"stage": ""}, {"stage": "a\x1b[31m"}, {"key": ""},
-    {"key": "0" * 63}, {"key": "G" * 64}, {"key": "A" * 64}, {"key": DIGEST + "\n"}, {"key": 1}, {"key": None}, {"kind": "a\nb"}, {"kind": ["sft"]}, {"created": "\x00"}, {"created": 1},
-    {"created": "x" * 5000}, {"outputs": []}, {"outputs": {"a\n": "."}}, {"outputs": {"policy": 1}}, {"files": {}}, {"files": [1]}, {"files": [[]]}, {"files": None},
-    {"inputs": {"policy": {}}}, {"inputs": []}, {"metrics": {"loss": "NaN"}}, {"metrics": {"loss": None}}, {"metrics": {"\x1b]0;": 1.0}}, {"metrics": []}, {"identity": []}, {"identity": None},
-    {"config": 1}, {"format": {}}, {"format": 1}, {"provenance": []}, {"unknown": 1}, {"unkn\x1b[2Jown": 1},
-]  # fmt: skip
+    {"id": "warmup-00000000"},
+    {"id": ""},
+    {"id": "../x"},
+    {"id": 3},
+    {"id": None},
+    {"id": "warmup-1234567\n"},
+    {"stage": "rl1"},
+    {"stage": ""},
+    {"stage": "a\x1b[31m"},
+    {"key": ""},
+    {"key": "0" * 63},
+    {"key": "G" * 64},
+    {"key": "A" * 64},
+    {"key": DIGEST + "\n"},
+    {"key": 1},
+    {"key": None},
+    {"kind": "a\nb"},
+    {"kind": ["sft"]},
+    {"created": "\x00"},
+    {"created": 1},
+    {"created": "x" * 5000},
+    {"outputs": []},
+    {"outputs": {"a\n": "."}},
+    {"outputs": {"policy": 1}},
+    {"files": {}},
+    {"files": [1]},
+    {"files": [[]]},
+    {"files": None},
+    {"inputs": {"policy": {}}},
+    {"inputs": []},
+    {"metrics": {"loss": "NaN"}},
+    {"metrics": {"loss": None}},
+    {"metrics": {"\x1b]0;": 1.0}},
+    {"metrics": []},
+    {"identity": []},
+    {"identity": None},
+    {"config": 1},
+    {"format": {}},
+    {"format": 1},
+    {"provenance": []},
+    {"unknown": 1},
+    {"unkn\x1b[2Jown": 1},
+]
 FILES = [
-    {"size": -1}, {"size": 1.5}, {"size": "1"}, {"size": True}, {"size": None}, {"size": 2**63}, {"size": 10**400}, {"sha256": ""}, {"sha256": "0" * 65}, {"sha256": "z" * 64}, {"sha256": None},
-    {"sha256": DIGEST.replace("0", "A")}, {"mode": 0o777}, {"path": None}, {"path": ["a.json"]},
-]  # fmt: skip
+    {"size": -1},
+    {"size": 1.5},
+    {"size": "1"},
+    {"size": True},
+    {"size": None},
+    {"size": 2**63},
+    {"size": 10**400},
+    {"sha256": ""},
+    {"sha256": "0" * 65},
+    {"sha256": "z" * 64},
+    {"sha256": None},
+    {"sha256": DIGEST.replace("0", "A")},
+    {"mode": 0o777},
+    {"path": None},
+    {"path": ["a.json"]},
+]
 SOURCES = [
     {"id": "../../etc"},
     {"id": "/etc"},
@@ -177,10 +280,21 @@ def test_a_manifest_with_an_input_that_is_none_is_refused(change, registry, arti
 
 
 NO_MANIFEST = {
-    "nothing": b"", "no JSON": b"{", "a list": b"[]", "null": b"null", "a number": b"1", "text": b'"x"', "not UTF-8": b'{"id": "\xff"}', "a torn one": b'{"id": "warmup',
-    "deep": b'{"config": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "deep objects": b'{"config": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}",
-    "a long number": b'{"config": {"a": ' + b"9" * 5_000 + b"}}", "bytes behind it": b"{} {}", "a pickle": b"\x80\x04K\x01.", "a BOM": b"\xef\xbb\xbf{}",
-}  # fmt: skip
+    "nothing": b"",
+    "no JSON": b"{",
+    "a list": b"[]",
+    "null": b"null",
+    "a number": b"1",
+    "text": b'"x"',
+    "not UTF-8": b'{"id": "\xff"}',
+    "a torn one": b'{"id": "warmup',
+    "deep": b'{"config": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "deep objects": b'{"config": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}",
+    "a long number": b'{"config": {"a": ' + b"9" * 5_000 + b"}}",
+    "bytes behind it": b"{} {}",
+    "a pickle": b"\x80\x04K\x01.",
+    "a BOM": b"\xef\xbb\xbf{}",
+}
 
 
 @pytest.mark.parametrize("content", NO_MANIFEST.values(), ids=list(NO_MANIFEST))
@@ -323,27 +437,60 @@ def tensor(shape, start, stop, dtype="F32"):
 
 FOUR, EIGHT = bytes(4), bytes(8)
 GOOD = {
-    "no tensor": file_of({}), "one": file_of({"a": tensor([2], 0, 8)}, EIGHT), "a number": file_of({"a": tensor([], 0, 4)}, FOUR), "padded": file_of(b"{}   "),
-    "an empty tensor": file_of({"a": tensor([0, 3], 0, 0), "b": tensor([1], 0, 4)}, FOUR), "another order": file_of({"b": tensor([1], 4, 8), "a": tensor([1], 0, 4)}, EIGHT),
-    "text beside": file_of({"__metadata__": {"format": "pt"}, "a": tensor([1], 0, 4)}, FOUR), "4 bits": file_of({"a": tensor([8], 0, 4, "F4")}, FOUR),
+    "no tensor": file_of({}),
+    "one": file_of({"a": tensor([2], 0, 8)}, EIGHT),
+    "a number": file_of({"a": tensor([], 0, 4)}, FOUR),
+    "padded": file_of(b"{}   "),
+    "an empty tensor": file_of({"a": tensor([0, 3], 0, 0), "b": tensor([1], 0, 4)}, FOUR),
+    "another order": file_of({"b": tensor([1], 4, 8), "a": tensor([1], 0, 4)}, EIGHT),
+    "text beside": file_of({"__metadata__": {"format": "pt"}, "a": tensor([1], 0, 4)}, FOUR),
+    "4 bits": file_of({"a": tensor([8], 0, 4, "F4")}, FOUR),
     "bfloat16": file_of({"a": tensor([2, 2], 0, 8, "BF16")}, EIGHT),
-}  # fmt: skip
+}
 BAD = {
-    "nothing": b"", "too short for a length": b"abc", "a length and no header": struct.pack("<Q", 2), "longer than "
-                                                                                                      "the file": file_of(b"{}", length=100), "the longest length": file_of(b"{}", length=2**64 - 1),
-    "over 100 MB": file_of(b"{}", length=100_000_001), "length 0": file_of(b"", EIGHT), "no JSON": file_of(b"{a"), "a list": file_of(b"[]"), "a number": file_of(b"1"),
-    "not UTF-8": file_of(b'{"\xff":1}'), "behind it": file_of(b"{}x"), "deep": file_of(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
-    "past the end": file_of({"a": tensor([2], 0, 8)}, FOUR), "bytes left over": file_of({"a": tensor([1], 0, 4)}, EIGHT), "overlap": file_of({"a": tensor([2], 0, 8), "b": tensor([2], 4, 12)}, bytes(12)),
-    "same place": file_of({"a": tensor([1], 0, 4), "b": tensor([1], 0, 4)}, FOUR), "a hole": file_of({"a": tensor([1], 0, 4), "b": tensor([1], 8, 12)}, bytes(12)), "a hole in front": file_of({"a": tensor([1], 4, 8)}, EIGHT),
-    "shape too big": file_of({"a": tensor([3], 0, 8)}, EIGHT), "shape too small": file_of({"a": tensor([1], 0, 8)}, EIGHT), "type unknown": file_of({"a": tensor([2], 0, 8, "X")}, EIGHT),
-    "type no text": file_of({"a": tensor([2], 0, 8, 1)}, EIGHT), "negative shape": file_of({"a": tensor([-2], 0, 8)}, EIGHT), "two negatives": file_of({"a": tensor([-1, -2], 0, 8)}, EIGHT),
-    "a shape that overflows": file_of({"a": tensor([2**40, 2**40], 0, 8)}, EIGHT), "backwards": file_of({"a": tensor([2], 8, 0)}, EIGHT), "negative offset": file_of({"a": tensor([2], -8, 0)}, EIGHT),
-    "offset no number": file_of({"a": tensor([2], "0", "8")}, EIGHT), "three offsets": file_of({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4, 8]}}, EIGHT),
-    "no offsets": file_of({"a": {"dtype": "F32", "shape": [2]}}, EIGHT), "no shape": file_of({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, EIGHT), "tensor no object": file_of({"a": 1}, EIGHT),
-    "half a number": file_of({"a": tensor([2.0], 0, 8)}, EIGHT), "a long number": file_of(b'{"a":{"dtype":"F32","shape":[' + b"9" * 5_000 + b'],"data_offsets":[0,4]}}', FOUR),
-    "metadata no text": file_of({"__metadata__": {"a": 1}}), "metadata a list": file_of({"__metadata__": []}),
-    "a name twice": file_of(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', EIGHT), "half a byte": file_of({"a": tensor([3], 0, 2, "F4")}, bytes(2)),
-}  # fmt: skip
+    "nothing": b"",
+    "too short for a length": b"abc",
+    "a length and no header": struct.pack("<Q", 2),
+    "longer than the file": file_of(b"{}", length=100),
+    "the longest length": file_of(b"{}", length=2**64 - 1),
+    "over 100 MB": file_of(b"{}", length=100_000_001),
+    "length 0": file_of(b"", EIGHT),
+    "no JSON": file_of(b"{a"),
+    "a list": file_of(b"[]"),
+    "a number": file_of(b"1"),
+    "not UTF-8": file_of(b'{"\xff":1}'),
+    "behind it": file_of(b"{}x"),
+    "deep": file_of(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+    "past the end": file_of({"a": tensor([2], 0, 8)}, FOUR),
+    "bytes left over": file_of({"a": tensor([1], 0, 4)}, EIGHT),
+    "overlap": file_of({"a": tensor([2], 0, 8), "b": tensor([2], 4, 12)}, bytes(12)),
+    "same place": file_of({"a": tensor([1], 0, 4), "b": tensor([1], 0, 4)}, FOUR),
+    "a hole": file_of({"a": tensor([1], 0, 4), "b": tensor([1], 8, 12)}, bytes(12)),
+    "a hole in front": file_of({"a": tensor([1], 4, 8)}, EIGHT),
+    "shape too big": file_of({"a": tensor([3], 0, 8)}, EIGHT),
+    "shape too small": file_of({"a": tensor([1], 0, 8)}, EIGHT),
+    "type unknown": file_of({"a": tensor([2], 0, 8, "X")}, EIGHT),
+    "type no text": file_of({"a": tensor([2], 0, 8, 1)}, EIGHT),
+    "negative shape": file_of({"a": tensor([-2], 0, 8)}, EIGHT),
+    "two negatives": file_of({"a": tensor([-1, -2], 0, 8)}, EIGHT),
+    "a shape that overflows": file_of({"a": tensor([2**40, 2**40], 0, 8)}, EIGHT),
+    "backwards": file_of({"a": tensor([2], 8, 0)}, EIGHT),
+    "negative offset": file_of({"a": tensor([2], -8, 0)}, EIGHT),
+    "offset no number": file_of({"a": tensor([2], "0", "8")}, EIGHT),
+    "three offsets": file_of({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4, 8]}}, EIGHT),
+    "no offsets": file_of({"a": {"dtype": "F32", "shape": [2]}}, EIGHT),
+    "no shape": file_of({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, EIGHT),
+    "tensor no object": file_of({"a": 1}, EIGHT),
+    "half a number": file_of({"a": tensor([2.0], 0, 8)}, EIGHT),
+    "a long number": file_of(b'{"a":{"dtype":"F32","shape":[' + b"9" * 5_000 + b'],"data_offsets":[0,4]}}', FOUR),
+    "metadata no text": file_of({"__metadata__": {"a": 1}}),
+    "metadata a list": file_of({"__metadata__": []}),
+    "a name twice": file_of(
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
+        EIGHT,
+    ),
+    "half a byte": file_of({"a": tensor([3], 0, 2, "F4")}, bytes(2)),
+}
 
 
 @pytest.mark.parametrize("content", GOOD.values(), ids=list(GOOD))
@@ -383,9 +530,27 @@ def test_verify_judges_headers_that_somebody_else_has_published(content, registr
 
 
 ENTRIES = [
-    [], 1, "x", None, {}, {"artifact": 3}, {"artifact": None}, {"artifact": "../../etc/passwd"}, {"artifact": "/etc"}, {"artifact": ""}, {"artifact": ["a"]}, {"void": 1}, {"void": "../x"},
-    {"artifact": "a-00000000", "void": "a-00000000"}, {"artifact": {"artifact": 1}}, b"", b"{", b"9" * 5_000, b"[" * 100_000, b"\xff",
-]  # fmt: skip
+    [],
+    1,
+    "x",
+    None,
+    {},
+    {"artifact": 3},
+    {"artifact": None},
+    {"artifact": "../../etc/passwd"},
+    {"artifact": "/etc"},
+    {"artifact": ""},
+    {"artifact": ["a"]},
+    {"void": 1},
+    {"void": "../x"},
+    {"artifact": "a-00000000", "void": "a-00000000"},
+    {"artifact": {"artifact": 1}},
+    b"",
+    b"{",
+    b"9" * 5_000,
+    b"[" * 100_000,
+    b"\xff",
+]
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=ids(ENTRIES))

@@ -30,9 +30,20 @@ def make(registry, tmp_path):
         identity = {"name": name, **(identity or {})}
         sources = {role: read(one) if isinstance(one, Artifact) else one for role, one in inputs.items()}
         draft = Artifact(
-            id="", key=key_of(identity), kind="sft", stage=name, created="", outputs={"policy": "."}, files=(), inputs=sources, format=None, config={},
-            identity=identity, metrics={}, provenance={},
-        )  # fmt: skip
+            id="",
+            key=key_of(identity),
+            kind="sft",
+            stage=name,
+            created="",
+            outputs={"policy": "."},
+            files=(),
+            inputs=sources,
+            format=None,
+            config={},
+            identity=identity,
+            metrics={},
+            provenance={},
+        )
         return registry.publish(tmp_path / name, draft, "user").artifact
 
     return make

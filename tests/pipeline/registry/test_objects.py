@@ -168,7 +168,9 @@ def test_refused_credentials_are_one_line_that_does_not_repeat_them(server):
     assert not any(secret in done.stderr for secret in SECRETS)
 
 
-@pytest.mark.parametrize(("place", "variable"), [("s3://bucket", "AWS_ACCESS_KEY_ID"), ("az://container", "AZURE_STORAGE_ACCOUNT_NAME")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("place", "variable"), [("s3://bucket", "AWS_ACCESS_KEY_ID"), ("az://container", "AZURE_STORAGE_ACCOUNT_NAME")]
+)
 def test_credentials_that_are_not_there_are_asked_for_by_name(place, variable, server, monkeypatch):
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(BadInput, match=f"no credentials were found; set {variable}"):
@@ -459,7 +461,10 @@ def publish_once(directory: Path) -> None:
 def whole(registry: Registry, artifact: Artifact) -> bool:
     """Whether the store has just what the manifest says."""
     name = f"artifacts/{artifact.id}"
-    found = [File(path=path, size=size, sha256=registry.store.digest(f"{name}/{path}")) for path, size in registry.store.files(name).items()]  # fmt: skip
+    found = [
+        File(path=path, size=size, sha256=registry.store.digest(f"{name}/{path}"))
+        for path, size in registry.store.files(name).items()
+    ]
     return {file for file in found if file.path != MANIFEST} == set(artifact.files)
 
 

@@ -33,9 +33,20 @@ def finished(directory: Path, content: str = "weights") -> Path:
 
 def draft(name: str = "k", stage: str = "warmup", inputs: dict[str, Source] | None = None) -> Artifact:
     return Artifact(
-        id="", key=key_of({"name": name}), kind="sft", stage=stage, created="", outputs={"policy": ".", "data": "data"}, files=(), inputs=inputs or {},
-        format=None, config={}, identity={"name": name}, metrics={}, provenance={},
-    )  # fmt: skip
+        id="",
+        key=key_of({"name": name}),
+        kind="sft",
+        stage=stage,
+        created="",
+        outputs={"policy": ".", "data": "data"},
+        files=(),
+        inputs=inputs or {},
+        format=None,
+        config={},
+        identity={"name": name},
+        metrics={},
+        provenance={},
+    )
 
 
 OWNER = "user"

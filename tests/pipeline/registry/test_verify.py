@@ -19,8 +19,17 @@ from pipeline.run.step import refuse_damaged
 from tests.conftest import printed_json, run_cli, tensors
 
 STEPS = {
-    "base.evaluate": 6, "warmup": 10, "warmup.evaluate": 6, "rl1": 11, "rl1.evaluate": 6, "harvest": 7, "distill": 10, "distill.evaluate": 6, "rl2": 11, "rl2.evaluate": 6
-}  # fmt: skip
+    "base.evaluate": 6,
+    "warmup": 10,
+    "warmup.evaluate": 6,
+    "rl1": 11,
+    "rl1.evaluate": 6,
+    "harvest": 7,
+    "distill": 10,
+    "distill.evaluate": 6,
+    "rl2": 11,
+    "rl2.evaluate": 6,
+}
 """Step of the climb -> files of its artifact, the manifest among them."""
 FILES = [(step, number) for step, count in STEPS.items() for number in range(count)]
 
@@ -135,9 +144,20 @@ def made(registry, directory, name, inputs=None):
     (directory / name).mkdir()
     (directory / name / "model.safetensors").write_bytes(tensors(name))
     draft = Artifact(
-        id="", key=key_of({"name": name}), kind="sft", stage=name, created="", outputs={"policy": "."}, files=(), inputs=inputs or {},
-        format=None, config={}, identity={"name": name}, metrics={}, provenance={},
-    )  # fmt: skip
+        id="",
+        key=key_of({"name": name}),
+        kind="sft",
+        stage=name,
+        created="",
+        outputs={"policy": "."},
+        files=(),
+        inputs=inputs or {},
+        format=None,
+        config={},
+        identity={"name": name},
+        metrics={},
+        provenance={},
+    )
     return registry.publish(directory / name, draft, OWNER).artifact
 
 

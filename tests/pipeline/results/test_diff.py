@@ -68,10 +68,14 @@ def test_samples_are_the_first_validation_rows_whose_greedy_score_differs(made):
             for one in (a, b)
         ]
         expected = [
-            {"row": one["row"], "scores": [one["greedy"]["score"], two["greedy"]["score"]], "answers": [[one["greedy"]["text"]], [two["greedy"]["text"]]]}
+            {
+                "row": one["row"],
+                "scores": [one["greedy"]["score"], two["greedy"]["score"]],
+                "answers": [[one["greedy"]["text"]], [two["greedy"]["text"]]],
+            }
             for one, two in zip(*rows, strict=True)
             if one["greedy"]["score"] != two["greedy"]["score"]
-        ][:3]  # fmt: skip
+        ][:3]
         assert found["samples"] == expected
     assert expected, "the last pair differs somewhere, or this test sees nothing"
 

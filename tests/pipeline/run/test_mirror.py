@@ -249,7 +249,11 @@ def test_without_a_mirror_nothing_is_copied(work):
 
 def test_a_mirror_that_cannot_be_used_is_known_before_anything_runs(write, settings, tmp_path):
     (tmp_path / "file").write_text("")
-    for place, said in ((str(tmp_path / "file"), "is a file"), ("ftp://x/y", "ftp:// is no place"), ("s3://me:hush@b/c", "work.mirror: a s3:// URL has a user")):  # fmt: skip
+    for place, said in (
+        (str(tmp_path / "file"), "is a file"),
+        ("ftp://x/y", "ftp:// is no place"),
+        ("s3://me:hush@b/c", "work.mirror: a s3:// URL has a user"),
+    ):
         settings["work"] = {"mirror": place}
         done = run_cli("run", write(settings), "--registry", tmp_path / "r", "--no-prefect")
         assert (
@@ -271,7 +275,10 @@ def test_a_machine_that_is_lost_in_mid_training_loses_nothing_that_was_mirrored(
     one, two = machine(started, tmp_path / "one"), machine(started, tmp_path / "two")
     command = [SWITCHBACK, "run", recipe, "--no-prefect"]
     lost = subprocess.Popen(command, cwd=tmp_path / "one", env=environment(**one), stdout=subprocess.DEVNULL)
-    while not any(seen.method == "PUT" and "/mirror/resume/" in seen.path and seen.path.endswith(COMPLETE) for seen in started.seen):  # fmt: skip
+    while not any(
+        seen.method == "PUT" and "/mirror/resume/" in seen.path and seen.path.endswith(COMPLETE)
+        for seen in started.seen
+    ):
         assert lost.poll() is None, "it ended before anything was mirrored"
         time.sleep(0.05)
     os.kill(lost.pid, signal.SIGKILL)

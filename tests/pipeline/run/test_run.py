@@ -35,8 +35,13 @@ def test_every_box_made_what_it_says(climbed):
     shown = json_of("show", "--registry", registry)
     assert shown["recipe"] == "tiny"
     assert [(one["name"], one["kind"]) for one in shown["stages"]] == [
-        ("base", "base"), ("warmup", "sft"), ("rl1", "grpo"), ("harvest", "rejection"), ("distill", "sft"), ("rl2", "grpo"),
-    ]  # fmt: skip
+        ("base", "base"),
+        ("warmup", "sft"),
+        ("rl1", "grpo"),
+        ("harvest", "rejection"),
+        ("distill", "sft"),
+        ("rl2", "grpo"),
+    ]
     for one in shown["stages"]:
         assert Path(one["path"]).is_dir() and set(one) == {
             "name",

@@ -162,9 +162,15 @@ def test_a_preflight_sees_own_and_general_rows(tmp_path):
     one = with_mix(job(TINY_BASE, SETTINGS, tmp_path), general(tmp_path / "general.jsonl"))
     assert look_at(one) == []
     other = [
-        {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"{n}?" * 200}, {"role": "assistant", "content": "<think>\nYes."}]}
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": f"{n}?" * 200},
+                {"role": "assistant", "content": "<think>\nYes."},
+            ]
+        }
         for n in range(20)
-    ]  # fmt: skip
+    ]
     path = tmp_path / "general.jsonl"
     path.write_text("\n".join(map(json.dumps, other)))
     heavy = look_at(one.model_copy(update={"config": {**one.config, "prompt_loss_weight": 0.5}}))

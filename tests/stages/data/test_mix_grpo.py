@@ -93,7 +93,9 @@ def test_every_row_is_taken_once_before_one_is_taken_again():
     assert taken[3:] != [mix.of_step(rows, 3, step, 1) for step in range(3, 6)]
 
 
-@pytest.mark.parametrize(("share", "own", "rows"), [(0.1, 9, 1), (0.1, 10, 2), (0.07, 93, 7), (0.5, 16, 16), (0.001, 2, 1)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("share", "own", "rows"), [(0.1, 9, 1), (0.1, 10, 2), (0.07, 93, 7), (0.5, 16, 16), (0.001, 2, 1)]
+)
 def test_a_step_has_at_least_the_share(share, own, rows):
     assert mix.count_of_step(own, share) == rows
 

@@ -238,20 +238,34 @@ def test_no_other_choice_of_distinct_rollouts_has_a_higher_total_score():
 CANDIDATES = st.lists(
     st.builds(
         lambda score, reward, ids, finished, judged, step: one(
-            score, ids=tuple(ids), reward=reward, finished=finished, judged=judged, passed=judged and score > 0, step=step,
+            score,
+            ids=tuple(ids),
+            reward=reward,
+            finished=finished,
+            judged=judged,
+            passed=judged and score > 0,
+            step=step,
             text="".join("aA bB"[i] for i in ids),
         ),
-        st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([0.1, 0.9]), st.lists(st.integers(0, 4), min_size=1, max_size=7),
-        st.booleans(), st.booleans(), st.sampled_from([None, 1, 2]),
+        st.sampled_from([0.0, 0.5, 1.0]),
+        st.sampled_from([0.1, 0.9]),
+        st.lists(st.integers(0, 4), min_size=1, max_size=7),
+        st.booleans(),
+        st.booleans(),
+        st.sampled_from([None, 1, 2]),
     ),
     max_size=9,
-).map(lambda found: [replace(c, sample=i) for i, c in enumerate(found)])  # fmt: skip
+).map(lambda found: [replace(c, sample=i) for i, c in enumerate(found)])
 KEEPS = st.builds(
     Keep,
-    min_score=st.sampled_from([0.0, 0.5, 1.0]), min_reward=st.sampled_from([None, 0.5]), max_length=st.sampled_from([None, 3]),
-    dedup=st.sampled_from(["exact", "normalised", "off"]), max_similarity=st.sampled_from([None, 0.0, 0.5]),
-    per_prompt=st.integers(1, 4), pass_rate=st.sampled_from([None, (0.2, 0.8)]),
-)  # fmt: skip
+    min_score=st.sampled_from([0.0, 0.5, 1.0]),
+    min_reward=st.sampled_from([None, 0.5]),
+    max_length=st.sampled_from([None, 3]),
+    dedup=st.sampled_from(["exact", "normalised", "off"]),
+    max_similarity=st.sampled_from([None, 0.0, 0.5]),
+    per_prompt=st.integers(1, 4),
+    pass_rate=st.sampled_from([None, (0.2, 0.8)]),
+)
 
 
 @settings(max_examples=300, deadline=None)

@@ -15,9 +15,12 @@ from tests.conftest import TINY_BASE, run_cli, stage
 from tests.models import make_tokenizer
 
 CONVERSATION = [
-    {"role": "system", "content": "Add."}, {"role": "user", "content": "1 + 2?"}, {"role": "assistant", "content": "<think>\n3"},
-    {"role": "user", "content": "3 + 4?"}, {"role": "assistant", "content": "<think>\n7"},
-]  # fmt: skip
+    {"role": "system", "content": "Add."},
+    {"role": "user", "content": "1 + 2?"},
+    {"role": "assistant", "content": "<think>\n3"},
+    {"role": "user", "content": "3 + 4?"},
+    {"role": "assistant", "content": "<think>\n7"},
+]
 FORMAT = Format(
     prompt="p", prompt_digest="", system_prompt="Add.", user_template="{{ prompt }}", response_prefix="<think>\n"
 )

@@ -21,7 +21,7 @@ from stages.problems.base import Answer, passes
 from tests.conftest import environment
 from tests.pipeline.launch.test_processes import wait_for
 
-OWN = '''
+OWN = """
 import os, signal, sys, time
 REWARDS = {"right": 1.0, "short": 0.2}
 def rows(rng):
@@ -73,25 +73,50 @@ def tell_a_secret():
 def boom():
     raise ValueError("bad luck")
 ACTS = {
-    "sleep": lambda: time.sleep(1000), "fork": lambda: 0.5 if os.fork() else 1.0, "fork_and_sleep": fork_and_sleep, "fork_and_exit": fork_and_exit,
-    "exit": lambda: os._exit(3), "sys_exit": lambda: sys.exit(0), "none": lambda: None, "nan": lambda: float("nan"), "inf": lambda: float("inf"),
-    "str": lambda: "1", "two": lambda: 2.0, "raise": boom, "kill_parent": kill_parent, "close": lambda: os.closerange(0, 1000),
-    "sigterm": ignore_sigterm, "segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV), "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "sleep": lambda: time.sleep(1000), "fork": lambda: 0.5 if os.fork() else 1.0, "fork_and_sleep": fork_and_sleep,
+    "fork_and_exit": fork_and_exit,
+    "exit": lambda: os._exit(3), "sys_exit": lambda: sys.exit(0), "none": lambda: None, "nan": lambda: float("nan"),
+    "inf": lambda: float("inf"),
+    "str": lambda: "1", "two": lambda: 2.0, "raise": boom, "kill_parent": kill_parent,
+    "close": lambda: os.closerange(0, 1000),
+    "sigterm": ignore_sigterm, "segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "print": lambda: (print("last words"), time.sleep(1000)), "gigabyte": print_a_gigabyte,
     "brackets": lambda: write_into_the_pipe(b"[" * 20000 + b"\\n"), "passes_badly": lambda: 0.25,
-    "exit_255": lambda: os._exit(255), "exit_160": lambda: os._exit(160), "rename": rename, "half_a_pair": half_a_pair, "secret": tell_a_secret,
+    "exit_255": lambda: os._exit(255), "exit_160": lambda: os._exit(160), "rename": rename,
+    "half_a_pair": half_a_pair, "secret": tell_a_secret,
 }
 def passed(score):
     if score == 0.25:
         raise ValueError("no opinion")
     return score >= 1
-'''  # fmt: skip
+"""
 HOSTILE = {
-    "sleep": "timeout", "fork": None, "fork_and_sleep": None, "fork_and_exit": "crash", "exit": "crash", "sys_exit": "exception", "none": "not_a_number",
-    "nan": "not_a_number", "inf": "not_a_number", "str": "not_a_number", "two": "out_of_range", "raise": "exception", "kill_parent": "crash",
-    "close": "crash", "brackets": "crash", "passes_badly": "exception", "sigterm": "timeout", "segfault": "crash", "stop": "timeout", "gigabyte": None,
-    "exit_255": "crash", "exit_160": "crash", "rename": None, "half_a_pair": "exception",
-}  # fmt: skip
+    "sleep": "timeout",
+    "fork": None,
+    "fork_and_sleep": None,
+    "fork_and_exit": "crash",
+    "exit": "crash",
+    "sys_exit": "exception",
+    "none": "not_a_number",
+    "nan": "not_a_number",
+    "inf": "not_a_number",
+    "str": "not_a_number",
+    "two": "out_of_range",
+    "raise": "exception",
+    "kill_parent": "crash",
+    "close": "crash",
+    "brackets": "crash",
+    "passes_badly": "exception",
+    "sigterm": "timeout",
+    "segfault": "crash",
+    "stop": "timeout",
+    "gigabyte": None,
+    "exit_255": "crash",
+    "exit_160": "crash",
+    "rename": None,
+    "half_a_pair": "exception",
+}
 """What the score does -> what is recorded of it; None: it judged."""
 
 
@@ -201,7 +226,8 @@ def test_too_many_failures_stop_the_stage_with_counts_and_the_first_message(tmp_
     mine.judge([Answer(row, "raise")] * 10)
     with pytest.raises(
         TooManyFailures,
-        match=r"failed on 11 of the first 11 .*exception 10, not_a_number 1.*max_failures=0.1.*mine.py:\d+: ValueError: bad luck",
+        match=r"failed on 11 of the first 11 .*exception 10, not_a_number 1.*max_failures=0.1.*mine.py:\d+: "
+        r"ValueError: bad luck",
     ):
         mine.judge([Answer(row, "nan")])
     mine.guard.close()
@@ -220,12 +246,17 @@ def test_a_share_of_failures_that_is_allowed_stops_nothing(tmp_path):
     [
         ("def rows(:\n", r"mine.py:1: SyntaxError"),
         ("import nothing_like_it\n", r"mine.py: its import failed: mine.py:1: ModuleNotFoundError"),
-        (OWN.replace("def score", "def scores"), r"mine.py has no function score; did you mean scores \(mine.py:\d+\)\?"),
-        (OWN.replace("def score(row, completion)", "def score(completion)"), r"mine.py:\d+: score\(completion\) cannot be called with \(row, completion\)"),
+        (OWN.replace("def score", "def scores"), r"mine.py has no function score; did you mean scores "
+                                                 r"\(mine.py:\d+\)\?"),
+        (OWN.replace("def score(row, completion)", "def score(completion)"), r"mine.py:\d+: score\(completion\) "
+                                                                             r"cannot be called with \(row, "
+                                                                             r"completion\)"),
         (OWN.replace("REWARDS = ", "REWARD = "), r"mine.py: REWARDS is None, expected component: weight"),
         (OWN + "import os; os._exit(4)\n", r"mine.py: its import failed \(crash\): its process ended with exit code 4"),
-        (OWN + "import os; os._exit(255)\n", r"mine.py: its import failed \(crash\): its process ended with exit code 255"),
-        (OWN.replace('"right": 1.0', '"right": 1e300'), r"mine.py: REWARDS has 'right': 1e\+300, expected a name and a weight of at most 1e\+06"),
+        (OWN + "import os; os._exit(255)\n", r"mine.py: its import failed \(crash\): its process ended with exit "
+                                             r"code 255"),
+        (OWN.replace('"right": 1.0', '"right": 1e300'), r"mine.py: REWARDS has 'right': 1e\+300, expected a name and "
+                                                        r"a weight of at most 1e\+06"),
         (OWN.replace('"prompt": f"', '"prompt": "\\ud83d" + f"'), r"row 0 of rows\(rng\): .*surrogates not allowed"),
         (OWN.replace('"n": i', '"n": {1}'), r"row 0 of rows\(rng\): Object of type set"),
         (OWN.replace('"prompt"', '"prompts"'), r"expected a dict with a text under 'prompt'"),

@@ -34,14 +34,29 @@ def job(
     }
     nothing = {"problem": None, "rows": None}
     format = Format(
-        prompt="p", prompt_digest="", system_prompt=system, user_template="{{ prompt }}", response_prefix=response_prefix, chat_template=template,
+        prompt="p",
+        prompt_digest="",
+        system_prompt=system,
+        user_template="{{ prompt }}",
+        response_prefix=response_prefix,
+        chat_template=template,
         per_row=per_row,
-    )  # fmt: skip
+    )
     inputs = {"policy": str(policy), **({"data": str(data)} if data else {})}
     return Job(
-        kind=config["kind"], name=name, config={"name": name, "policy": "base", "trl": {}, **config}, inputs=inputs, work=str(tmp_path),
-        out=str(tmp_path / "out"), **(nothing if data else scheduling), format=format, seed=0, dtype="float32", execution=Execution(), **more,
-    )  # fmt: skip
+        kind=config["kind"],
+        name=name,
+        config={"name": name, "policy": "base", "trl": {}, **config},
+        inputs=inputs,
+        work=str(tmp_path),
+        out=str(tmp_path / "out"),
+        **(nothing if data else scheduling),
+        format=format,
+        seed=0,
+        dtype="float32",
+        execution=Execution(),
+        **more,
+    )
 
 
 SFT, GRPO = {"kind": "sft"}, {"kind": "grpo", "rows": "train[0:50]"}

@@ -180,7 +180,8 @@ def test_what_is_neither_true_nor_false_is_not_taken_for_either(tmp_path):
         (["mine.py:exakt"], r"mine.py has no function exakt; did you mean exact \(mine.py:\d+\)"),
         (
             ["mine.py:wanting"],
-            r"wanting takes level, which is no column of .*rows.jsonl; there is gold, hint, n, question, solution: take one of",
+            r"wanting takes level, which is no column of .*rows.jsonl; there is gold, hint, n, question, solution: "
+            r"take one of",
         ),
         (["mine.py:bare"], r"takes no \*\*kwargs"),
         ([{"name": "repetition_penalty", "arguments": {"x": 1}}], r"get_repetition_penalty_reward\(ngram_size"),

@@ -21,11 +21,16 @@ from stages.problems.scheduling.problem import Scheduling
 
 REFERENCE = Scheduling("text", reward_overlap="touching")
 LINE = {
-    "events": [["Talk", "09:00", "10:30"], ["Lunch", "10:00", "10:45"], ["Walk", "10:30", "11:30"], ["Party", "23:40", "24:10"]],
+    "events": [
+        ["Talk", "09:00", "10:30"],
+        ["Lunch", "10:00", "10:45"],
+        ["Walk", "10:30", "11:30"],
+        ["Party", "23:40", "24:10"],
+    ],
     "priority_events": ["Lunch", "Party"],
     "optimal_score": 210,
     "prompt": "Events: ...",
-}  # fmt: skip
+}
 ROW = REFERENCE.row(LINE)
 ARABIC = "\u0660\u0669:\u0660\u0660"
 """09:00 in digits that \\d matches and int() reads."""
@@ -33,7 +38,10 @@ TIMES = {name: (start, end) for name, start, end in LINE["events"]}
 
 
 def book(*names: str) -> str:
-    return "\n".join(f"<event>\n<name>{name}</name>\n<start>{TIMES[name][0]}</start>\n<end>{TIMES[name][1]}</end>\n</event>" for name in names)  # fmt: skip
+    return "\n".join(
+        f"<event>\n<name>{name}</name>\n<start>{TIMES[name][0]}</start>\n<end>{TIMES[name][1]}</end>\n</event>"
+        for name in names
+    )
 
 
 def schedule(*names: str) -> str:
@@ -46,8 +54,13 @@ def judged(completion: str, problem: Scheduling = REFERENCE) -> Judgement:
 
 
 T = r"\d{2}:\d{2}"
-JUDGED = re.compile(rf".*<schedule>.*<event>.*<name>.*</name>.*<start>{T}</start>.*<end>{T}</end>.*</event>.*</schedule>.*", re.DOTALL)  # fmt: skip
-REWARDED = re.compile(rf"<think>.+</think>.*<schedule>.*(<event>.*<name>.+</name>.*<start>{T}</start>.*<end>{T}</end>.*</event>)+.*</schedule>", re.DOTALL)  # fmt: skip
+JUDGED = re.compile(
+    rf".*<schedule>.*<event>.*<name>.*</name>.*<start>{T}</start>.*<end>{T}</end>.*</event>.*</schedule>.*", re.DOTALL
+)
+REWARDED = re.compile(
+    rf"<think>.+</think>.*<schedule>.*(<event>.*<name>.+</name>.*<start>{T}</start>.*<end>{T}</end>.*</event>)+.*</schedule>",
+    re.DOTALL,
+)
 CAPTURED = re.compile(rf"<event>\s*<name>([^<]+)</name>\s*<start>({T})</start>\s*<end>({T})</end>\s*</event>")
 
 
@@ -92,10 +105,39 @@ def oracle_of_the_rewards(completion: str) -> dict[str, float]:
 
 
 PIECES = [
-    "<think>", "</think>", "<schedule>", "</schedule>", "<event>", "</event>", "<name>", "</name>", "<start>", "</start>", "<end>", "</end>", "\n", " ", "x",
-    "<start>10:30</start>", "<start>1:30</start>", "<end>9:75</end>", "<end>09:75</end>", "<name>\n</name>", "<name></name>", "<", "\u2003", ARABIC, "09:00", "10:30",
-    book("Talk"), book("Walk"), book("Lunch", "Walk"), book("Talk").replace("10:30", "09:90"), book("Talk").replace("09:00", ARABIC), book("Party").replace("24:10", "00:10"),
-]  # fmt: skip
+    "<think>",
+    "</think>",
+    "<schedule>",
+    "</schedule>",
+    "<event>",
+    "</event>",
+    "<name>",
+    "</name>",
+    "<start>",
+    "</start>",
+    "<end>",
+    "</end>",
+    "\n",
+    " ",
+    "x",
+    "<start>10:30</start>",
+    "<start>1:30</start>",
+    "<end>9:75</end>",
+    "<end>09:75</end>",
+    "<name>\n</name>",
+    "<name></name>",
+    "<",
+    "\u2003",
+    ARABIC,
+    "09:00",
+    "10:30",
+    book("Talk"),
+    book("Walk"),
+    book("Lunch", "Walk"),
+    book("Talk").replace("10:30", "09:90"),
+    book("Talk").replace("09:00", ARABIC),
+    book("Party").replace("24:10", "00:10"),
+]
 
 
 def mutated(rng: random.Random) -> str:
@@ -134,7 +176,20 @@ def test_answers_and_near_misses_are_read_as_the_reference_reads_them():
 def test_random_rows_of_tags_are_read_as_the_reference_reads_them():
     rng = random.Random(1)
     tags = [*PIECES[:8], "<start>09:00</start>", "<end>10:30</end>", "x", "\n"]
-    order = ["<think>", "x", "</think>", "<schedule>", "<event>", "<name>", "x", "</name>", "<start>09:00</start>", "<end>10:30</end>", "</event>", "</schedule>"]  # fmt: skip
+    order = [
+        "<think>",
+        "x",
+        "</think>",
+        "<schedule>",
+        "<event>",
+        "<name>",
+        "x",
+        "</name>",
+        "<start>09:00</start>",
+        "<end>10:30</end>",
+        "</event>",
+        "</schedule>",
+    ]
     for i in range(10_000):
         some = [tag for tag in order if rng.random() < 0.95] if i % 2 else []
         for _ in range(rng.randint(0, 3) if some else 12):
@@ -246,9 +301,17 @@ def test_an_answer_is_read_back_and_names_what_each_event_weighs():
 def test_every_baseline_is_what_its_name_says():
     rng, problem = random.Random(0), Scheduling("text")
     expected = {
-        "gold": {"valid"}, "greedy": {"valid"}, "random_valid": {"valid"}, "one_item": {"less_than_2"}, "format_broken": {"format"}, "non_existing": {"non_existing"},
-        "duplicate": {"non_existing"}, "unsorted": {"unsorted"}, "overlapping": {"overlap", "unsorted"}, "everything": {"overlap", "unsorted", "valid"},
-    }  # fmt: skip
+        "gold": {"valid"},
+        "greedy": {"valid"},
+        "random_valid": {"valid"},
+        "one_item": {"less_than_2"},
+        "format_broken": {"format"},
+        "non_existing": {"non_existing"},
+        "duplicate": {"non_existing"},
+        "unsorted": {"unsorted"},
+        "overlapping": {"overlap", "unsorted"},
+        "everything": {"overlap", "unsorted", "valid"},
+    }
     for row in problem.rows("train", 0, 200, seed=0):
         played = problem.baselines(row, rng)
         judgements = dict(zip(played, problem.judge([Answer(row, said) for said in played.values()]), strict=True))

@@ -236,7 +236,17 @@ class TestEveryProblem:
 
 
 def test_every_setting_of_every_built_in_problem_reaches_it():
-    other = {"form": "compact", "overlap": "zero", "reward_overlap": "touching", "digits": 5, "operations": ("*",), "numbers": 5, "largest": 50, "largest_target": 70, "use_all": True}  # fmt: skip
+    other = {
+        "form": "compact",
+        "overlap": "zero",
+        "reward_overlap": "touching",
+        "digits": 5,
+        "operations": ("*",),
+        "numbers": 5,
+        "largest": 50,
+        "largest_target": 70,
+        "use_all": True,
+    }
     for name, built_in in PROBLEMS.items():
         for field in built_in.settings.model_fields:
             if field != "name":

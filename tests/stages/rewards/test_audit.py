@@ -312,16 +312,30 @@ WEIGHTS = {"format": 0.2, "correct": 0.7, "style": 0.1}
         (Sums(WEIGHTS, always("style", 0.5)), {"constant": "warn"}),
         (Sums(WEIGHTS, lambda row, text: {"style": float(row.prompt.startswith("9") and "<a>" in text)}), {}),
         (Sums({"format": 0.02, "correct": 0.98}), {"dominated": "warn"}),
-        (Sums({"format": 0.5, "correct": 0.5}, lambda row, text: {"correct": 100.0 * (text == f"<a>{row.answer}</a>")}), {"dominated": "warn"}),
+        (
+            Sums(
+                {"format": 0.5, "correct": 0.5}, lambda row, text: {"correct": 100.0 * (text == f"<a>{row.answer}</a>")}
+            ),
+            {"dominated": "warn"},
+        ),
         (Sums({"correct": 1.0}), {}),
         (Sums(WEIGHTS, lambda row, text: {"style": float("<a>" not in text)}), {"disagree": "warn"}),
         (Sums({**WEIGHTS, "style": -0.1}, lambda row, text: {"style": min(1.0, len(text) / 1e6)}), {}),
         (Sums(score=lambda row, text: float("<a>" in text)), {"unearned": "warn"}),
         (Sums(failure=lambda row, text: "timeout" if len(text) > 1000 else None), {"failures": "warn"}),
     ],
-    ids=["constant", "rare_is_not_constant", "dominated_by_weight", "dominated_by_size", "one_component_may_dominate", "disagrees", "a_penalty_that_agrees",
-         "unearned", "failures"],
-)  # fmt: skip
+    ids=[
+        "constant",
+        "rare_is_not_constant",
+        "dominated_by_weight",
+        "dominated_by_size",
+        "one_component_may_dominate",
+        "disagrees",
+        "a_penalty_that_agrees",
+        "unearned",
+        "failures",
+    ],
+)
 def test_each_way_to_be_broken_has_its_rule(problem, expected):
     assert rules(problem) == expected
 

@@ -18,9 +18,19 @@ EXECUTION = {"processes": 1, "micro-batch": 8, "device": "cpu"}
 @pytest.fixture
 def job(tmp_path):
     return Job(
-        kind="sft", name="warmup", config={"name": "warmup", "kind": "sft", "policy": "base"}, inputs={"policy": "/models/tiny"}, work=str(tmp_path),
-        out=str(tmp_path / "out"), problem=PROBLEM, rows=None, format=None, seed=0, dtype="float32", execution=Execution(),
-    )  # fmt: skip
+        kind="sft",
+        name="warmup",
+        config={"name": "warmup", "kind": "sft", "policy": "base"},
+        inputs={"policy": "/models/tiny"},
+        work=str(tmp_path),
+        out=str(tmp_path / "out"),
+        problem=PROBLEM,
+        rows=None,
+        format=None,
+        seed=0,
+        dtype="float32",
+        execution=Execution(),
+    )
 
 
 def of(job, execution=EXECUTION):

@@ -175,8 +175,13 @@ def endless_training(settings, write, tmp_path):
     command = [SWITCHBACK, "run", write(settings), "--registry", tmp_path / "r", "--no-prefect", "--only", "warmup"]
     env = environment(**dict([mark.split("=")]))
     launcher = subprocess.Popen(
-        [str(part) for part in command], cwd=ROOT, env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )  # fmt: skip
+        [str(part) for part in command],
+        cwd=ROOT,
+        env=env,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     try:
         assert wait_for(lambda: is_training(tmp_path / "r" / "work", "sft"), STARTED)
         yield launcher, mark
@@ -202,11 +207,25 @@ def test_processes_that_meet_open_no_port_to_the_network_and_none_outlives_the_l
 def test_a_stage_runs_under_somebody_elses_torchrun(settings, tmp_path):
     """`torchrun -m stages --rank job.json`: a job is a file and a directory, whoever starts it."""
     job = Job(
-        kind="sft", name="warmup", config={**stage(settings, "warmup"), "kind": "sft"}, inputs={"policy": settings["model"]["path"]},
-        work=str(tmp_path), out=str(tmp_path / "out"), problem=settings["problem"], rows={"split": "train", "start": 0, "stop": 64, "seed": 0},
-        format={"prompt": "plain", "prompt_digest": "", "system_prompt": "", "user_template": "{{ prompt }}", "response_prefix": "<think>\n"},
-        seed=0, dtype="float32", execution=Execution(processes=2, threads=1),
-    )  # fmt: skip
+        kind="sft",
+        name="warmup",
+        config={**stage(settings, "warmup"), "kind": "sft"},
+        inputs={"policy": settings["model"]["path"]},
+        work=str(tmp_path),
+        out=str(tmp_path / "out"),
+        problem=settings["problem"],
+        rows={"split": "train", "start": 0, "stop": 64, "seed": 0},
+        format={
+            "prompt": "plain",
+            "prompt_digest": "",
+            "system_prompt": "",
+            "user_template": "{{ prompt }}",
+            "response_prefix": "<think>\n",
+        },
+        seed=0,
+        dtype="float32",
+        execution=Execution(processes=2, threads=1),
+    )
     (tmp_path / "out").mkdir()
     path = job.save()
     done = subprocess.run(

@@ -74,10 +74,18 @@ def with_window():
     torch.manual_seed(5)
     return Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=len(TOKENIZER), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            use_sliding_window=True, sliding_window=8, max_window_layers=1, eos_token_id=TOKENIZER.eos_token_id,
+            vocab_size=len(TOKENIZER),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            use_sliding_window=True,
+            sliding_window=8,
+            max_window_layers=1,
+            eos_token_id=TOKENIZER.eos_token_id,
         )
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 @pytest.mark.parametrize("model", [MODEL, with_window(), ending()], ids=["full", "sliding window", "early ends"])
@@ -298,9 +306,14 @@ def test_a_torn_chunk_counts_as_not_committed(tmp_path):
 @pytest.mark.parametrize("kind", [Transformers, Continuous])
 def test_a_model_with_recurrent_layers_is_refused_in_one_line(kind):
     config = Lfm2Config(
-        vocab_size=len(TOKENIZER), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=len(TOKENIZER),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         layer_types=["conv", "full_attention"],
-    )  # fmt: skip
+    )
     with pytest.raises(BadInput, match=r"^sampler: [a-z]+ cannot take the state of lfm2 apart[^\n]+$"):
         sample(engine_of(Lfm2ForCausalLM(config).eval(), kind=kind), PROMPTS, KEYS, DECODING, seed=0)
 

@@ -43,14 +43,24 @@ CHUNK = "os.rename chunks/"
 SCENARIOS = {
     "sft": {"stage": "warmup", "config": SFT, "micro_batch": 8},
     "sft-lora": {"stage": "warmup", "config": SFT, "lora": LORA},
-    "sft-packed": {"stage": "warmup", "config": {**SFT, "packing": {"strategy": "bfd", "max_length": 256}, "epochs": 8.0, "rows_per_step": 4}},
+    "sft-packed": {
+        "stage": "warmup",
+        "config": {**SFT, "packing": {"strategy": "bfd", "max_length": 256}, "epochs": 8.0, "rows_per_step": 4},
+    },
     "grpo": {"stage": "rl1", "config": {**GRPO, "kl": {"beta": 0.05}}, "micro_batch": 8},
-    "grpo-no-kl": {"stage": "rl1", "config": {**GRPO, "kl": {"beta": 0.0}, "rewards": {"normalise": "running", "clip": [-2.0, 2.0]}}},
-    "grpo-iterations": {"stage": "rl1", "config": {**GRPO, "kl": {"beta": 0.05}, "trl": {"num_iterations": 2}, "steps": 13, "save_every": 11},
-                        "micro_batch": 4, "kill": PUBLISHING},
+    "grpo-no-kl": {
+        "stage": "rl1",
+        "config": {**GRPO, "kl": {"beta": 0.0}, "rewards": {"normalise": "running", "clip": [-2.0, 2.0]}},
+    },
+    "grpo-iterations": {
+        "stage": "rl1",
+        "config": {**GRPO, "kl": {"beta": 0.05}, "trl": {"num_iterations": 2}, "steps": 13, "save_every": 11},
+        "micro_batch": 4,
+        "kill": PUBLISHING,
+    },
     "grpo-lora": {"stage": "rl1", "config": {**GRPO, "kl": {"beta": 0.05}}, "lora": LORA},
     "rejection": {"stage": "harvest", "config": {"samples": 128}, "kill": CHUNK, "sampler_tokens": 2**15},
-}  # fmt: skip
+}
 """What is killed in the middle; 16 rows of rl1 are 4 steps an epoch, so that those stages are in their second epoch by
 then."""
 
@@ -268,8 +278,14 @@ class Running:
         command = [str(SWITCHBACK), "run", str(recipe), "--registry", str(registry), "--no-prefect", "--only", "rl1"]
         command += more
         self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )  # fmt: skip
+            command,
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
         self.registry = registry
 
     def after(self, steps: int) -> Running:

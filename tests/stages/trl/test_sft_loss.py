@@ -41,10 +41,23 @@ def trainer(tmp_path, weights=None, data=None, lora=False, normaliser="weight_su
     """TRL's SFTTrainer (on completions), or ours with weights; SGD with a large step, so that a small difference
     shows."""
     settings = {
-        "per_device_train_batch_size": 8, "max_steps": 2, "learning_rate": 0.5, "optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant",
-        "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1, "gradient_checkpointing": False,
-        "disable_tqdm": True, "seed": 7, "max_length": None, **settings,
-    }  # fmt: skip
+        "per_device_train_batch_size": 8,
+        "max_steps": 2,
+        "learning_rate": 0.5,
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant",
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "seed": 7,
+        "max_length": None,
+        **settings,
+    }
     ours = (
         {}
         if weights is None
@@ -73,9 +86,14 @@ def difference(a, b):
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize(("weights", "theirs"), [((0.0, 1.0), COMPLETION_ONLY), ((1.0, 1.0), FULL_SEQUENCE)])
 @pytest.mark.parametrize(
-    "how", [{}, {"padding_free": True}, *({"packing": True, "packing_strategy": s, "max_length": 64} for s in ("bfd", "bfd_split", "wrapped"))],
+    "how",
+    [
+        {},
+        {"padding_free": True},
+        *({"packing": True, "packing_strategy": s, "max_length": 64} for s in ("bfd", "bfd_split", "wrapped")),
+    ],
     ids=["padded", "padding_free", "bfd", "bfd_split", "wrapped"],
-)  # fmt: skip
+)
 def test_two_steps_are_bit_equal_to_trl(weights, theirs, how, lora, tmp_path):
     """(0, 1) to completion-only, (1, 1) to full-sequence training, whatever way rows become sequences."""
     if how.get("packing"):
@@ -287,9 +305,19 @@ def test_a_mixture_of_experts_keeps_its_balancing_loss(tmp_path):
     def model():
         torch.manual_seed(0)
         config = Qwen3MoeConfig(
-            vocab_size=len(TOKENIZER), hidden_size=16, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, head_dim=8, output_router_logits=True, router_aux_loss_coef=0.5,
-        )  # fmt: skip
+            vocab_size=len(TOKENIZER),
+            hidden_size=16,
+            intermediate_size=32,
+            moe_intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_experts=4,
+            num_experts_per_tok=2,
+            head_dim=8,
+            output_router_logits=True,
+            router_aux_loss_coef=0.5,
+        )
         return Qwen3MoeForCausalLM(config)
 
     results = []

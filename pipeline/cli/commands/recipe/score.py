@@ -20,8 +20,11 @@ Name = Annotated[
     typer.Argument(metavar="PROBLEM", help="A built-in problem's name, or the path of a .py file.", show_default=False),
 ]
 Rows = Annotated[
-    Path, typer.Option("--rows", metavar="FILE", help="Rows, a JSON object a line, as the problem reads them.", show_default=False)
-]  # fmt: skip
+    Path,
+    typer.Option(
+        "--rows", metavar="FILE", help="Rows, a JSON object a line, as the problem reads them.", show_default=False
+    ),
+]
 Completions = Annotated[
     Path,
     typer.Option(
