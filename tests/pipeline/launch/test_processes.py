@@ -92,7 +92,7 @@ LAUNCH = """
 import sys, time
 from pathlib import Path
 from pipeline.errors import StageFailed
-from pipeline.launch import Launcher
+from pipeline.launch.local import Launcher
 from stages.config import Config
 from stages.job import Execution, Job
 from stages.kinds import STAGES, Stage
@@ -178,7 +178,7 @@ def parent(pid: int) -> int:
 
 def test_a_launcher_killed_while_its_worker_imports_leaves_nothing(tmp_path):
     mark = f"{TOKEN}={uuid.uuid4().hex}"
-    code = "import time\nfrom pipeline.launch import Launcher\nlauncher = Launcher()\nlauncher.warm_up()\nprint('up', flush=True)\ntime.sleep(600)"
+    code = "import time\nfrom pipeline.launch.local import Launcher\nlauncher = Launcher()\nlauncher.warm_up()\nprint('up', flush=True)\ntime.sleep(600)"
     launcher = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=ROOT,
