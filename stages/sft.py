@@ -230,7 +230,7 @@ def run(job: Job) -> Result:
     metrics = {
         "steps": expected,
         "sequences": packed,
-        **told(loaded, config.weights),
+        **row_metrics(loaded, config.weights),
     }
     metrics |= latest(out, ("completion_loss", "prompt_loss", "entropy"))
     return Result(
@@ -238,7 +238,7 @@ def run(job: Job) -> Result:
     )
 
 
-def told(rows: Rows, weights: dict[str, float]) -> dict[str, float]:
+def row_metrics(rows: Rows, weights: dict[str, float]) -> dict[str, float]:
     """How many rows there are, what they weigh (`ratio`), and, where there is a mix, how many are of it and the share
     of the total weight that they carry: a few long answers can be most of the loss."""
     found = {"rows": float(len(rows.all)), **ratio(rows.all, weights)}

@@ -22,11 +22,7 @@ from tests.conftest import ROOT
 
 PACKAGES = ("pipeline", "stages", "prompts")
 BANNED = ("beside", "climb", "dearest", "dress", "dressed", "mend", "nobody", "told", "whoever")
-ALLOWED = {
-    *("Dress", "_dress", "_dressed", "dress", "dressed"),
-    *("_told", "told"),
-    *("_mend", "beside", "climb"),
-}
+ALLOWED: frozenset[str] = frozenset()
 """Names that hold a banned word today. It only gets shorter."""
 MESSAGES = 19
 """Banned words in the messages of errors today. It only goes down."""

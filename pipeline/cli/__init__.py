@@ -59,24 +59,27 @@ app.add_typer(nouns, name="alias")
 
 def main() -> None:
     """The `switchback` command."""
-    garbage.set_threshold(COLLECT_EVERY)
+    garbage.set_threshold(COLLECT_EVERY, 50, 1_000)
     sys.exit(exit_code(sys.argv[1:]))
+
+
+CODES: tuple[tuple[type[BaseException], int], ...] = (
+    (BadInput, 2),
+    (Failed, 1),
+    (Refused, 3),
+    (RunInterrupted, 130),
+)
+"""Exceptions whose line says all that a user needs -> exit code."""
 
 
 def exit_code(arguments: list[str]) -> int:  # noqa: PLR0911 - one for each way to end
     """Run a command line; whatever goes wrong becomes one line and a code."""
     try:
         code = app(arguments or ["--help"], prog_name="switchback", standalone_mode=False)
-    except BadInput as error:
-        return complain(str(error), 2)
+    except tuple(kind for kind, _ in CODES) as error:
+        return complain(str(error), next(code for kind, code in CODES if isinstance(error, kind)))
     except typer.TyperException as error:
         return complain(error.format_message(), 2)  # its str lacks the dashes of an option
-    except Failed as error:
-        return complain(str(error), 1)
-    except Refused as error:
-        return complain(str(error), 3)
-    except RunInterrupted as error:
-        return complain(str(error), 130)
     except Terminated:
         return complain("terminated; run the same command to go on with what is done", 143)
     except (KeyboardInterrupt, typer.Abort):
@@ -87,17 +90,21 @@ def exit_code(arguments: list[str]) -> int:  # noqa: PLR0911 - one for each way 
     except Exception as error:
         if os.environ.get(DEBUG):
             raise
-        if isinstance(error, OSError) and error.errno in FULL:
-            return complain(
-                f"the disk is full ({error.strerror}); free some space (switchback gc) and run the same command again",
-                1,
-            )
-        if isinstance(error, OSError) and error.errno in BARRED:
-            return complain(
-                f"{error.filename}: {error.strerror}; give a place that can be written, or mend its permissions", 2
-            )
-        return complain(f"{type(error).__name__}: {error} (this should not happen; {DEBUG}=1 shows the traceback)", 1)
+        return _unexpected(error)
     return code if isinstance(code, int) else 0
+
+
+def _unexpected(error: Exception) -> int:
+    """The line of an exception that is not ours; a full or protected disk is the likeliest."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return complain(
+            f"the disk is full ({error.strerror}); free some space (switchback gc) and run the same command again", 1
+        )
+    if isinstance(error, OSError) and error.errno in BARRED:
+        return complain(
+            f"{error.filename}: {error.strerror}; give a place that can be written, or change its permissions", 2
+        )
+    return complain(f"{type(error).__name__}: {error} (this should not happen; {DEBUG}=1 shows the traceback)", 1)
 
 
 def complain(message: str, code: int) -> int:

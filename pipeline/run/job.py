@@ -40,7 +40,7 @@ def job_of(step: Step, made: Mapping[str, Artifact], registry: Registry, executi
         name=step.name,
         config=step.config.model_dump(mode="json"),
         inputs=inputs,
-        sources={role: _told(source) for role, source in sources_of(step, made, registry).items()},
+        sources={role: _public_name(source) for role, source in sources_of(step, made, registry).items()},
         work=str(work),
         out=str(work / "out"),
         problem=step.problem,
@@ -54,7 +54,7 @@ def job_of(step: Step, made: Mapping[str, Artifact], registry: Registry, executi
     )
 
 
-def _told(source: Source) -> str:
+def _public_name(source: Source) -> str:
     """What is told of an input in what is made from it: an id, a hub's name, or of a path its last part; no path of
     this machine."""
     return source.id or (Path(source.name).name if Path(source.name).is_absolute() else source.name)

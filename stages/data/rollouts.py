@@ -20,7 +20,7 @@ from stages.problems.base import Answer, Judgement, Problem, Row
 from stages.runtime import ranks
 from stages.runtime.chunks import Chunks
 from stages.tokens import prefix
-from stages.tokens.prefix import Dressed
+from stages.tokens.prefix import Rendered
 from stages.tokens.token_rows import CARD, PREFIX
 
 if TYPE_CHECKING:
@@ -34,9 +34,9 @@ FILE = "rollouts.jsonl"
 class Rollout:
     """One completion of a row."""
 
-    prompt: Dressed
+    prompt: Rendered
     """Ids and roles up to the generation prompt, without the prefix."""
-    answer: Dressed
+    answer: Rendered
     """Ids and roles of prefix, what was sampled, turn end where it came."""
     text: str
     judgement: Judgement
@@ -140,8 +140,8 @@ class Player:
 
         def rollout(i: int) -> Rollout:
             answer, judgement = next(judged)
-            dressed = prefix.answer(start_ids[i], answer.ids)
-            return Rollout(prompts[i], dressed, answer.text, judgement, finished=answer.ids[-1] in self.engine.ends)
+            rendered = prefix.answer(start_ids[i], answer.ids)
+            return Rollout(prompts[i], rendered, answer.text, judgement, finished=answer.ids[-1] in self.engine.ends)
 
         return [[rollout(i) for _ in completions] for i, completions in enumerate(sampled)]
 

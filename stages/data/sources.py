@@ -72,10 +72,11 @@ def own(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase) -> list[To
     return rows
 
 
-def general(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase, mixed: Mix, beside: int) -> list[TokenRow]:
-    """The rows that go `beside` so many others; only those that are drawn are read. Raises BadInput as `load` does."""
+def general(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase, mixed: Mix, own: int) -> list[TokenRow]:
+    """The general rows that go with `own` rows of the stage; only those that are drawn are read. Raises BadInput as
+    `load` does."""
     path = Path(job.inputs["mix"])
-    lines = mix.drawn(job.name, _lines(path), beside, mixed.share, job.seed)
+    lines = mix.drawn(job.name, _lines(path), own, mixed.share, job.seed)
     return _general(path, sorted(lines), format, tokenizer)
 
 
@@ -106,7 +107,7 @@ def look_at_general(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase
 def _general(path: Path, lines: Sequence[Line], format: Format, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:
     return [
         replace(row, row=f"{mix.MARK}{row.row}", provenance={"rule": mix.RULE})
-        for row in _dressed(path, lines, format, tokenizer)
+        for row in _rendered(path, lines, format, tokenizer)
     ]
 
 
@@ -142,7 +143,7 @@ def demonstrations(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase)
 
 def conversations(path: Path, format: Format, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:
     """The rows of a file, identified by their line. Raises BadInput with the line that cannot be used."""
-    return _dressed(path, _lines(path), format, tokenizer)
+    return _rendered(path, _lines(path), format, tokenizer)
 
 
 def _lines(path: Path) -> list[Line]:
@@ -150,7 +151,7 @@ def _lines(path: Path) -> list[Line]:
     return [(number, line) for number, line in enumerate(_text(path).split("\n"), start=1) if line.strip()]
 
 
-def _dressed(path: Path, lines: Sequence[Line], format: Format, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:
+def _rendered(path: Path, lines: Sequence[Line], format: Format, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:
     rows: list[TokenRow] = []
     for number, line in lines:
         try:
@@ -179,7 +180,7 @@ def _object(line: str) -> Mapping[str, Any]:
     return found
 
 
-def _conversation(columns: Mapping[str, Any], format: Format, tokenizer: PreTrainedTokenizerBase) -> prefix.Dressed:
+def _conversation(columns: Mapping[str, Any], format: Format, tokenizer: PreTrainedTokenizerBase) -> prefix.Rendered:
     _nothing_is_left_out(columns)
     start = prefix.of_row(format, columns)
     if _turns(columns.get("messages")):
@@ -196,7 +197,7 @@ def _conversation(columns: Mapping[str, Any], format: Format, tokenizer: PreTrai
 
 def _trained(
     tokenizer: PreTrainedTokenizerBase, start: str, turns: Sequence[chat.Message], given: int = 0
-) -> prefix.Dressed:
+) -> prefix.Rendered:
     """The conversation. Raises BadInput where none of its answers says anything: it would teach to end the turn at
     once."""
     answers = [turn["content"] for turn in turns[given:] if turn["role"] == "assistant"]

@@ -28,7 +28,7 @@ LOOKED_AT = 200
 """Rows of a problem that are rendered to try template and prefix on."""
 
 
-def dressed(
+def prompts_with_prefix(
     job: Job, format: Format, tokenizer: PreTrainedTokenizerBase, sft_rows: Sequence[TokenRow]
 ) -> list[tuple[str, str]]:
     """(prompt as text, its prefix) of some of the stage's rows, and of a question that is none. Raises BadInput for
@@ -72,10 +72,10 @@ def template(job: Job, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
         )
 
 
-def prefixes(job: Job, tokenizer: PreTrainedTokenizerBase, dressed: Sequence[tuple[str, str]]) -> Iterator[Finding]:
+def prefixes(job: Job, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[tuple[str, str]]) -> Iterator[Finding]:
     """Prefixes that can be written down, that the template does not already hold, and that serving writes with the
     same ids."""
-    first_prompt = {start: prompt for prompt, start in reversed(dressed)}
+    first_prompt = {start: prompt for prompt, start in reversed(prompts)}
     for start, prompt in first_prompt.items():
         _written_once(job, tokenizer, prompt, start)
         if start.endswith(" "):

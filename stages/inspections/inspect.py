@@ -22,7 +22,7 @@ def run(job: Job) -> Result:
     """Write the row's loss map to `job.out`. Raises BadInput when there is no such row."""
     from stages.data import sources
     from stages.policy import models
-    from stages.sft import SftConfig, told
+    from stages.sft import SftConfig, row_metrics
     from stages.tokens import loss_map, prefix
 
     config = InspectConfig.model_validate(job.config)
@@ -36,6 +36,6 @@ def run(job: Job) -> Result:
     loss_map.write(Path(job.out), loss_map.of_row(rows[config.row], stage.weights, tokenizer))
     return Result(
         outputs={"map": loss_map.FILE},
-        metrics=told(loaded, stage.weights),
+        metrics=row_metrics(loaded, stage.weights),
         format=prefix.seen_format(job.format, tokenizer),
     )

@@ -78,11 +78,11 @@ def _of_formats(job: Job, tokenizer: PreTrainedTokenizerBase, inspected: Inspect
     from stages.inspections import format_rules
 
     assert job.format is not None, "the plan gives every stage a Format"
-    dressed = format_rules.dressed(job, job.format, tokenizer, inspected.own)
+    prompts_with_prefix = format_rules.prompts_with_prefix(job, job.format, tokenizer, inspected.own)
     if inspected.general:
-        dressed += format_rules.dressed(job, job.format, tokenizer, inspected.general)
+        prompts_with_prefix += format_rules.prompts_with_prefix(job, job.format, tokenizer, inspected.general)
     yield from format_rules.template(job, tokenizer)
-    yield from format_rules.prefixes(job, tokenizer, dressed)
+    yield from format_rules.prefixes(job, tokenizer, prompts_with_prefix)
 
 
 def _of_rows(

@@ -24,7 +24,7 @@ ROLES = ("policy", "after")
 """Inputs: the policy, and optionally one to compare it with."""
 
 
-class Dress(Config):
+class Variant(Config):
     """One line of the probe."""
 
     format: Format = identity()
@@ -35,7 +35,7 @@ class Dress(Config):
 class ProbeConfig(Config):
     """What to try."""
 
-    dresses: Annotated[tuple[Dress, ...], FromList] = identity()
+    variants: Annotated[tuple[Variant, ...], FromList] = identity()
     """Formats, each with its prompt's rule."""
     rows: int = identity(64, ge=2)
     """Validation rows."""
@@ -48,25 +48,25 @@ class ProbeConfig(Config):
 
 
 def run(job: Job) -> Result:
-    """Write `probe.json`: {"lines": [...]}, a line a dress and policy."""
+    """Write `probe.json`: {"lines": [...]}, a line a variant and policy."""
     from stages.data import rollouts
     from stages.runtime import ranks
     from stages.runtime.metrics import MetricsLog
 
     config, log, lines = ProbeConfig.model_validate(job.config), MetricsLog(Path(job.out)), list[dict[str, Any]]()
     policies = [role for role in ROLES if role in job.inputs]
-    total = len(policies) * len(config.dresses)
+    total = len(policies) * len(config.variants)
     for role in policies:
-        for dress in config.dresses:
-            dressed = job.model_copy(update={"format": dress.format, "inputs": {"policy": job.inputs[role]}})
-            lines.append({"policy": role, **_line(rollouts.player(dressed), config, dress)})
+        for variant in config.variants:
+            of_variant = job.model_copy(update={"format": variant.format, "inputs": {"policy": job.inputs[role]}})
+            lines.append({"policy": role, **_line(rollouts.player(of_variant), config, variant)})
             log.write(len(lines), total)
     if ranks.first():
         Path(job.out, FILE).write_text(json.dumps({"lines": lines}))
     return Result(outputs={"probe": FILE}, metrics={"lines": len(lines)})
 
 
-def _line(player: Player, config: ProbeConfig, dress: Dress) -> dict[str, Any]:
+def _line(player: Player, config: ProbeConfig, variant: Variant) -> dict[str, Any]:
     """The numbers of one Format; shares are of all samples, intervals 95 % over rows."""
     import numpy as np
 
@@ -79,14 +79,14 @@ def _line(player: Player, config: ProbeConfig, dress: Dress) -> dict[str, Any]:
     groups = player.play(rows, decoding, lambda done: None)
     passed = np.array([[passes(player.problem, one.judgement) for one in group] for group in groups], dtype=float)
     every = [one for group in groups for one in group]
-    rule = re.compile(dress.follow) if dress.follow else None
+    rule = re.compile(variant.follow) if variant.follow else None
     followed = (
         np.array([[bool(rule.search(one.text)) for one in group] for group in groups], dtype=float) if rule else None
     )
     given = [*groups[0][0].prompt[0], *prefix.prefix_ids(player.tokenizer, prefix.of_row(player.format, rows[0]))]
     return {
-        "prompt": dress.format.prompt,
-        "response_prefix": dress.format.response_prefix,
+        "prompt": variant.format.prompt,
+        "response_prefix": variant.format.response_prefix,
         "rows": len(rows),
         "samples": config.samples,
         "pass_rate": float(passed.mean()),

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 Columns = Row | Mapping[str, Any]
 """A row of a problem, or of a file."""
-Dressed = tuple[list[int], str]
+Rendered = tuple[list[int], str]
 """Ids, and a role letter for each."""
 
 
@@ -133,17 +133,17 @@ def prefix_ids(tokenizer: PreTrainedTokenizerBase, response_prefix: str) -> list
     return ids
 
 
-def prompts(tokenizer: PreTrainedTokenizerBase, format: Format, rows: Sequence[Columns]) -> list[Dressed]:
+def prompts(tokenizer: PreTrainedTokenizerBase, format: Format, rows: Sequence[Columns]) -> list[Rendered]:
     """The prompt of each row, up to the generation prompt: what a sampler is given before the row's prefix."""
     return chat.with_roles(tokenizer, [chat.pieces(tokenizer, messages(format, row)) for row in rows])
 
 
-def answer(start: Sequence[int], rest: Sequence[int]) -> Dressed:
+def answer(start: Sequence[int], rest: Sequence[int]) -> Rendered:
     """Prefix ids and what follows them, with their roles."""
     return [*start, *rest], PREFIX * len(start) + COMPLETION * len(rest)
 
 
-def demonstration(tokenizer: PreTrainedTokenizerBase, response_prefix: str, text: str) -> Dressed:
+def demonstration(tokenizer: PreTrainedTokenizerBase, response_prefix: str, text: str) -> Rendered:
     """Prefix ids + the rest of a completion's text + turn end: the SFT target. Raises BadInput when the text does not
     start with the prefix."""
     if str(tokenizer.eos_token) in text:
@@ -162,7 +162,7 @@ def demonstration(tokenizer: PreTrainedTokenizerBase, response_prefix: str, text
 
 def conversation(
     tokenizer: PreTrainedTokenizerBase, response_prefix: str, turns: Sequence[Message], given: int = 0
-) -> Dressed:
+) -> Rendered:
     """A whole conversation as one row: every assistant turn after the first `given` turns is completion and starts with
     the prefix.
 

@@ -111,8 +111,8 @@ def audit(
     `heard` is told how many answers are judged."""
     weights = {**problem.reward_weights, **own}
     table = play(problem, weights, asked, heard)
-    mended = _mended(table, asked, ((change, other, {**other.reward_weights, **own}) for change, other in others))
-    found = findings(Audited(stage, weights, table.played, table.lines, astray, mended, first_message(problem)))
+    fixes = _fixes(table, asked, ((change, other, {**other.reward_weights, **own}) for change, other in others))
+    found = findings(Audited(stage, weights, table.played, table.lines, astray, fixes, first_message(problem)))
     rows = len({one.row for one in asked})
     return Report(
         stage=stage, rows=rows, weights=weights, range=table.range, baselines=table.lines, findings=tuple(found)
@@ -130,18 +130,18 @@ def with_one_change(settings: Mapping[str, Any]) -> Iterator[tuple[str, Problem]
                 yield f"problem.{field}={choice}", catalog.load({**settings, field: choice})
 
 
-def _mended(
+def _fixes(
     table: Table, asked: Sequence[Baseline], others: Iterable[tuple[str, Problem, Mapping[str, float]]]
 ) -> dict[str, str]:
     """Exploitable baseline -> the first change with which it is not, and gold is worth and paid as before."""
     left = {line.name for line in table.lines if exploits(line)}
     gold = next((line for line in table.lines if line.name == GOLD), None)
-    mended = dict[str, str]()
+    fixes = dict[str, str]()
     for change, problem, weights in others if left else ():
         lines = {line.name: line for line in play(problem, weights, asked).lines}
         if _worth_the_same(lines.get(GOLD), gold):
-            mended |= {name: change for name in left - mended.keys() if not exploits(lines[name])}
-    return mended
+            fixes |= {name: change for name in left - fixes.keys() if not exploits(lines[name])}
+    return fixes
 
 
 def _worth_the_same(changed: Line | None, gold: Line | None) -> bool:

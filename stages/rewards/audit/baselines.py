@@ -55,7 +55,7 @@ def of_rows(problem: Problem, rows: Sequence[Row], format: Format, seed: int) ->
     common = _most_common(golds)
     played, astray = list[Baseline](), 0
     for i, row in enumerate(rows):
-        start, prompt = _dressed(format, row)
+        start, prompt = _rendered(format, row)
         gold = golds[i]
         astray += gold is not None and not gold.startswith(start)
         generic = _harmless(prompt, common) | (_hostile(gold, golds, i) if i < HOSTILE_ROWS else {})
@@ -94,7 +94,7 @@ def _most_common(golds: Sequence[str | None]) -> str | None:
     return counts.most_common(1)[0][0] if counts else None
 
 
-def _dressed(format: Format, row: Row) -> tuple[str, str]:
+def _rendered(format: Format, row: Row) -> tuple[str, str]:
     """(the row's response prefix, its prompt as the policy reads it, without the chat template)"""
     from stages.tokens import prefix
 

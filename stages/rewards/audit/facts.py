@@ -61,7 +61,7 @@ class Audited(NamedTuple):
     lines: Sequence[Line]
     astray: int
     """Rows whose gold does not start with the response prefix."""
-    mended: Mapping[str, str]
+    fixes: Mapping[str, str]
     """Exploitable baseline -> a `--set` with which it is not."""
     first_failure: str | None = None
     """What user code said when it failed first."""

@@ -39,7 +39,7 @@ def findings(audited: Audited) -> list[Finding]:
 def gold(audited: Audited) -> Iterator[Finding]:
     """Gold passes, nothing scores more, and nothing that scores less earns more; what scores as much and earns more is
     worth a word, too."""
-    pairs = _beside_gold(audited)
+    pairs = _with_gold(audited)
     golds = [one for one in audited.played if one.name == GOLD]
     fails = {
         "do not pass": {best.row for best in golds if not best.passed},
@@ -68,7 +68,7 @@ def gold(audited: Audited) -> Iterator[Finding]:
     )
 
 
-def _beside_gold(audited: Audited) -> list[tuple[Played, Played]]:
+def _with_gold(audited: Audited) -> list[tuple[Played, Played]]:
     """Every other answer, with the gold one of its row."""
     of_row = {one.row: one for one in audited.played if one.name == GOLD}
     return [(one, of_row[one.row]) for one in audited.played if one.name != GOLD and one.row in of_row]
@@ -129,7 +129,7 @@ def exploitable(audited: Audited) -> Iterator[Finding]:
             f"earns {100 * share:.1f} of 100 reward and {100 * line.score:.1f} of 100 score, so training may settle "
             f"for it;"
             f" it is {_why_paid(audited, line)}",
-            audited.mended.get(line.name),
+            audited.fixes.get(line.name),
         )
 
 

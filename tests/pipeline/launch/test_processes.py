@@ -191,8 +191,8 @@ def parent(pid: int) -> int:
 def test_a_launcher_killed_while_its_worker_imports_leaves_nothing(tmp_path):
     mark = f"{TOKEN}={uuid.uuid4().hex}"
     code = (
-        "import time\nfrom pipeline.launch.local import Launcher\nlauncher = "
-        "Launcher()\nlauncher.warm_up()\nprint('up', flush=True)\ntime.sleep(600)"
+        "import time\nfrom pipeline.launch.local import Launcher\nlauncher = Launcher()\nlauncher.warm_up()\n"
+        "print('up', flush=True)\ntime.sleep(600)"
     )
     launcher = subprocess.Popen(
         [sys.executable, "-c", code],

@@ -20,7 +20,7 @@ from stages.data.mix import Mix
 from stages.errors import BadInput
 from stages.inspections.preflight import look_at
 from stages.job import Job, parse_rows
-from stages.sft import told
+from stages.sft import row_metrics
 from tests.conftest import ROOT, TINY, TINY_BASE, environment, run_cli, stage
 from tests.models import make_tokenizer
 from tests.pipeline.plan.test_identity import keys
@@ -112,10 +112,10 @@ def test_what_the_mix_weighs_is_told(tmp_path):
     own, others = (
         sum(row.roles.count("p") + row.roles.count("c") for row in rows) for rows in (loaded.own, loaded.general)
     )
-    found = told(loaded, weights)
+    found = row_metrics(loaded, weights)
     assert found["rows"] == 62 and found["mix_rows"] == 12
     assert found["mix_weight_share"] == pytest.approx(others / (own + others))
-    assert "mix_rows" not in told(sources.Rows(loaded.own, []), weights)
+    assert "mix_rows" not in row_metrics(sources.Rows(loaded.own, []), weights)
 
 
 def test_only_lines_that_are_drawn_are_read(tmp_path):

@@ -78,8 +78,8 @@ def probe(
     where = {"policy": base.step.inputs["policy"].source}
     where |= {role: str(place.path(artifact, "policy")) for role, artifact in artifacts.items()}
     config = {
-        "dresses": [
-            _dress(loaded, format or base.step.format, prompt, prefix)
+        "variants": [
+            _variant(loaded, format or base.step.format, prompt, prefix)
             for prompt in prompts or [None]
             for prefix in prefixes or [None]
         ],
@@ -105,15 +105,15 @@ def _policy(registry: Registry, id: str) -> Artifact:
     return artifact
 
 
-def _dress(recipe: Recipe, format: Format, prompt: str | None, prefix: str | None) -> dict[str, Any]:
+def _variant(recipe: Recipe, format: Format, prompt: str | None, prefix: str | None) -> dict[str, Any]:
     """A Format of the probe, with its prompt's rule."""
     start = None if prefix is None else _unescaped(prefix)
     try:
-        dressed = formats.over(format, FormatSettings(prompt=prompt, response_prefix=start))
-        follow = formats.rule(dressed, prompt or recipe.format.prompt)
+        format_of_variant = formats.over(format, FormatSettings(prompt=prompt, response_prefix=start))
+        follow = formats.rule(format_of_variant, prompt or recipe.format.prompt)
     except ValueError as error:
         raise BadInput(f"--prompt: {error}") from None
-    return {"format": dressed.model_dump(mode="json"), "follow": follow}
+    return {"format": format_of_variant.model_dump(mode="json"), "follow": follow}
 
 
 def _unescaped(text: str) -> str:
