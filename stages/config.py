@@ -109,9 +109,10 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 def seconds(value: Any) -> Any:
     """Turn 90s, 10m or 1.5h into seconds; anything else is left as it is."""
-    if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", value.strip())):
-        return float(match[1]) * UNITS[match[2]]
-    return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", value.strip()) if isinstance(value, str) else None
+    if match is None:
+        return value
+    return float(match[1]) * UNITS[match[2]]
 
 
 def _duration(value: Any) -> Any:

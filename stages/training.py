@@ -54,7 +54,10 @@ OURS = (
 
 
 def _steps_or_time(value: int | str | None) -> int | str | None:
-    good = value > 0 if isinstance(value, int) else value is None or isinstance(seconds(value), float)
+    if isinstance(value, int):
+        good = value > 0
+    else:
+        good = value is None or isinstance(seconds(value), float)
     if not good:
         raise ValueError(f'found {value!r}, expected a number of steps such as 50, or a time such as "10m"')
     return value

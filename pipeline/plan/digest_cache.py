@@ -62,7 +62,9 @@ def _known(entries: Entries, path: str, state: State) -> str | None:
     if not isinstance(entry, dict) or entry.get("state") != state:
         return None
     digest = entry.get("sha256")
-    return digest if isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) else None
+    if isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest):
+        return digest
+    return None
 
 
 def _read() -> Entries:

@@ -54,7 +54,11 @@ class Model(Config):
 
 
 def _which_problem(value: Any) -> str | None:
-    given = value if isinstance(value, dict) else vars(value) if isinstance(value, Config) else {}
+    given: dict[str, Any] = {}
+    if isinstance(value, dict):
+        given = value
+    elif isinstance(value, Config):
+        given = vars(value)
     return next((name for name in ("name", "file", "dataset") if name in given), None)
 
 

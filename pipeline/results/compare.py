@@ -138,7 +138,9 @@ def _samples(
 
 def _differ(ours: _Answered, theirs: _Answered) -> bool:
     """Whether a row came out differently: by its score; where several rollouts were kept, by what they say."""
-    return ours != theirs if isinstance(ours[0] or theirs[0], list) else ours[0] != theirs[0]
+    if isinstance(ours[0] or theirs[0], list):
+        return ours != theirs
+    return ours[0] != theirs[0]
 
 
 def _greedy(registry: Registry, evaluation: Artifact) -> _Rows:
@@ -156,9 +158,9 @@ def _kept(registry: Registry, harvest: Artifact) -> _Rows:
     try:
         for line in _lines(registry, harvest, "rollouts/rollouts.jsonl"):
             scores, answers = found.get(line["row"], ([], ()))
-            found[line["row"]] = (
-                ([*scores, line["score"]], (*answers, line["text"])) if line["kept"] else (scores, answers)
-            )
+            if line["kept"]:
+                scores, answers = [*scores, line["score"]], (*answers, line["text"])
+            found[line["row"]] = (scores, answers)
     except (KeyError, TypeError):
         raise _changed(harvest) from None
     return found

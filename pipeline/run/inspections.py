@@ -82,7 +82,8 @@ def audit(
 ) -> audit_job.Report:
     """What the rewards of a grpo step pay for, on the first of its rows or on those of a file. Its policy need not be
     there. Raises BadInput for another kind of step, and for rows that cannot be read."""
-    if (rewards := rewards_of(one.step)) is None:
+    rewards = rewards_of(one.step)
+    if rewards is None:
         raise BadInput(f"{one.step.name} is of kind {one.step.kind}; an audit looks at the rewards of a grpo stage")
     like = job_of(one.step.model_copy(update={"inputs": {}}), {}, registry, execution)
     inputs = {"rows": str(rows.absolute())} if rows else {}
@@ -121,7 +122,8 @@ def loss_map(
     step = one.step
     if not STAGES[step.kind].weighs_tokens:
         raise BadInput(f"{step.name} is of kind {step.kind}; inspect shows what an sft stage trains on")
-    if (source := step.inputs.get("data")) and not _is_there(source.step, planned):
+    source = step.inputs.get("data")
+    if source and not _is_there(source.step, planned):
         raise BadInput(
             f"{step.name} trains on {source.step}, which has not been made yet; run it first, with --until "
             f"{source.step}"

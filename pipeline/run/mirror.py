@@ -69,10 +69,11 @@ class Mirror:
         self._say()
         if self._thread and self._thread.is_alive():
             return
-        newest = whole(self._work)[-1:]
-        if newest and (found := _seal(newest[0])) not in (None, self._seen):
-            self._seen = found
-            self._thread = Thread(target=self._copy, args=newest, name="mirror", daemon=True)
+        complete = whole(self._work)
+        seal = _seal(complete[-1]) if complete else None
+        if seal not in (None, self._seen):
+            self._seen = seal
+            self._thread = Thread(target=self._copy, args=complete[-1:], name="mirror", daemon=True)
             self._thread.start()
 
     def close(self, seconds: float) -> None:
@@ -170,13 +171,17 @@ def bring_back(store: Store, key12: str, work: Path, warn: Warn) -> str | None:
 def _ahead(there: list[Copy], work: Path) -> list[Copy]:
     """The copies that are newer than what a work directory has: another machine may have gone on from it. A checkpoint
     that was never copied, or whose copy has been pruned since, is compared by its step."""
-    if not (here := whole(work)):
+    here = whole(work)
+    if not here:
         return there
     content = (here[-1] / COMPLETE).read_bytes()
     digest, step = sha256(content).hexdigest()[:12], Record.model_validate_json(content).step
-    if known := [copy.number for copy in there if copy.digest == digest]:
+    known = [copy.number for copy in there if copy.digest == digest]
+    if known:
         return [copy for copy in there if copy.number > max(known)]
-    return there if there and there[-1].step > step else []
+    if there and there[-1].step > step:
+        return there
+    return []
 
 
 def forget(store: Store | None, key12: str, warn: Warn) -> None:
@@ -193,7 +198,8 @@ def forget(store: Store | None, key12: str, warn: Warn) -> None:
 
 def copies(store: Store, key12: str) -> list[Copy]:
     """What a mirror has of a stage, oldest first; those included that were never finished."""
-    return [copy for name in store.names(f"resume/{key12}") if (copy := _copy_of(f"resume/{key12}/{name}"))]
+    found = [_copy_of(f"resume/{key12}/{name}") for name in store.names(f"resume/{key12}")]
+    return [copy for copy in found if copy is not None]
 
 
 def _copy_of(name: str) -> Copy | None:

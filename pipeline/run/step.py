@@ -42,11 +42,13 @@ def make(planned: Planned, run: Run) -> Made:
     Raises StageFailed when the stage did not end well, BadInput when it refused what it was given.
     """
     step = planned.step
-    if artifact := _held(step, run):
+    artifact = _held(step, run)
+    if artifact:
         return _reuse(step, artifact, run)
     work = work_of(step, run.registry)
     with alone(work, lambda pid: run.observer.waiting(step, pid), lambda: run.beat(step)):
-        if artifact := _held(step, run) or run.registry.recover(step.key, step.name, run.id):
+        artifact = _held(step, run) or run.registry.recover(step.key, step.name, run.id)
+        if artifact:
             checkpoints.clear(work)  # another run has made it since
             return _reuse(step, artifact, run)
         artifact, lost = _run_and_publish(planned, work, run)
@@ -94,7 +96,9 @@ def _run_and_publish(planned: Planned, work: Path, run: Run) -> Published:
 def _held(step: Step, run: Run) -> Artifact | None:
     """What the registry has for a step, held by this run; None when it has nothing."""
     found = run.registry.find(step.key)
-    return found if found and run.registry.hold(found, run.id) else None
+    if found and run.registry.hold(found, run.id):
+        return found
+    return None
 
 
 def refuse_damaged(step: Step, sources: Mapping[str, Source], registry: Registry) -> None:
@@ -102,7 +106,8 @@ def refuse_damaged(step: Step, sources: Mapping[str, Source], registry: Registry
     again."""
     for source in sources.values():
         artifact = registry.open(source.id) if source.id else None
-        if artifact and (wrong := as_read(registry, artifact)):
+        wrong = as_read(registry, artifact) if artifact else None
+        if artifact and wrong:
             condemn(registry, artifact.id)
             raise StageFailed(
                 f"{step.name}: its input is damaged: {wrong[0]}; {artifact.id} is void now; run the recipe again, "

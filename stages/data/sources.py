@@ -221,9 +221,9 @@ def _nothing_is_left_out(columns: Mapping[str, Any]) -> None:
         turns: list[Any] = columns[name] if isinstance(columns.get(name), list) else []
         for i, turn in enumerate(turns, start=1):
             if not _is_turn(turn):
-                found = (
-                    ", ".join(f"{k}: {type(v).__name__}" for k, v in turn.items()) if isinstance(turn, dict) else turn
-                )
+                found = turn
+                if isinstance(turn, dict):
+                    found = ", ".join(f"{k}: {type(v).__name__}" for k, v in turn.items())
                 raise BadInput(
                     f"{name}, turn {i}: found {found!r}, expected role and content, both text, and nothing else"
                 )

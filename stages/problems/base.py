@@ -73,7 +73,8 @@ class Judgement:
 def total(rewards: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
     """The weighted sum of the components that apply; None where none does. `stages.rewards.compose.weighted_sum` is
     the same for tensors."""
-    applied = [weight * value for name, weight in weights.items() if (value := rewards.get(name)) is not None]
+    values = [(weight, rewards.get(name)) for name, weight in weights.items()]
+    applied = [weight * value for weight, value in values if value is not None]
     return sum(applied) if applied else None
 
 

@@ -91,7 +91,7 @@ def weights_of(stage: str, settings: Rewards, problem: Mapping[str, float]) -> d
 
     Raises BadInput for a component that there is not, and for a penalty of the stage that the problem has a component
     of the same name for."""
-    own = {name: penalty.weight for name in PENALTIES if (penalty := getattr(settings, name))}
+    own = {name: getattr(settings, name).weight for name in PENALTIES if getattr(settings, name)}
     if twice := [name for name in own if name in problem]:
         raise BadInput(
             f"stages.{stage}.rewards.{twice[0]}: the problem has a component of this name; remove the penalty here, "

@@ -67,12 +67,13 @@ def main(path: str, stages: Mapping[str, Runs]) -> int:
             )
             return BUSY
         _empty(job)
-        if there := chunks.count(work):
-            say(job, f"resumed with {there} batches that were sampled already")
+        sampled = chunks.count(work)
+        if sampled:
+            say(job, f"resumed with {sampled} batches that were sampled already")
         stopping.listen(job, saves=stages[job.kind].saves)
-        return (
-            _share_out(job, path) if job.execution.processes > 1 or job.execution.accelerate else attempt(job, stages)
-        )
+        if job.execution.processes > 1 or job.execution.accelerate:
+            return _share_out(job, path)
+        return attempt(job, stages)
 
 
 def main_of_rank(path: str, stages: Mapping[str, Runs]) -> int:
@@ -112,7 +113,9 @@ def _share_out(job: Job, path: str) -> int:
         code = subprocess.call(command, env=env, close_fds=False)  # they inherit the directory's lock
     if code and (Path(job.work) / ERROR).exists():
         return 2 if json.loads((Path(job.work) / ERROR).read_text())["bad_input"] else 1
-    return stopping.STOPPED if code and stopping.asked(job) else code
+    if code and stopping.asked(job):
+        return stopping.STOPPED
+    return code
 
 
 def _launcher(job: Job, meeting: str) -> list[str]:

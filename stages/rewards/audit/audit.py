@@ -69,7 +69,10 @@ def run(job: Job) -> Result:
     assert job.problem is not None and job.rows is not None and job.format is not None, "the plan gives grpo all three"
     problem = catalog.load(_uncounted(job.problem))
     file = job.inputs.get("rows")
-    rows = files.rows(problem, Path(file)) if file else catalog.rows(problem, _first(job.rows, config.rows))
+    if file:
+        rows = files.rows(problem, Path(file))
+    else:
+        rows = catalog.rows(problem, _first(job.rows, config.rows))
     asked, astray = baselines.of_rows(problem, rows, job.format, job.seed)
     weights_of(job.name, Rewards(weights=config.weights), problem.reward_weights)
     refuse_hanging(problem, asked)
@@ -146,8 +149,9 @@ def _fixes(
 
 def _worth_the_same(changed: Line | None, gold: Line | None) -> bool:
     """Whether gold is still the best, as far as it was."""
-    pairs = [(changed.score, gold.score), (changed.share, gold.share)] if changed and gold else [(None, None)]
-    return all(a is not None and b is not None and abs(a - b) <= KEPT for a, b in pairs)
+    if changed is None or gold is None or changed.share is None or gold.share is None:
+        return False
+    return abs(changed.score - gold.score) <= KEPT and abs(changed.share - gold.share) <= KEPT
 
 
 def _first(rows: RowRange, most: int) -> RowRange:

@@ -38,11 +38,9 @@ def constant(audited: Audited) -> Iterator[Finding]:
     weighted = {name for name, weight in audited.weights.items() if weight}
     rewards = [one.reward for one in audited.played if one.reward is not None]
     if _spread(rewards) == 0 and (not weighted or (audited.has_gold and not weighted <= {*same})):
-        why = (
-            "their components cancel out; mend the rewards or their weights"
-            if weighted
-            else "every weight is 0; give them weights"
-        )
+        why = "every weight is 0; give them weights"
+        if weighted:
+            why = "their components cancel out; fix the rewards or their weights"
         yield warn(
             audited,
             "constant",
@@ -54,8 +52,10 @@ def constant(audited: Audited) -> Iterator[Finding]:
 
 def _spread(values: Sequence[float]) -> float | None:
     """The greatest less the least, rounding left out; None where there are none."""
-    spread = max(values) - min(values) if values else None
-    return 0.0 if spread is not None and spread <= EXACT else spread
+    if not values:
+        return None
+    spread = max(values) - min(values)
+    return spread if spread > EXACT else 0.0
 
 
 def absent(audited: Audited) -> Iterator[Finding]:
@@ -111,11 +111,9 @@ def dominated(audited: Audited) -> Iterator[Finding]:
 
 def _how_much(share: float) -> str:
     """Above 1 where other components fall when it rises: their shares of the variance are negative."""
-    return (
-        f"makes up {share:.0%} of the reward"
-        if share <= 1
-        else "decides the reward against the components that pull the other way"
-    )
+    if share > 1:
+        return "decides the reward against the components that pull the other way"
+    return f"makes up {share:.0%} of the reward"
 
 
 def disagree(audited: Audited) -> Iterator[Finding]:
@@ -173,10 +171,11 @@ def _shares_of_variance(audited: Audited) -> dict[str, float]:
     the reward is constant, and without a gold, because what only right answers earn does not vary then."""
     complete = [one for one in audited.played if one.reward is not None]
     rewards = [one.reward for one in complete if one.reward is not None]
-    if not (whole := _covariance(rewards, rewards)) or not audited.has_gold:
+    variance = _covariance(rewards, rewards)
+    if not variance or not audited.has_gold:
         return {}
     parts = {
         name: [weight * (one.judgement.rewards.get(name) or 0.0) for one in complete]
         for name, weight in audited.weights.items()
     }
-    return {name: _covariance(values, rewards) / whole for name, values in parts.items()}
+    return {name: _covariance(values, rewards) / variance for name, values in parts.items()}

@@ -140,12 +140,10 @@ def _why_paid(audited: Audited, line: Line) -> str:
     by = f"paid by {_parts(paid) or 'nothing'}"
     if not _parts(spared):
         return f"{by}: let a broken rule cost more there"
-    mend = (
-        "let a broken rule cost more"
-        if sum(paid.values()) > sum(spared.values())
-        else ("let a right answer earn more than these cost")
-    )
-    return f"{by}, and spared what costs other answers ({_parts(spared)}): {mend}"
+    fix = "let a right answer earn more than these cost"
+    if sum(paid.values()) > sum(spared.values()):
+        fix = "let a broken rule cost more"
+    return f"{by}, and spared what costs other answers ({_parts(spared)}): {fix}"
 
 
 def _least(audited: Audited, component: str) -> float:
@@ -169,11 +167,9 @@ def unearned(audited: Audited) -> Iterator[Finding]:
     for line in audited.lines:
         if line.own or line.name in HOLD_GOLD or line.score <= UNEARNED:
             continue
-        why = (
-            "one class of rows outweighs the others"
-            if line.name == "one_answer"
-            else "the score can be had for nothing"
-        )
+        why = "the score can be had for nothing"
+        if line.name == "one_answer":
+            why = "one class of rows outweighs the others"
         yield warn_of(
             line.name,
             audited,
