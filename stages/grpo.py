@@ -145,8 +145,8 @@ def check(config: GrpoConfig, earlier: Earlier, seed: int) -> None:
     if count < config.prompts_per_step:
         raise BadInput(
             f"stages.{config.name}.rows: {rows} has {count} rows, fewer than one generation batch of "
-            f"prompts_per_step={config.prompts_per_step};"
-            " TRL would train 0 steps. Give it more rows, or lower prompts_per_step"
+            f"prompts_per_step={config.prompts_per_step}; TRL would train 0 steps. Give it more rows, or lower "
+            f"prompts_per_step"
         )
 
 

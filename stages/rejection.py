@@ -105,8 +105,7 @@ def check(config: RejectionConfig, earlier: Earlier, seed: int) -> None:
         if not theirs.start <= own.start < own.stop <= theirs.stop:
             raise BadInput(
                 f"stages.{config.name}.rows: found {own}, but {config.policy} is trained on {theirs}, and source: "
-                f"training has no others;"
-                " ask for some of these, or set source: both"
+                f"training has no others; ask for some of these, or set source: both"
             )
 
 
@@ -120,8 +119,7 @@ def _has_a_log(config: RejectionConfig, policy: StageConfig | None) -> None:
     if config.training_steps and config.training_steps[1] > policy.steps:
         raise BadInput(
             f"stages.{config.name}.training_steps: found {list(config.training_steps)}, but {config.policy} has "
-            f"{policy.steps} steps;"
-            f" expected two of 1 to {policy.steps}"
+            f"{policy.steps} steps; expected two of 1 to {policy.steps}"
         )
     if config.format is not None:
         raise BadInput(

@@ -33,8 +33,7 @@ def of_base(settings: FormatSettings, carried: Format | None) -> Format:
     for name in different(carried, declared):
         raise BadInput(
             f"format: {_field(name)} is {_short(declared, name)}, but the base policy was trained with "
-            f"{_short(carried, name)};"
-            " remove it, or change it on purpose with a stage's own format"
+            f"{_short(carried, name)}; remove it, or change it on purpose with a stage's own format"
         )
     return carried
 

@@ -56,8 +56,7 @@ def drawn(stage: str, lines: Sequence[T], own: int, share: float, seed: int) -> 
         lower = f", or lower the share to {_most(len(lines), own):g}" if lines else ""
         raise BadInput(
             f"stages.{stage}.mix: a share of {share:g} beside {own} rows takes {share:g} / (1 - {share:g}) * {own} = "
-            f"{wanted} rows, but its data have {len(lines)},"
-            f" and no row is repeated; add rows{lower}"
+            f"{wanted} rows, but its data have {len(lines)}, and no row is repeated; add rows{lower}"
         )
     return order(lines, seed)[:wanted]
 

@@ -178,11 +178,9 @@ class Guard:
         if failed > self.limits.failures * every:
             counts = ", ".join(f"{name} {count}" for name, count in self._failed.most_common())
             raise TooManyFailures(
-                f"{self.spec['name']} failed on {failed} of the first {seen} answers it was asked to judge ({counts}), "
-                "more than"
-                f" max_failures={self.limits.failures:g} of {every} allows; the first said: {self.first}; fix it and "
-                "run again, or raise"
-                " problem.max_failures"
+                f"{self.spec['name']} failed on {failed} of the first {seen} answers it was asked to judge "
+                f"({counts}), more than max_failures={self.limits.failures:g} of {every} allows; the first said: "
+                f"{self.first}; fix it and run again, or raise problem.max_failures"
             )
 
 

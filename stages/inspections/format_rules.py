@@ -107,14 +107,13 @@ def _written_once(job: Job, tokenizer: PreTrainedTokenizerBase, prompt: str, sta
     if opened(prompt, start):
         raise BadInput(
             f"{job.name}: the chat template already ends its generation prompt in {prompt[-30:]!r}, and the response "
-            f"prefix {start!r} would open it again;"
-            " set format.response_prefix to what comes after it, or to ''"
+            f"prefix {start!r} would open it again; set format.response_prefix to what comes after it, or to ''"
         )
     if tokenizer.decode(ids) != tokenizer.decode(prefix.encode(tokenizer, f"{prompt}{start}x")):
         raise BadInput(
             f"{job.name}: the tokenizer writes a text that stands alone otherwise than inside another (it puts a "
-            f"blank before it), so what is trained after"
-            f" {start!r} is not what is served; use a tokenizer without a prefix space"
+            f"blank before it), so what is trained after {start!r} is not what is served; use a tokenizer without a "
+            f"prefix space"
         )
 
 
@@ -157,9 +156,8 @@ def refuse_other_formats(job: Job, path: str, tokenizer: PreTrainedTokenizerBase
     if ours and templates["default"] != prefix.serving_template(templates[chat.TRAINING], job.format):
         raise BadInput(
             f"{job.name}: its policy was trained with another response prefix than {job.format.response_prefix!r}; "
-            f"its chat template ends in"
-            f" {templates['default'][-40:]!r}. Set format.response_prefix to that, or change it on purpose with "
-            f"stages.{job.name}.format"
+            f"its chat template ends in {templates['default'][-40:]!r}. Set format.response_prefix to that, or change "
+            f"it on purpose with stages.{job.name}.format"
         )
 
 

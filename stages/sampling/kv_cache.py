@@ -62,8 +62,7 @@ def empty(model: PreTrainedModel, sampler: str) -> DynamicCache:
     if not all(hasattr(layer, "batch_select_indices") for layer in cache.layers):
         raise BadInput(
             f"sampler: {sampler} cannot take the state of {model.config.model_type} apart by sequence: it has "
-            "recurrent layers; "
-            "set sampler to vllm, or use a model that has attention only"
+            f"recurrent layers; set sampler to vllm, or use a model that has attention only"
         )
     return cache
 

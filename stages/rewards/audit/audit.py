@@ -95,8 +95,7 @@ def refuse_hanging(problem: Problem, asked: Sequence[Baseline]) -> None:
     if all(one.failure == "timeout" for one in problem.judge(first)):
         raise TooManyFailures(
             f"the problem's own code judged none of the first {len(first)}{' gold' if golds else ''} answers: "
-            f"{first_message(problem)};"
-            " mend it, or raise problem.time_limit"
+            f"{first_message(problem)}; mend it, or raise problem.time_limit"
         )
 
 

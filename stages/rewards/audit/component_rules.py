@@ -84,9 +84,8 @@ def sparse(audited: Audited) -> Iterator[Finding]:
                 audited,
                 "sparse",
                 {"zeros": zeros, "answers": len(values)},
-                f"is 0 for {zeros:.0%} of the well-formed answers, so most groups learn nothing from it; give "
-                f"partial credit, or start from a"
-                " policy that earns it sometimes",
+                f"is 0 for {zeros:.0%} of the well-formed answers, so most groups learn nothing from it; give partial "
+                f"credit, or start from a policy that earns it sometimes",
             )
 
 
@@ -129,8 +128,7 @@ def disagree(audited: Audited) -> Iterator[Finding]:
                 "disagree",
                 {"rank_correlation": found, "answers": len(pairs)},
                 f"{_leads(sign, sign * found)} with the score (rank correlation {found:+.2f}), so it leads away from "
-                f"the task"
-                " where it can; look at what it pays for",
+                f"the task where it can; look at what it pays for",
             )
 
 

@@ -97,8 +97,7 @@ def gold_prefix(audited: Audited) -> Iterator[Finding]:
             "gold_prefix",
             {"rows": audited.astray},
             f"{audited.astray} gold answers do not start with the response prefix, so no rollout can be like them; "
-            f"make format.response_prefix"
-            " and the answers agree",
+            f"make format.response_prefix and the answers agree",
         )
 
 
@@ -127,8 +126,7 @@ def exploitable(audited: Audited) -> Iterator[Finding]:
             "exploitable",
             {"reward_share": share, "score": line.score, "gap": line.gap},
             f"earns {100 * share:.1f} of 100 reward and {100 * line.score:.1f} of 100 score, so training may settle "
-            f"for it;"
-            f" it is {_why_paid(audited, line)}",
+            f"for it; it is {_why_paid(audited, line)}",
             audited.fixes.get(line.name),
         )
 
@@ -190,8 +188,8 @@ def failures(audited: Audited) -> Iterator[Finding]:
             "failures",
             {**{str(name): float(count) for name, count in counts.items()}, "answers": len(audited.played)},
             f"{sum(counts.values())} of {len(audited.played)} answers could not be judged "
-            f"({', '.join(f'{n} {c}' for n, c in counts.items())};"
-            f" most often {where.most_common(1)[0][0]}); such a rollout has no reward{said}",
+            f"({', '.join(f'{n} {c}' for n, c in counts.items())}; most often {where.most_common(1)[0][0]}); such a "
+            f"rollout has no reward{said}",
         )
 
 

@@ -90,8 +90,7 @@ def _print(report: Report, source: str) -> None:
     show(_table(report, terminal))
     print(
         f"{report.stage}: {report.rows} rows of {source}; share and score are x 100. The share runs from "
-        f"{report.range.least:.4g} to"
-        f" {report.range.greatest:.4g}: {RANGES[report.range.source]}"
+        f"{report.range.least:.4g} to {report.range.greatest:.4g}: {RANGES[report.range.source]}"
     )
     for finding in findings.merged(report.findings):
         terminal.print(_said(finding), soft_wrap=True)
