@@ -253,7 +253,7 @@ def as_made(artifact: Artifact, step: Step) -> Artifact:
             "files": files,
             "inputs": sources,
             "format": step.format,
-            "config": step.config,
+            "config": step.config.model_dump(mode="json"),
             "provenance": seen,
             "metrics": metrics,
         }
