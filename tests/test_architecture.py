@@ -14,9 +14,24 @@ from tests.conftest import ROOT, TINY_BASE, environment
 ORDER = ["pipeline", "stages", "prompts"]
 """Each may import those to its right."""
 ONLY_IN = {
-    "prefect": {"pipeline/flows/flow.py"},
+    "prefect": {"pipeline/flows/"},
     "wandb": set(),
     "obstore": {"pipeline/registry/stores/objects.py"},
+    "fcntl": {"stages/runtime/locks.py"},
+    "peft": {"stages/policy/lora.py"},
+    "accelerate": {"stages/policy/models.py", "stages/trl/"},
+    "pyarrow": {"stages/tokens/token_rows.py"},
+    "datasets": {"stages/sft.py", "stages/grpo.py", "stages/problems/custom/dataset.py"},
+    "torch": {
+        "stages/policy/",
+        "stages/sampling/",
+        "stages/trl/",
+        "stages/runtime/worker.py",
+        "stages/runtime/ranks.py",
+        "stages/rewards/compose.py",
+        "stages/tokens/weights.py",
+        "stages/training.py",
+    },
     "trl": {
         "stages/trl",
         "stages/sft.py",
@@ -135,13 +150,23 @@ def test_every_folder_says_what_it_is_and_its_init_holds_no_more():
             assert len(tree.body) == 1, folder
 
 
-def test_prefect_wandb_and_trl_are_imported_only_where_they_belong():
+def test_each_heavy_library_is_imported_only_where_it_belongs():
     for library, places in ONLY_IN.items():
         for package in ORDER:
             for path in modules(package):
                 relative = path.relative_to(ROOT).as_posix()
                 if any(name.split(".")[0] == library for name in imports(path)):
                     assert relative.startswith(tuple(places)), f"{relative} imports {library}"
+
+
+def test_a_module_of_the_process_around_a_stage_loads_next_to_nothing():
+    """Else every import of a `stages` module would pay for all of them."""
+    code = "import sys, stages.runtime.process; print(len(sys.modules), sorted({n.split('.')[0] for n in sys.modules}))"
+    done = subprocess.run([sys.executable, "-S", "-P", "-c", f"import sys; sys.path += {sys.path!r}; {code}"],
+                          capture_output=True, text=True, env=environment())  # fmt: skip
+    count, _, names = done.stdout.partition(" ")
+    assert int(count) <= 80, names
+    assert not {"pydantic", "yaml", *HEAVY} & set(names.strip("[]\n'").split("', '"))
 
 
 def test_pipeline_never_touches_a_tensor():
