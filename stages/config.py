@@ -54,7 +54,7 @@ class Config(Frozen):
         if not isinstance(data, dict):
             return data
         for name in cls.LATER:
-            if data.get(name):
+            if not _says_nothing(data.get(name)):
                 raise ValueError(f"{name} comes in a later version of switchback; remove it to run this recipe")
         known = list(cls.model_fields)
         data = {name: value for name, value in data.items() if name not in cls.LATER}
@@ -64,6 +64,11 @@ class Config(Frozen):
                 hint = f"did you mean {close[0]}?" if close else f"there is {', '.join(known)}"
                 raise ValueError(f"unknown key {name!r}; {hint}")
         return data
+
+
+def _says_nothing(value: Any) -> bool:
+    """Whether a field of a later version is left at its off value: null, or a mapping of nulls."""
+    return value is None or (isinstance(value, dict) and all(inner is None for inner in value.values()))
 
 
 def identity(default: Any = ..., **constraints: Any) -> Any:

@@ -166,12 +166,12 @@ def check(config: SftConfig, earlier: Earlier, seed: int) -> None:
     """Raise BadInput for an output that its rejection stage does not make, and for rows that are no range of train
     rows."""
     name, colon, output = config.data.partition(":")
-    maker = earlier.get(name)
-    if colon and isinstance(maker, RejectionConfig):
+    if colon and not config.data.endswith(ROWS):
+        maker = earlier.get(name)
         where = f"stages.{config.name}.data"
         if output != CONTROL:
             raise BadInput(f"{where}: found {config.data}, but a stage trains on {name} or {name}:{CONTROL}")
-        if maker.control is None:
+        if not isinstance(maker, RejectionConfig) or maker.control is None:
             raise BadInput(f"{where}: there is no {config.data}; a rejection stage with control: random makes one")
     if config.rows is not None:
         train_rows(config.name, config.rows, seed)

@@ -180,8 +180,10 @@ def printed_json(*arguments: str | Path) -> Any:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's, without what would point a test at somebody's registry or server."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SWITCHBACK_", "PREFECT_"))}
+    """This process's, without what would point a test at somebody's registry or server, and without what a trainer
+    that ran in this process left for the next one."""
+    foreign = ("SWITCHBACK_", "PREFECT_", "ACCELERATE_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     return {**kept, **more}
 
 

@@ -101,7 +101,7 @@ def steps(recipe: Recipe, registry: Registry, base: Base | None = None) -> list[
 def _step(recipe: Recipe, base: Base, base_format: Format, stage: Box, made: dict[str, Step]) -> Step:
     """One stage of the recipe; `base_format` is the base's Format."""
     kind = STAGES[stage.kind]
-    policy = made.get(stage.policy)
+    policy = None if stage.policy == BASE else made[stage.policy]
     inputs = {"policy": _output(policy, "policy") if policy else base.ref}
     for read in kind.reads(stage):
         inputs[read.role] = _output(made[read.source], read.output) if read.output else _file(read.source)

@@ -185,7 +185,7 @@ def problem(name: str, overrides: Sequence[str] = ()) -> ProblemSettings:
 def is_text_of(text: str, recipe: Recipe) -> bool:
     """Whether a recorded recipe is this one; an earlier version may have written it otherwise."""
     try:
-        return parse(text, "recorded recipe") == recipe
+        return parse(text, "recorded recipe") == parse(dump(recipe), recipe.name)
     except BadInput:
         return False
 

@@ -137,7 +137,7 @@ def unfinished(
     newest = next((run for run in newest_first if registry.store.last(f"runs/{run}/events")), None)
     if newest is None or state(registry, newest) in ("done", "running"):
         return None
-    same = planned(registry, newest).get("selection") == selection and is_recipe(recipe_of(registry, newest))
+    same = is_recipe(recipe_of(registry, newest)) and planned(registry, newest).get("selection") == selection
     return newest if same else None
 
 

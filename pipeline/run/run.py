@@ -70,11 +70,14 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.launcher.close()
         if error is not None:
-            self._record_end(error)
+            try:
+                self.launcher.close()
+            finally:
+                self._record_end(error)
             return
         with self._recording_its_end():
+            self.launcher.close()
             for artifact in (*self._base, *self.made.values()):
                 self.registry.release(artifact.id, self.id)
         self.record("done")

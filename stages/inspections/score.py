@@ -2,7 +2,7 @@
 rewards, intervals.
 
 A question and no stage: nothing is published. Needs no model and no torch. `job.problem` judges, `job.inputs` has the
-files `rows` and `completions` (`stages.problems.catalog.files`), and `score.json` in `job.out` has the answer:
+files `rows` and `completions` (`stages.problems.files`), and `score.json` in `job.out` has the answer:
 
     rows, completions           how many rows were answered, and how often in all
     outcomes                    outcome -> how many completions, in the order in which rules are judged
@@ -11,7 +11,8 @@ files `rows` and `completions` (`stages.problems.catalog.files`), and `score.jso
     pass_rate, pass_interval    share that passes, and its 95 % Wilson interval
     solved                      share with the best possible score
     rewards, reward             component -> its mean, where it applies (null where it never does); the mean of
-                                their weighted sum, over the completions to which a component applies
+                                their weighted sum, over the completions to which a component applies (none does to
+                                one that could not be judged)
     weights                     component -> its weight in that sum
     failures, first_failure     what user code did in place of judging -> how often; the message of the first
                                 (null without any)

@@ -42,14 +42,19 @@ def descendants(root: int) -> set[int]:
     return _below(root)[0]
 
 
-def _below(root: int) -> tuple[set[int], set[int]]:
-    """(the living processes below `root`, the zombies among its own children)"""
+def _below(root: int, kill_children: bool = False) -> tuple[set[int], set[int]]:
+    """(the living processes below `root`, the zombies among its own children).
+
+    With `kill_children` each living child gets a SIGKILL at the moment it is seen: one that forks the next and ends
+    within a millisecond would be gone after a look at all processes."""
     parent_of: dict[int, int] = {}
     zombies: set[int] = set()
     for pid, stat in _processes():
         parent = int(stat[1])
         if stat[0] != "Z":
             parent_of[pid] = parent
+            if kill_children and parent == root:
+                _sigkill(pid)
         elif parent == root:
             zombies.add(pid)
     below: set[int] = set()
@@ -75,8 +80,7 @@ def kill_tree(root: int) -> None:
     look again."""
     seen: set[int] | None = None
     while True:
-        _kill_children(root)
-        living, zombies = _below(root)
+        living, zombies = _below(root, kill_children=True)
         if not living and seen is not None and zombies <= seen:
             return
         seen = zombies
@@ -84,20 +88,15 @@ def kill_tree(root: int) -> None:
             _kill(living)
 
 
-def _kill_children(root: int) -> None:
-    """SIGKILL each child at the moment it is seen: one that forks and ends within a millisecond is gone after a look
-    at all processes."""
-    for pid, stat in _processes():
-        if stat[0] != "Z" and int(stat[1]) == root:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-
 def _kill(pids: set[int]) -> None:
     for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+        _sigkill(pid)
     time.sleep(0.02)
+
+
+def _sigkill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def started_at(pid: int) -> str | None:

@@ -70,7 +70,7 @@ def main(path: str, stages: Mapping[str, Runs]) -> int:
         sampled = chunks.count(work)
         if sampled:
             say(job, f"resumed with {sampled} batches that were sampled already")
-        stopping.listen(job, saves=stages[job.kind].saves)
+        stopping.listen(job, saves=job.kind in stages and stages[job.kind].saves)
         if job.execution.processes > 1 or job.execution.accelerate:
             return _share_out(job, path)
         return attempt(job, stages)

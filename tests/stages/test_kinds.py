@@ -19,7 +19,7 @@ from typing import Literal
 from pathlib import Path
 from stages.config import StageConfig, identity, resolved
 from stages.errors import BadInput
-from stages.job import Result
+from stages.job import Finding, Result
 from stages.stage import Batch, Inspected, Stage
 
 class NoopConfig(StageConfig):
@@ -38,8 +38,8 @@ def check(config, earlier, seed):
         raise BadInput(f"stages.{config.name}.text: found nothing after {', '.join(earlier)}; write something")
 
 def preflight(job, config, tokenizer, path):
-    print("looked at", job.name, flush=True)
-    return Inspected()
+    note = Finding(rule="noop", severity="note", stage=job.name, evidence={}, advice="it was inspected")
+    return Inspected(findings=[note])
 
 STAGE = Stage(config=NoopConfig, run=run, version=1, torch=False, makes=lambda config: ("note",), check=check,
               preflight=preflight)
@@ -69,7 +69,8 @@ def test_a_kind_of_one_file_and_one_row_is_planned_checked_run_published_and_reu
         command = [sys.executable, str(SWITCHBACK), *arguments, "--registry", str(registry)]
         return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
-    assert switchback("check", str(recipe)).stdout.startswith(f"{recipe}: good; 1 stage: idle")
+    checked = switchback("check", str(recipe)).stdout
+    assert f"{recipe}: good; 1 stage: idle" in checked and "it was inspected" in checked
     run = ("run", str(recipe), "--no-prefect", "--only", "idle")
     first = switchback(*run)
     assert first.returncode == 0, first.stderr
@@ -78,8 +79,7 @@ def test_a_kind_of_one_file_and_one_row_is_planned_checked_run_published_and_reu
     planned = {step["step"]: step["action"] for step in json.loads(switchback("plan", str(recipe), "--json").stdout)}
     assert planned["idle"] == "reuse"
     assert switchback(*run).returncode == 0 and len(Registry(registry).artifacts("idle")) == 1
-    refused = switchback("plan", str(recipe), "--set", "stages.idle.text=")
-    assert refused.returncode == 2, refused.stderr
-    assert "unknown" not in refused.stderr and len(refused.stderr.splitlines()) == 1
+    refused = switchback("plan", str(recipe), "--set", "stages.idle.text=''")
+    assert refused.returncode == 2 and "stages.idle.text: found nothing after" in refused.stderr, refused.stderr
     unknown = switchback("plan", str(recipe), "--set", "stages.idle.kind=nop")
     assert "did you mean noop?" in unknown.stderr

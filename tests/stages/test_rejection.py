@@ -128,6 +128,8 @@ def test_a_stage_trains_on_the_control_by_its_name(harvested):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        ({"distill": {"data": "demonstrations:control"}}, "stages.distill.data: there is no demonstrations:control"),
+        ({"distill": {"data": "demonstrations:"}}, "stages.distill.data: found demonstrations:, but a stage trains on"),
         ({"distill": {"data": "harvest:control"}}, "stages.distill.data: there is no harvest:control; a rejection "
                                                    "stage with control: random makes one"),
         ({"distill": {"data": "harvest:rollouts"}}, "stages.distill.data: found harvest:rollouts, but a stage trains "
@@ -380,7 +382,7 @@ def test_each_row_is_told_by_whom_and_how_it_was_sampled():
 
 def test_a_reward_that_there_is_none_of_is_null_and_json(tmp_path):
     nothing = pool({"rewards": {"format": None}}, {"rewards": {"format": 0.25}})
-    told = [*dataset.told([nothing])]
+    told = [*dataset.selected([nothing])]
     assert [line["reward"] for line in told] == [None, 0.25]
     assert json.loads(json.dumps(told, allow_nan=False)) == told
     sampled = dataset.Sampled(None, {**HOW, "policy": "then"})

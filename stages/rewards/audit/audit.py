@@ -34,7 +34,7 @@ FILE = "audit.json"
 FIRST = 3
 """Answers that are tried before all are played."""
 KEPT = 0.02
-"""Score and reward share that gold may lose by a change that mends something; with touching events as overlaps, an
+"""Score and reward share that gold may lose by a change that fixes something; with touching events as overlaps, an
 optimal schedule earns .993."""
 Others = Iterable[tuple[str, Problem]]
 """(a `--set`, the problem with it)"""
@@ -95,7 +95,7 @@ def refuse_hanging(problem: Problem, asked: Sequence[Baseline]) -> None:
     if all(one.failure == "timeout" for one in problem.judge(first)):
         raise TooManyFailures(
             f"the problem's own code judged none of the first {len(first)}{' gold' if golds else ''} answers: "
-            f"{first_message(problem)}; mend it, or raise problem.time_limit"
+            f"{first_message(problem)}; fix it, or raise problem.time_limit"
         )
 
 

@@ -32,7 +32,7 @@ def constant(audited: Audited) -> Iterator[Finding]:
             audited,
             "constant",
             {"value": values[0], "answers": len(values)},
-            f"is {values[0]:g} for all {len(values)} answers, the best and the worst, so it teaches nothing; mend it "
+            f"is {values[0]:g} for all {len(values)} answers, the best and the worst, so it teaches nothing; fix it "
             f"or remove it",
         )
     weighted = {name for name, weight in audited.weights.items() if weight}
@@ -68,7 +68,7 @@ def absent(audited: Audited) -> Iterator[Finding]:
                 audited,
                 "absent",
                 {"answers": judged},
-                f"is None for all {judged} answers that were judged, so it pays nothing; mend when it applies, or "
+                f"is None for all {judged} answers that were judged, so it pays nothing; fix when it applies, or "
                 f"remove it",
             )
 

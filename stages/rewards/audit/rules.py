@@ -57,7 +57,7 @@ def gold(audited: Audited) -> Iterator[Finding]:
     stops = len(missed) > GOLD_MISSES * rows and len(missed) >= min(GOLD_ROWS, rows)
     advice = "look at what is odd about these rows"
     if stops:
-        advice = "training would lead away from the task: mend the reward, the score or the gold answers"
+        advice = "training would lead away from the task: fix the reward, the score or the gold answers"
     failed = ", ".join(f"{len(of_rows)} {what}" for what, of_rows in fails.items() if of_rows)
     yield Finding(
         rule="gold",
@@ -109,7 +109,7 @@ def gold_form(audited: Audited) -> Iterator[Finding]:
             audited,
             "gold_form",
             {"rows": float(malformed)},
-            f"{malformed} of {len(judged)} gold answers do not have the right form (well_formed); mend them, or what "
+            f"{malformed} of {len(judged)} gold answers do not have the right form (well_formed); fix them, or what "
             f"tells the form",
         )
 

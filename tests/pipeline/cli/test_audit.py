@@ -163,7 +163,7 @@ def test_a_reward_that_hangs_on_the_first_gold_answers_ends_the_audit(only_rl, w
     assert done.returncode == 1 and not list((tmp_path / "tmp").iterdir())
     assert done.stderr == (
         "switchback: rl1: the problem's own code judged none of the first 3 gold answers: no answer within 0.3 s; "
-        "mend it, or raise problem.time_limit\n"
+        "fix it, or raise problem.time_limit\n"
     )
 
 

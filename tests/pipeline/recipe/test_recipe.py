@@ -217,6 +217,19 @@ def test_bad_arguments_are_one_line(arguments, said, tmp_path):
     assert said in one_line(run_cli(*arguments, env={"SWITCHBACK_REGISTRY": str(tmp_path)}))
 
 
+@pytest.mark.parametrize("value", [0, "", [], {"wandb": "off"}])
+def test_anything_else_in_it_is_refused(value, settings, write, tmp_path):
+    settings["track"] = value
+    assert "track comes in a later version" in one_line(run_cli("plan", write(settings), "--registry", tmp_path / "r"))
+
+
+def test_a_setting_that_is_switched_off_does_not_make_another_recipe_of_it(settings):
+    """`dump` leaves out what is null, `save_every` with its default of 10m too."""
+    stage(settings, "rl1")["save_every"] = None
+    recipe = Recipe.model_validate(settings)
+    assert is_text_of(dump(recipe), recipe)
+
+
 LATER = {
     "track": ({"wandb": "offline"}, "recipe.yaml: track comes in a later version of switchback"),
     "stages.rl1.gate": ({"pass_rate": 0.2}, "stages.rl1: gate comes in a later version of switchback"),
@@ -239,6 +252,8 @@ def test_an_empty_field_of_a_later_version_is_dropped(settings):
     plain = Recipe.model_validate(settings)
     settings["track"] = {}
     stage(settings, "rl1")["gate"] = None
+    assert Recipe.model_validate(settings) == plain
+    settings["track"] = {"wandb": None}
     assert Recipe.model_validate(settings) == plain
     assert is_text_of(f"{dump(plain)}track: {{}}\n", plain) and not is_text_of("name: x\n", plain)
 

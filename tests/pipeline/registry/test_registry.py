@@ -278,7 +278,7 @@ def test_what_is_made_again_is_recovered_too(registry, tmp_path):
 
 
 def test_a_run_of_another_machine_that_is_silent_was_interrupted(registry):
-    run = runs.start(registry, "tiny", "recipe".__eq__, {"steps": [], "selection": {}})
+    run = runs.start(registry, "tiny", "recipe", {"steps": [], "selection": {}})
     event = registry.store.path(f"runs/{run}/events/000001.json")
     said = {**json.loads(event.read_text()), "host": "elsewhere"}
     event.write_text(json.dumps(said))
@@ -292,9 +292,17 @@ def test_a_run_of_another_machine_that_is_silent_was_interrupted(registry):
     )
 
 
+def test_an_unfinished_run_of_another_recipe_is_not_looked_at_any_further(registry):
+    """Its plan may be torn."""
+    run = runs.start(registry, "tiny", "another", {"steps": [], "selection": {}})
+    (registry.store.root / "runs" / run / "plan.json").write_text("{")
+    runs.record(registry, run, "stopped")
+    assert runs.unfinished(registry, "tiny", "recipe".__eq__, {}) is None
+
+
 def test_a_run_that_another_process_is_just_starting_is_none_to_go_on_with(registry):
     """Between its plan and its first event a run is no run yet; `switchback run` beside it must not stumble over it."""
-    before = runs.start(registry, "tiny", "recipe".__eq__, {"steps": [], "selection": {}})
+    before = runs.start(registry, "tiny", "recipe", {"steps": [], "selection": {}})
     runs.record(registry, before, "failed", message="a test")
     starting = "tiny-99990101-000000-0000"
     registry.store.put_new(f"runs/{starting}/plan.json", {"recipe": "tiny", "steps": [], "selection": {}})

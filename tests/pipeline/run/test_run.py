@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -13,12 +14,14 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.cli.show.progress import Progress
+from pipeline.launch.local import Launcher
 from pipeline.plan import plan
 from pipeline.recipe import recipe
-from pipeline.registry import Registry
+from pipeline.registry import Registry, runs
 from pipeline.run.execute import execute
+from pipeline.run.run import Run
 from stages.tokens import token_rows
-from tests.conftest import LEARNED, ROOT, SWITCHBACK, environment, run_cli, stage
+from tests.conftest import LEARNED, ROOT, SWITCHBACK, environment, run_alone, run_cli, stage
 
 POLICIES = ("warmup", "rl1", "distill", "rl2")
 NUMBER = r"\d+\.\d"
@@ -305,8 +308,29 @@ def test_work_in_progress_can_lie_on_another_disk(settings, write, tmp_path):
 def test_a_module_of_the_working_directory_is_not_taken_for_ours(settings, write, tmp_path):
     (tmp_path / "stages.py").write_text("raise SystemExit('not ours')")
     (tmp_path / "random.py").write_text("raise SystemExit('not ours')")
-    done = run_cli("run", write(settings), "--registry", "r", "--no-prefect", "--only", "warmup", cwd=tmp_path)
+    done = run_alone("run", write(settings), "--registry", "r", "--no-prefect", "--only", "warmup", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("ending", "state"), [(KeyboardInterrupt, "stopped"), (OSError, "failed")])
+def test_a_run_whose_end_is_interrupted_says_how_it_ended(ending, state, climbed, tmp_path):
+    """A signal may come while the launcher ends its processes."""
+    loaded = recipe.load(climbed[0])
+    place = Registry(Path(shutil.copytree(climbed[1], tmp_path / "r")))
+
+    class Interrupted(Run):
+        def __enter__(self) -> Run:
+            super().__enter__()
+            self.launcher = Interrupting()
+            return self
+
+    class Interrupting(Launcher):
+        def close(self) -> None:
+            raise ending
+
+    with pytest.raises(ending), Interrupted(loaded, plan.plan(loaded, place), place, Progress()) as run:
+        pass
+    assert runs.state(place, run.id) == state
 
 
 def test_two_runs_at_once_share_what_both_need(settings, write, tmp_path):

@@ -85,7 +85,7 @@ def _refuse_unjudged(found: dict[str, Any]) -> None:
     if sum(found["failures"].values()) == found["completions"]:
         raise Failed(
             f"score: none of the {found['completions']} completions could be judged; the first said: "
-            f"{found['first_failure']}; mend it and run again"
+            f"{found['first_failure']}; fix it and run again"
         )
 
 
