@@ -165,7 +165,8 @@ class StageConfig(Config):
     LATER: ClassVar[tuple[str, ...]] = ("gate",)
 
     name: str = execution(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$")
-    """What the box is called; other boxes refer to it, and its artifacts start with it. Renaming it re-runs nothing."""
+    """What the stage is called; other stages refer to it, and its artifacts start with it. Renaming it re-runs
+    nothing."""
     policy: str = resolved()
     """The policy to start from: `base`, or the name of an earlier stage that makes one."""
     replicate: int = resolved(0, ge=0, lt=100_000)

@@ -1,4 +1,4 @@
-"""The command line. One file per noun; each parses, calls, prints, exits. Imported by nobody.
+"""The command line. One file per noun; each parses, calls, prints, exits. No other folder imports it.
 
 Exit codes: 0 done, 1 a stage failed, 2 bad input, 3 stopped by an audit or a comparison, 130/143 signals. What went
 wrong is one line on stderr, never a traceback."""

@@ -28,13 +28,13 @@ class Planned(Frozen):
 
 
 class Selection(NamedTuple):
-    """Which boxes may be run; what they need must be there already."""
+    """Which stages may be run; what they need must be there already."""
 
     only: str | None = None
     start: str | None = None
-    """`--from`: this box and all after it."""
+    """`--from`: this stage and all after it."""
     until: str | None = None
-    """The last box."""
+    """The last stage."""
 
 
 ALL = Selection()
@@ -87,7 +87,7 @@ def described(one: Planned) -> dict[str, str | None]:
 
 
 def _chosen(recipe: Recipe, selection: Selection) -> set[str]:
-    """Names of the boxes that may run; `base` stands for its evaluation."""
+    """Names of the stages that may run; `base` stands for its evaluation."""
     names = [BASE, *(stage.name for stage in recipe.stages)]
     if selection.only and (selection.start or selection.until):
         raise BadInput("--only names one stage; --from and --until name a range; give one or the other")

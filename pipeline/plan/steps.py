@@ -44,7 +44,7 @@ class InputRef(Frozen):
 
 
 class Step(Frozen):
-    """One box: everything a job needs but the places, and its key."""
+    """One stage or evaluation: everything a job needs but the places, and its key."""
 
     name: str
     kind: str

@@ -127,7 +127,7 @@ class Recipe(Config):
     sampler: Sampler = identity("transformers")
     """What generates where rollouts are kept or judged: rejection, evaluate, probe. grpo has TRL's generation."""
     stages: Annotated[tuple[StageSettings, ...], FromList] = identity(min_length=1)
-    """The boxes, in order."""
+    """The stages, in order."""
     launch: Execution = execution(Execution())
     """Processes, threads, device."""
     work: Work = execution(Work())

@@ -16,7 +16,7 @@ from stages.stage import BASE
 
 
 class StageSummary(Frozen):
-    """One box of a run."""
+    """One stage of a run."""
 
     name: str
     kind: str
@@ -46,7 +46,7 @@ def summarise(registry: Registry, run: str, split: Split = "held_out") -> RunSum
     """Raises BadInput when there is no such run, or when a file of an evaluation is not what was published."""
     done = {event["step"]: event for event in runs.events(registry, run) if event["event"] == "step"}
     planned = runs.planned(registry, run)
-    boxes = [(step["step"], step["kind"]) for step in planned["steps"] if step["kind"] != EVALUATE]
+    stages_of_run = [(step["step"], step["kind"]) for step in planned["steps"] if step["kind"] != EVALUATE]
     base = StageSummary(
         name=BASE,
         kind=BASE,
@@ -56,7 +56,7 @@ def summarise(registry: Registry, run: str, split: Split = "held_out") -> RunSum
         seconds=0.0,
         evaluation=_evaluation(registry, BASE, done, split),
     )
-    stages = (base, *(_stage(registry, name, kind, done, split) for name, kind in boxes))
+    stages = (base, *(_stage(registry, name, kind, done, split) for name, kind in stages_of_run))
     return RunSummary(run=run, recipe=planned["recipe"], state=runs.state(registry, run), stages=stages)
 
 

@@ -1,4 +1,4 @@
-"""score: what completions in a file are worth, whoever sampled them."""
+"""score: outcomes, average score and rewards of completions in a file, from any model."""
 
 from __future__ import annotations
 

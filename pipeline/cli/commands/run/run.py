@@ -1,4 +1,4 @@
-"""run, resume: the whole climb, or a part of it; and on from where it was."""
+"""run, resume: a recipe from its first stage, a part of it, or on from where a run stopped."""
 
 from __future__ import annotations
 
