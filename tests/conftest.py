@@ -33,6 +33,11 @@ ROOT = Path(__file__).parent.parent
 TINY_BASE = ROOT / "configs" / "tiny-base"
 SWITCHBACK = Path(sys.executable).parent / "switchback"
 
+STARTED_WITH = frozenset(os.environ)
+"""Variables of the suite. Libraries that a test imports, and trainers that it runs here, set others."""
+SET_BY_TESTS = ("AWS_", "AZURE_", "GOOGLE_", "HF_", "HTTP", "http", "NO_PROXY", "no_proxy", "SOME_")
+"""How the names begin of those that tests set for the commands they start."""
+
 Settings = dict[str, Any]
 
 TINY: Settings = {
@@ -183,7 +188,11 @@ def environment(**more: str) -> dict[str, str]:
     """This process's, without what would point a test at somebody's registry or server, and without what a trainer
     that ran in this process left for the next one."""
     foreign = ("SWITCHBACK_", "PREFECT_", "ACCELERATE_")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(foreign) and (name in STARTED_WITH or name.startswith(SET_BY_TESTS))
+    }
     return {**kept, **more}
 
 

@@ -34,7 +34,7 @@ COMMAND = (
     "stages.problems.catalog",
 )
 """What a command and the jobs that need no TRL import, beside what a serving worker does."""
-AT_RUN_TIME = ("SWITCHBACK_", "PREFECT_", "AWS_", "TMPDIR", "PYTEST_", "TORCHINDUCTOR_")
+AT_RUN_TIME = ("SWITCHBACK_", "PREFECT_", "AWS_", "NO_PROXY", "TMPDIR", "PYTEST_", "TORCHINDUCTOR_")
 """How the names begin of the variables that are read when they are needed, and not while a library is imported."""
 
 
@@ -47,8 +47,12 @@ class Preloaded:
 
     def can(self, env: Mapping[str, str]) -> bool:
         """Whether nothing in this environment had to be there before the imports."""
+        return not self.too_late_for(env)
+
+    def too_late_for(self, env: Mapping[str, str]) -> set[str]:
+        """Variables of an environment that a library may have read at its import, and that were otherwise then."""
         differ = {name for name in self._env.keys() | env.keys() if self._env.get(name) != env.get(name)}
-        return all(name.startswith(AT_RUN_TIME) for name in differ)
+        return {name for name in differ if not name.startswith(AT_RUN_TIME)}
 
     def run(
         self, arguments: list[str], cwd: Path, env: Mapping[str, str], timeout: float
