@@ -35,7 +35,7 @@ SWITCHBACK = Path(sys.executable).parent / "switchback"
 
 STARTED_WITH = frozenset(os.environ)
 """Variables of the suite. Libraries that a test imports, and trainers that it runs here, set others."""
-SET_BY_TESTS = ("AWS_", "AZURE_", "GOOGLE_", "HF_", "HTTP", "http", "NO_PROXY", "no_proxy", "SOME_")
+SET_BY_TESTS = ("AWS_", "AZURE_", "GOOGLE_", "HF_", "HTTP", "http", "NO_PROXY", "no_proxy", "SOME_", "TEST_")
 """How the names begin of those that tests set for the commands they start."""
 
 Settings = dict[str, Any]
