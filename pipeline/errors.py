@@ -1,4 +1,4 @@
-"""Every exception of `pipeline`, beside BadInput of `stages.errors`, and the exit code each ends a command with.
+"""Every exception of `pipeline`, besides BadInput of `stages.errors`, and the exit code each ends a command with.
 
     BadInput 2    Failed 1    Refused 3    RunInterrupted 130    Terminated 143    any other exception 1
 

@@ -28,7 +28,7 @@ Earlier = Mapping[str, StageConfig]
 
 
 class Read(NamedTuple):
-    """Something that a stage reads beside its policy."""
+    """Something that a stage reads besides its policy."""
 
     role: str
     """Its name in the job's inputs."""
@@ -79,7 +79,7 @@ class Stage:
     makes: Callable[[Any], tuple[str, ...]] = lambda config: ()
     """The outputs that later stages may read."""
     reads: Callable[[Any], tuple[Read, ...]] = lambda config: ()
-    """What it reads beside its policy."""
+    """What it reads besides its policy."""
     rows: Callable[[Any, Earlier], str | None] = lambda config, earlier: None
     """The rows of the problem that it works on. None: none. Raises BadInput where the recipe does not say."""
     demonstrates: Callable[[Any], bool] = lambda config: False
@@ -97,7 +97,7 @@ class Stage:
     check: Callable[[Any, Earlier, int], None] = lambda config, earlier, seed: None
     """Raises BadInput for what cannot work, as far as Configs tell. `seed` is the recipe's."""
     ranges: Callable[[Any], Mapping[str, RowRange]] = lambda config: {}
-    """Rows that it works on beside the job's: the recipe's field -> range."""
+    """Rows that it works on besides the job's: the recipe's field -> range."""
     preflight: Callable[[Job, Any, PreTrainedTokenizerBase, str], Inspected] | None = None
     """Reads its rows with the tokenizer, before anything is trained: (job, config, tokenizer, path of the policy).
     Raises BadInput. None: only the problem's rows are looked at."""
