@@ -34,7 +34,7 @@ COMMAND = (
     "stages.problems.catalog",
 )
 """What a command and the jobs that need no TRL import, beside what a serving worker does."""
-AT_RUN_TIME = ("SWITCHBACK_", "PREFECT_", "AWS_", "NO_PROXY", "TMPDIR", "PYTEST_", "TORCHINDUCTOR_")
+AT_RUN_TIME = ("SWITCHBACK_", "PREFECT_", "AWS_", "NO_PROXY", "no_proxy", "TMPDIR", "PYTEST_", "TORCHINDUCTOR_")
 """How the names begin of the variables that are read when they are needed, and not while a library is imported."""
 
 

@@ -56,18 +56,35 @@ def own_server(home: Path) -> Iterator[None]:
     home.mkdir(parents=True, exist_ok=True)
     port = _free_port()
     url = f"http://127.0.0.1:{port}/api"
-    os.environ.update({**SETTINGS, "PREFECT_HOME": str(home), API_URL: url})
-    for name in ("NO_PROXY", "no_proxy"):  # Prefect's client reads them
-        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1"]))
-    with (home / "server.log").open("w") as log:
-        server = _start(port, log.fileno())
+    with _environment({**SETTINGS, "PREFECT_HOME": str(home), API_URL: url, **_no_proxy()}):
+        with (home / "server.log").open("w") as log:
+            server = _start(port, log.fileno())
+        try:
+            _wait_until_healthy(server, url, home / "server.log")
+            yield
+        finally:
+            server.kill()
+            server.wait()
+
+
+def _no_proxy() -> dict[str, str]:
+    """The variables that keep Prefect's client from asking a proxy for 127.0.0.1."""
+    return {name: ",".join(filter(None, [os.environ.get(name), "127.0.0.1"])) for name in ("NO_PROXY", "no_proxy")}
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Set variables of this process inside the block, and give it its own back afterwards."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
-        _wait_until_healthy(server, url, home / "server.log")
         yield
     finally:
-        server.kill()
-        server.wait()
-        del os.environ[API_URL]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _start(port: int, log: int) -> subprocess.Popen[bytes]:

@@ -28,8 +28,6 @@ def server(tmp_path_factory):
             patch.delenv(name, raising=False)
         with own_server(tmp_path_factory.mktemp("prefect")):
             yield os.environ[API_URL]
-        for name in ("PREFECT_HOME", *SETTINGS):
-            os.environ.pop(name, None)
 
 
 def ask(server: str, what: str, **body):
@@ -129,13 +127,11 @@ def test_its_own_server_listens_on_loopback_alone_and_is_gone_afterwards(tmp_pat
     monkeypatch.delenv(API_URL, raising=False)
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    for name in ("NO_PROXY", "no_proxy", "PREFECT_HOME", *SETTINGS):
-        monkeypatch.setenv(name, "")
-    before = descendants(os.getpid())
+    processes, variables = descendants(os.getpid()), dict(os.environ)
     with own_server(tmp_path):
-        (pid,) = descendants(os.getpid()) - before
+        (pid,) = descendants(os.getpid()) - processes
         assert listening(pid) == {"0100007F"}
-    assert pid not in descendants(os.getpid()) and API_URL not in os.environ
+    assert pid not in descendants(os.getpid()) and dict(os.environ) == variables
 
 
 def test_a_server_of_its_own_keeps_its_history(settings, write, tmp_path):
