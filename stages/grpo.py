@@ -170,7 +170,7 @@ def run(job: Job) -> Result:
     assert job.format is not None and job.problem is not None, "the plan gives grpo both"
     set_seed(job.seed)
     tokenizer = models.load_tokenizer(models.local_path(job.inputs["policy"]), job.format)
-    problem, log = catalog.load(job.problem), Path(job.out, ROLLOUTS)
+    problem, log = catalog.load(job.problem, job.copies), Path(job.out, ROLLOUTS)
     trainer, model = _trainer(job, config, tokenizer, problem, log)
     checkpoint = resume.find(trainer, job, config)
     if ranks.first():

@@ -146,6 +146,8 @@ class Job(Frozen):
     """Role -> absolute path."""
     sources: dict[str, str] = Field(default_factory=dict)
     """Role -> id of the artifact, or where else it is from: what is told of an input in what is made from it."""
+    copies: dict[str, str] = Field(default_factory=dict)
+    """Absolute path of a user's file -> that of the copy which is read in its place."""
     work: str
     """The step's own directory: job, lock, logs, result."""
     out: str

@@ -139,7 +139,7 @@ def run(job: Job) -> Result:
 
     config, out = RejectionConfig.model_validate(job.config), Path(job.out)
     assert job.rows is not None and job.problem is not None, "the plan gives rejection both"
-    problem = catalog.load(job.problem)
+    problem = catalog.load(job.problem, job.copies)
     sampled_rows = catalog.rows(problem, job.rows)
     fresh = _fresh(job, config, sampled_rows) if config.source != "training" else {}
     if not ranks.first():

@@ -106,12 +106,21 @@ class TrainingConfig(StageConfig):
         for name, value in self.trl.items():
             if name in refused:
                 raise ValueError(f"trl.{name}: {refused[name]}")
+            if name in MAPPINGS and isinstance(value, str):
+                raise ValueError(
+                    f"trl.{name}: found {value!r}, expected a mapping, since no key knows what a file holds. Fix: "
+                    "write the mapping out"
+                )
             if not _is_json(value):
                 raise ValueError(
                     f"trl.{name}: found {value!r}, expected a number, a string, true, false, null, or lists and "
                     f"mappings of them"
                 )
         return self
+
+
+MAPPINGS = ("accelerator_config", "deepspeed", "fsdp_config")
+"""Settings that the Trainer also takes as the path of a JSON file."""
 
 
 def _is_json(value: Any) -> bool:

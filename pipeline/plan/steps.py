@@ -5,15 +5,18 @@ digests of files are read: no tokenizer, no problem, no user code."""
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.plan import user_files
 from pipeline.plan.digest_cache import digest_once
+from pipeline.plan.user_files import Digest, UserFile
 from pipeline.recipe import formats
 from pipeline.recipe.recipe import Box, DatasetProblem, FileProblem, ProblemSettings, Recipe
 from pipeline.registry import Registry
 from pipeline.registry.aliases import resolve
-from pipeline.registry.keys import Payload, digest_file, digest_model, key_of
+from pipeline.registry.keys import Payload, digest_model, key_of
 from stages.config import Config, Frozen, identity_values
 from stages.errors import BadInput
 from stages.evaluate import EVALUATE, EvaluateConfig
@@ -50,6 +53,8 @@ class Step(Frozen):
     kind: str
     config: Config
     inputs: dict[str, InputRef]
+    files: tuple[UserFile, ...]
+    """The user's files that it reads, with the digests that are in its key."""
     problem: dict[str, Any] | None
     rows: RowRange | None
     format: Format
@@ -86,25 +91,43 @@ class Base(NamedTuple):
 
 def steps(recipe: Recipe, registry: Registry, base: Base | None = None) -> list[Step]:
     """The recipe's steps in order, evaluations included. `base` spares digesting the base model again."""
+    digest = cache(digest_once)
     base = base or base_of(recipe, registry)
+    plan = _Plan(recipe, base, digest, user_files.of_problem(recipe.problem, digest))
     format = formats.of_base(recipe.format, base.format)
     made: dict[str, Step] = {}
-    ordered = [_evaluation(recipe, base, format, base.ref, BASE)]
+    ordered = [_evaluation(plan, format, base.ref, BASE)]
     for stage in recipe.stages:
-        step = made[stage.name] = _step(recipe, base, format, stage, made)
+        step = made[stage.name] = _step(plan, format, stage, made)
         ordered.append(step)
         if step.makes_policy:
-            ordered.append(_evaluation(recipe, base, step.format, _output(step, "policy"), step.name))
+            ordered.append(_evaluation(plan, step.format, _output(step, "policy"), step.name))
     return ordered
 
 
-def _step(recipe: Recipe, base: Base, base_format: Format, stage: Box, made: dict[str, Step]) -> Step:
+class _Plan(NamedTuple):
+    """The same for all steps of a recipe."""
+
+    recipe: Recipe
+    base: Base
+    digest: Digest
+    """Of a user's file; every file is hashed once."""
+    of_problem: tuple[UserFile, ...]
+    """The files that the problem is made of."""
+
+
+def _step(plan: _Plan, base_format: Format, stage: Box, made: dict[str, Step]) -> Step:
     """One stage of the recipe; `base_format` is the base's Format."""
-    kind = STAGES[stage.kind]
+    recipe, kind = plan.recipe, STAGES[stage.kind]
     policy = None if stage.policy == BASE else made[stage.policy]
-    inputs = {"policy": _output(policy, "policy") if policy else base.ref}
+    inputs = {"policy": _output(policy, "policy") if policy else plan.base.ref}
+    files: list[UserFile] = []
     for read in kind.reads(stage):
-        inputs[read.role] = _output(made[read.source], read.output) if read.output else _file(read.source)
+        if read.output:
+            inputs[read.role] = _output(made[read.source], read.output)
+        else:
+            files.append(user_files.of_rows(read.source, plan.digest))
+            inputs[read.role] = _file(files[-1])
     maker = made.get(inputs["data"].step or "") if "data" in inputs else None
     data = (maker.name, maker.format) if maker else None
     format = formats.of_stage(stage.name, stage.format, policy.format if policy else base_format, data)
@@ -113,20 +136,22 @@ def _step(recipe: Recipe, base: Base, base_format: Format, stage: Box, made: dic
         kind=stage.kind,
         config=stage,
         inputs=inputs,
+        files=files,
         problem=None if "data" in inputs else recipe.problem,
         rows=parse_rows(rows, recipe.seed) if rows else None,
         format=format,
         seed=recipe.seed,
         replicate=stage.replicate,
     )
-    return _planned(stage.name, work, recipe, base, stage.deadline)
+    return _planned(stage.name, work, plan, stage.deadline)
 
 
-def _evaluation(recipe: Recipe, base: Base, format: Format, policy: InputRef, of: str) -> Step:
+def _evaluation(plan: _Plan, format: Format, policy: InputRef, of: str) -> Step:
     """The evaluate step of a policy."""
+    recipe = plan.recipe
     config = EvaluateConfig(**dict(recipe.evaluate), validation=recipe.validation)
-    work = _Work(EVALUATE, config, {"policy": policy}, recipe.problem, None, format, EVALUATION_SEED, 0)
-    return _planned(f"{of}.{EVALUATE}", work, recipe, base, None)
+    work = _Work(EVALUATE, config, {"policy": policy}, [], recipe.problem, None, format, EVALUATION_SEED, 0)
+    return _planned(f"{of}.{EVALUATE}", work, plan, None)
 
 
 class _Work(NamedTuple):
@@ -135,6 +160,8 @@ class _Work(NamedTuple):
     kind: str
     config: Config
     inputs: dict[str, InputRef]
+    files: list[UserFile]
+    """Of rows; those of the problem come to them."""
     problem: ProblemSettings | None
     rows: RowRange | None
     format: Format
@@ -143,13 +170,14 @@ class _Work(NamedTuple):
     replicate: int
 
 
-def _planned(name: str, work: _Work, recipe: Recipe, base: Base, deadline: float | None) -> Step:
-    payload = _payload(work, base, recipe.sampler)
+def _planned(name: str, work: _Work, plan: _Plan, deadline: float | None) -> Step:
+    recipe, payload = plan.recipe, _payload(work, plan)
     return Step(
         name=name,
         kind=work.kind,
         config=work.config,
         inputs=work.inputs,
+        files=(*work.files, *(plan.of_problem if work.problem else ())),
         problem=work.problem.model_dump(mode="json") if work.problem else None,
         rows=work.rows,
         format=work.format,
@@ -163,16 +191,16 @@ def _planned(name: str, work: _Work, recipe: Recipe, base: Base, deadline: float
     )
 
 
-def _payload(work: _Work, base: Base, sampler: Sampler) -> Payload:
+def _payload(work: _Work, plan: _Plan) -> Payload:
     """Everything that decides what the step makes."""
-    kind = STAGES[work.kind]
+    kind, base, sampler = STAGES[work.kind], plan.base, plan.recipe.sampler
     return {
         "kind": work.kind,
         "version": kind.version,
         "config": identity_values(work.config),
         "inputs": {role: {"key": ref.key, "output": ref.output} for role, ref in work.inputs.items()},
         "model": base.settings if kind.trains else {"dtype": base.settings["dtype"]},
-        "problem": _problem_identity(work.problem) if work.problem else None,
+        "problem": _problem_identity(work.problem, plan.digest) if work.problem else None,
         "rows": work.rows.model_dump() if work.rows else None,
         "format": formats.identity(work.format),
         "sampler": sampler if kind.samples(work.config) else None,
@@ -209,27 +237,30 @@ def base_of(recipe: Recipe, registry: Registry) -> Base:
     return Base(ref, settings, formats.carried_by(path))
 
 
-def _problem_identity(problem: ProblemSettings) -> Payload:
+def _problem_identity(problem: ProblemSettings, digest: Digest) -> Payload:
     """A built-in problem by name, version and settings; user code and local data by the digest of their bytes."""
     if isinstance(problem, FileProblem):
-        return {"file": digest_file(Path(problem.file)), **identity_values(problem)}
+        code = {"file": digest(Path(problem.file).absolute()), **user_files.modules_identity(problem.file, digest)}
+        return {**code, **identity_values(problem), **user_files.opened_identity(problem, digest)}
     if isinstance(problem, DatasetProblem):
-        rewards = [{**identity_values(reward), "name": _reward_identity(reward)} for reward in problem.components]
-        dataset = digest_file(Path(problem.dataset)) if problem.is_file else problem.dataset
-        return {"dataset": dataset, **identity_values(problem), "rewards": rewards}
+        rewards = [_reward_identity(reward, digest) for reward in problem.components]
+        dataset = digest(Path(problem.dataset).absolute()) if problem.is_file else problem.dataset
+        identity = {"dataset": dataset, **identity_values(problem), "rewards": rewards}
+        return {**identity, **user_files.opened_identity(problem, digest)}
     return {"version": PROBLEMS[problem.name].version, **identity_values(problem)}
 
 
-def _reward_identity(reward: RewardSettings) -> str:
-    """TRL's own by the name they have there; a user's by the bytes of its file."""
-    if reward.file:
-        return f"{digest_file(Path(reward.file))}:{reward.component}"
-    return ALIASES.get(reward.name, reward.name)
+def _reward_identity(reward: RewardSettings, digest: Digest) -> Payload:
+    """TRL's own by the name they have there; a user's by the bytes of its file and of its local modules."""
+    if not reward.file:
+        return {**identity_values(reward), "name": ALIASES.get(reward.name, reward.name)}
+    name = f"{digest(Path(reward.file).absolute())}:{reward.component}"
+    return {**identity_values(reward), "name": name, **user_files.modules_identity(reward.file, digest)}
 
 
-def _file(path: str) -> InputRef:
+def _file(file: UserFile) -> InputRef:
     """A file of rows."""
-    return InputRef(step=None, output="rows", key=digest_file(Path(path)), source=str(Path(path).absolute()))
+    return InputRef(step=None, output="rows", key=file.sha256, source=str(file.path))
 
 
 def _output(step: Step, output: str) -> InputRef:

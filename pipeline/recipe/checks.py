@@ -19,6 +19,8 @@ from stages.errors import BadInput
 from stages.kinds import STAGES
 from stages.stage import BASE, ROWS
 
+ADAPTER = "adapter_config.json"
+"""What makes `from_pretrained` load another model first, and its digest would not know that one."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 """What a dataset on the hub is called; what has such a name and is a path here is none."""
 
@@ -79,11 +81,8 @@ def _batch_divides(stage: Box, recipe: Recipe) -> None:
 
 
 def _files(recipe: Recipe) -> None:
-    if recipe.model.path and not Path(recipe.model.path, "config.json").is_file():
-        raise BadInput(
-            f"model.path: {recipe.model.path} holds no config.json; expected a model directory (paths count from "
-            f"{Path.cwd()})"
-        )
+    if recipe.model.path:
+        _model(Path(recipe.model.path))
     for where, settings in _formats(recipe):
         try:
             prompts.load(settings.prompt or "plain")
@@ -95,13 +94,34 @@ def _files(recipe: Recipe) -> None:
         for read in STAGES[stage.kind].reads(stage):
             if read.output is None:
                 _is_file(f"stages.{stage.name}.{read.field}", read.source)
-    if isinstance(recipe.problem, FileProblem):
-        _is_file("problem.file", recipe.problem.file)
-    if isinstance(recipe.problem, DatasetProblem):
-        _dataset(recipe, recipe.problem)
+    _problem(recipe)
     if recipe.launch.accelerate:
         _is_file("launch.accelerate", recipe.launch.accelerate)
         _processes_agree(recipe.launch.processes, Path(recipe.launch.accelerate))
+
+
+def _model(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise BadInput(
+            f"model.path: {path} holds no config.json; expected a model directory (paths count from {Path.cwd()})"
+        )
+    if (path / ADAPTER).is_file():
+        raise BadInput(
+            f"model.path: {path} is an adapter (found {ADAPTER}), which names another model. Fix: merge it into that "
+            "model, and give the merged one"
+        )
+
+
+def _problem(recipe: Recipe) -> None:
+    """The files of a problem of the user's own."""
+    problem = recipe.problem
+    if isinstance(problem, FileProblem):
+        _is_file("problem.file", problem.file)
+    if isinstance(problem, DatasetProblem):
+        _dataset(recipe, problem)
+    for path in problem.files if isinstance(problem, (FileProblem, DatasetProblem)) else ():
+        if not Path(path).exists():
+            raise BadInput(f"problem.files: {path} is not there (paths count from {Path.cwd()})")
 
 
 def _dataset(recipe: Recipe, problem: DatasetProblem) -> None:

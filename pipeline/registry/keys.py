@@ -11,9 +11,10 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from stages.errors import BadInput
 from stages.runtime.disk import digest_file
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*.jinja")
@@ -42,9 +43,27 @@ def abbreviated(text: str) -> str:
 
 
 def digest_model(directory: Path, digest: Callable[[Path], str] = digest_file) -> str:
-    """SHA-256 of the names and bytes of a model's files. `digest` gives the SHA-256 of a file's bytes."""
-    files = sorted({path for pattern in MODEL_FILES for path in directory.glob(pattern) if path.is_file()})
-    return key_of({str(path.relative_to(directory)): digest(path) for path in files})
+    """SHA-256 of the names and bytes of a model's files, those that an index of shards names included. `digest` gives
+    the SHA-256 of a file's bytes. Raises BadInput for an index that leads out of the directory, or to no file."""
+    files = {path for pattern in MODEL_FILES for path in directory.glob(pattern) if path.is_file()}
+    for index in directory.glob("*.index.json"):
+        files |= set(_shards(index))
+    return key_of({str(path.relative_to(directory)): digest(path) for path in sorted(files)})
+
+
+def _shards(index: Path) -> Iterator[Path]:
+    """The files that an index of shards names."""
+    try:
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{index}: found no weight_map ({type(error).__name__}). Fix: save the model again") from None
+    for name in sorted(map(str, names)):
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise BadInput(f"{index}: found the shard {name!r}, expected one below {index.parent}. Fix: move it there")
+        if not (index.parent / path).is_file():
+            raise BadInput(f"{index}: the shard {name!r} is not there. Fix: copy it, or save the model again")
+        yield index.parent / path
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -10,7 +10,7 @@ from pipeline.plan.steps import InputRef, Step
 from pipeline.registry import Artifact, Registry, Source
 from pipeline.registry.workdir import work_root
 from stages.job import Execution, Job
-from stages.runtime.workdir import directory_name
+from stages.runtime.workdir import NO_COPIES, Copies, directory_name
 
 
 def sources_of(step: Step, made: Mapping[str, Artifact], registry: Registry) -> dict[str, Source]:
@@ -31,7 +31,13 @@ def _artifact(ref: InputRef, made: Mapping[str, Artifact], registry: Registry) -
     return registry.open(ref.artifact) if ref.artifact else None
 
 
-def job_of(step: Step, made: Mapping[str, Artifact], registry: Registry, execution: Execution) -> Job:
+def job_of(
+    step: Step,
+    made: Mapping[str, Artifact],
+    registry: Registry,
+    execution: Execution,
+    copies: Copies = NO_COPIES,
+) -> Job:
     """The step as marching orders, with places filled in."""
     work = work_of(step, registry)
     inputs = {role: place_of(ref, made, registry) for role, ref in step.inputs.items()}
@@ -41,6 +47,7 @@ def job_of(step: Step, made: Mapping[str, Artifact], registry: Registry, executi
         config=step.config.model_dump(mode="json"),
         inputs=inputs,
         sources={role: _public_name(source) for role, source in sources_of(step, made, registry).items()},
+        copies=dict(copies),
         work=str(work),
         out=str(work / "out"),
         problem=step.problem,

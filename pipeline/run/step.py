@@ -6,7 +6,7 @@ the same step always finds its own place; what is published leaves it by a renam
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from pipeline.registry.workdir import alone
 from pipeline.run.job import job_of, sources_of, work_of
 from pipeline.run.mirror import forget, mirrored
 from pipeline.run.run import Run
+from pipeline.run.user_files import as_planned, with_commit
 from stages.job import Finding, Job, Result
 from stages.runtime import checkpoints
 from stages.runtime.metrics import FILE as METRICS
@@ -72,25 +73,40 @@ def _run_and_publish(planned: Planned, work: Path, run: Run) -> Published:
     step = planned.step
     sources = sources_of(step, run.made, run.registry)
     refuse_damaged(step, sources, run.registry)
-    job = job_of(step, run.made, run.registry, run.execution)
     run.observer.started(step, planned.why)
 
     def say(text: str) -> None:
         run.say(step, text)
 
+    def drop_checkpoints(why: str) -> None:
+        say(f"its checkpoints are removed: {why}")
+        _clear(work, run, say)
+
+    with as_planned(step, work, drop_checkpoints) as copies:
+        job = job_of(step, run.made, run.registry, run.execution, copies)
+        result = with_commit(step, _launched(step, job, work, run, say), run.made)
+    for finding in result.findings:
+        run.observer.found(finding)
+    published = publish(step, job, result, sources, run)
+    _clear(work, run, say)
+    return published
+
+
+def _launched(step: Step, job: Job, work: Path, run: Run, say: Callable[[str], None]) -> Result:
+    """The job, run to its end, with a copy of its checkpoints in the mirror."""
     with mirrored(run.mirror, work.name, work, job.execution.grace, say) as look:
 
         def tick() -> None:
             look()
             run.beat(step)
 
-        result = run.launcher.launch(job, step.deadline, lambda line: run.observer.logged(step, line), say, tick)
-    for finding in result.findings:
-        run.observer.found(finding)
-    published = publish(step, job, result, sources, run)
+        return run.launcher.launch(job, step.deadline, lambda line: run.observer.logged(step, line), say, tick)
+
+
+def _clear(work: Path, run: Run, say: Callable[[str], None]) -> None:
+    """Remove the step's checkpoints, here and in the mirror."""
     checkpoints.clear(work)
     forget(run.mirror, work.name, say)
-    return published
 
 
 def _held(step: Step, run: Run) -> Artifact | None:

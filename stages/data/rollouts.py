@@ -168,4 +168,4 @@ def player(job: Job) -> Player:
     tokenizer = models.load_tokenizer(path, job.format)
     engine = backends.opened(job, path, tokenizer)
     chunks = Chunks(Path(job.work), job.inputs["policy"])
-    return Player(engine, tokenizer, job.format, catalog.load(job.problem), job.seed, chunks)
+    return Player(engine, tokenizer, job.format, catalog.load(job.problem, job.copies), job.seed, chunks)

@@ -23,6 +23,7 @@ from stages.errors import BadInput
 from stages.job import Format, Job
 from stages.problems import catalog
 from stages.problems.files import refuse_half_pairs
+from stages.runtime.workdir import NO_COPIES, Copies, place
 from stages.tokens import chat, prefix, token_rows
 from stages.tokens.token_rows import TokenRow
 
@@ -63,7 +64,7 @@ def own(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase) -> list[To
         _made_for(job, tokenizer, token_rows.read_card(Path(source)))
         rows = token_rows.read(Path(source))
     else:
-        rows = conversations(Path(source), format, tokenizer)
+        rows = conversations(Path(source), format, tokenizer, job.copies)
     if not rows:
         raise BadInput(
             f"{job.name}: its data has no rows ({source or 'demonstrations'}); if a rejection stage kept none, lower "
@@ -76,7 +77,7 @@ def general(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase, mixed:
     """The general rows that go with `own` rows of the stage; only those that are drawn are read. Raises BadInput as
     `load` does."""
     path = Path(job.inputs["mix"])
-    lines = mix.drawn(job.name, _lines(path), own, mixed.share, job.seed)
+    lines = mix.drawn(job.name, _lines(path, job.copies), own, mixed.share, job.seed)
     return _general(path, sorted(lines), format, tokenizer)
 
 
@@ -86,7 +87,8 @@ def general_of_steps(
     """The rows that so many steps take, in the order in which they are drawn. Raises BadInput for too few, for a row
     that cannot be read, and for one with nothing to train."""
     path = Path(job.inputs["mix"])
-    rows = _general(path, mix.drawn_by_steps(job.name, _lines(path), a_step, steps, job.seed), format, tokenizer)
+    drawn = mix.drawn_by_steps(job.name, _lines(path, job.copies), a_step, steps, job.seed)
+    rows = _general(path, drawn, format, tokenizer)
     for row in rows:
         if token_rows.COMPLETION not in row.roles[1:]:
             raise BadInput(
@@ -99,7 +101,7 @@ def look_at_general(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase
     """For a stage whose own rows are not there yet: raise BadInput where the row that every share draws cannot be
     used, or there is none."""
     path = Path(job.inputs["mix"])
-    if not (lines := _lines(path)):
+    if not (lines := _lines(path, job.copies)):
         raise BadInput(f"stages.{job.name}.mix: {path} has no rows; add rows, or remove mix")
     _general(path, mix.order(lines, job.seed)[:1], format, tokenizer)
 
@@ -130,7 +132,7 @@ def _made_for(job: Job, tokenizer: PreTrainedTokenizerBase, card: dict[str, Any]
 def demonstrations(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:
     """The problem's demonstrations of the job's rows."""
     assert job.problem is not None and job.rows is not None, "the plan gives demonstrations a problem and rows"
-    problem = catalog.load(job.problem)
+    problem = catalog.load(job.problem, job.copies)
     rows = catalog.rows(problem, job.rows)
     rng = random.Random(f"demonstrations-{job.rows.seed}")
     texts = [problem.demonstration(row, rng) for row in rows]
@@ -141,14 +143,16 @@ def demonstrations(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase)
     return made
 
 
-def conversations(path: Path, format: Format, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:
+def conversations(
+    path: Path, format: Format, tokenizer: PreTrainedTokenizerBase, copies: Copies = NO_COPIES
+) -> list[TokenRow]:
     """The rows of a file, identified by their line. Raises BadInput with the line that cannot be used."""
-    return _rendered(path, _lines(path), format, tokenizer)
+    return _rendered(path, _lines(path, copies), format, tokenizer)
 
 
-def _lines(path: Path) -> list[Line]:
+def _lines(path: Path, copies: Copies) -> list[Line]:
     """The lines that hold something. Split there and nowhere else: a JSON string may hold other ends of lines."""
-    return [(number, line) for number, line in enumerate(_text(path).split("\n"), start=1) if line.strip()]
+    return [(number, line) for number, line in enumerate(_text(path, copies).split("\n"), start=1) if line.strip()]
 
 
 def _rendered(path: Path, lines: Sequence[Line], format: Format, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:
@@ -162,9 +166,9 @@ def _rendered(path: Path, lines: Sequence[Line], format: Format, tokenizer: PreT
     return rows
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, copies: Copies) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return place(path, copies).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 

@@ -46,6 +46,8 @@ FEWEST = 100
 """Failures are a share of at least so many answers, so that one bad answer of ten stops nothing."""
 SWEEPS = 20
 """How often what a call left behind is looked for, where it forks while it is killed."""
+REFUSED = "refused"
+"""The failure of code that cannot be used at all (`CodeRefused`). It costs no answer but stops the stage."""
 LOAD = -1
 """The number of a worker's first request: import the user's code."""
 
@@ -146,7 +148,8 @@ class Guard:
             self._workers.append(_Worker(self.target, self.spec, self.limits.import_seconds))
 
     def _turn(self, waiting: deque[int], replies: dict[int, Reply]) -> list[int]:
-        """Wait for something to happen; returns the payloads that were answered."""
+        """Wait for something to happen; returns the payloads that were answered. Raises BadInput where user code is
+        refused, whatever it answered."""
         _wait(self._workers)
         answered: list[int] = []
         for worker in list(self._workers):
@@ -158,6 +161,9 @@ class Guard:
             for i, reply in found:
                 if i == LOAD:
                     self._loaded(reply)
+                elif reply.failure == REFUSED:
+                    _end(self._workers)
+                    raise BadInput(reply.message)
                 else:
                     replies[i] = reply
                     answered.append(i)
@@ -190,7 +196,7 @@ def replies_in_order(replies: dict[int, Reply]) -> list[Reply]:
 
 
 def _import_failed(name: str, reply: Reply, seconds: float) -> str:
-    if reply.failure == "refused":
+    if reply.failure == REFUSED:
         return reply.message
     if reply.failure == "timeout":
         return f"{name}: its import did not end within {seconds:g} s; let it do less while it is imported"

@@ -45,7 +45,8 @@ def prompts_with_prefix(
         found.append((str(tokenizer.decode(row.ids[:first])), start))
     if job.problem is not None and job.rows is not None and not sft_rows:
         range = job.rows.model_copy(update={"stop": min(job.rows.stop, job.rows.start + LOOKED_AT)})
-        conversations = [(prefix.messages(format, row), row) for row in catalog.rows(catalog.load(job.problem), range)]
+        problem = catalog.load(job.problem, job.copies)
+        conversations = [(prefix.messages(format, row), row) for row in catalog.rows(problem, range)]
         if len(conversations) > 1 and all(turns == conversations[0][0] for turns, _ in conversations):
             raise BadInput(
                 f"{job.name}: the prompt {format.prompt} says the same for every row; let its user template hold "

@@ -52,7 +52,7 @@ def look_at(job: Job, policy_is_there: bool = True) -> list[Finding]:
     stage = STAGES[job.kind]
     config = stage.config.model_validate(job.config)
     if job.problem is not None:
-        _problem(job, config, catalog.load(job.problem))
+        _problem(job, config, catalog.load(job.problem, job.copies))
     if stage.preflight is None:
         return []
     assert job.format is not None, "the plan gives every stage a Format"

@@ -43,7 +43,7 @@ def run(job: Job) -> Result:
     from stages.problems import catalog, files
 
     assert job.problem is not None, "whoever asks for a score names a problem"
-    problem = catalog.load(job.problem)
+    problem = catalog.load(job.problem, job.copies)
     rows = files.rows(problem, Path(job.inputs["rows"]))
     answered = files.answers(Path(job.inputs["completions"]), rows)
     judgements = problem.judge([answer for _, answer in answered])

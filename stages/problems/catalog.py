@@ -19,6 +19,7 @@ from stages.problems.base import Problem, Row
 from stages.problems.countdown.problem import Countdown, CountdownSettings
 from stages.problems.custom.settings import DatasetProblem, FileProblem
 from stages.problems.scheduling.problem import Scheduling, SchedulingSettings
+from stages.runtime.workdir import NO_COPIES, Copies
 
 BuiltInSettings = Annotated[SchedulingSettings | ArithmeticSettings | CountdownSettings, Field(discriminator="name")]
 
@@ -48,17 +49,18 @@ def settings_of(problem: dict[str, Any]) -> Config:
     return PROBLEMS[problem["name"]].settings.model_validate(problem)
 
 
-def load(problem: dict[str, Any]) -> Problem:
-    """The problem that a recipe's `problem` names. Runs no user code yet."""
+def load(problem: dict[str, Any], copies: Copies = NO_COPIES) -> Problem:
+    """The problem that a recipe's `problem` names; the user's files are read from their copies. Runs no user code
+    yet."""
     settings = settings_of(problem)
     if isinstance(settings, FileProblem):
         from stages.problems.custom.python_file import OwnFile
 
-        return OwnFile(settings)
+        return OwnFile(settings, copies)
     if isinstance(settings, DatasetProblem):
         from stages.problems.custom.dataset import Dataset
 
-        return Dataset(settings)
+        return Dataset(settings, copies)
     arguments = {name: getattr(settings, name) for name in type(settings).model_fields if name != "name"}
     return PROBLEMS[problem["name"]].make(**arguments)
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from stages.errors import BadInput
 from stages.problems.base import Answer, Problem, Row
+from stages.runtime.workdir import NO_COPIES, Copies, place
 
 
 class Line(NamedTuple):
@@ -22,10 +23,10 @@ class Line(NamedTuple):
     columns: dict[str, Any]
 
 
-def lines(path: Path) -> Iterator[Line]:
-    """The objects of a file. Raises BadInput for what is none, and for an empty file."""
+def lines(path: Path, copies: Copies = NO_COPIES) -> Iterator[Line]:
+    """The objects of a file, or of its copy. Raises BadInput for what is none, and for an empty file."""
     try:
-        text = path.read_text(encoding="utf-8").removesuffix("\n")
+        text = place(path, copies).read_text(encoding="utf-8").removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} cannot be read as text: {getattr(error, 'strerror', None) or error}") from None
     if not text:
@@ -36,10 +37,10 @@ def lines(path: Path) -> Iterator[Line]:
         yield Line(where, _object(line, where))
 
 
-def rows(problem: Problem, path: Path) -> list[Row]:
+def rows(problem: Problem, path: Path, copies: Copies = NO_COPIES) -> list[Row]:
     """The rows of a file, as the problem reads them."""
     read: list[Row] = []
-    for where, columns in lines(path):
+    for where, columns in lines(path, copies):
         try:
             refuse_half_pairs(columns)
             read.append(problem.row(columns))

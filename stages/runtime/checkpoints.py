@@ -21,12 +21,13 @@ from pydantic import AfterValidator, ValidationError
 from stages.config import Frozen
 from stages.runtime import chunks
 from stages.runtime.disk import HashedFile, digest_files, replace, sync_tree
+from stages.runtime.workdir import FILES
 
 COMPLETE = "complete.json"
 LOGS = "logs"
 """Directory of the stage's logs inside a checkpoint."""
 SET_ASIDE = "set-aside"
-TEMPORARY = (chunks.DIRECTORY, SET_ASIDE)
+TEMPORARY = (chunks.DIRECTORY, SET_ASIDE, FILES)
 """Other directories in `work` until a stage is published."""
 
 

@@ -6,9 +6,14 @@ error.json  what went wrong                 said.jsonl   what the stage has to s
 lock        held by the job and its children   run.lock  held by the run that makes the step
 out/        what will be published          logs/        one log an attempt
 checkpoint-<step>/, set-aside/, chunks/     what a stage resumes from (`checkpoints`, `chunks`)
+files/      copies of the user's small files, as they were planned; the stage reads these
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
 
 RESULT, ERROR = "result.json", "error.json"
 LOCK = "lock"
@@ -28,3 +33,16 @@ KEY_DIGITS = 12
 def directory_name(key: str) -> str:
     """The name of the directory of a step with this key."""
     return key[:KEY_DIGITS]
+
+
+FILES = "files"
+"""Directory of the copies."""
+Copies = Mapping[str, str]
+"""Absolute path of a user's file -> that of the copy which is read in its place."""
+NO_COPIES: Copies = MappingProxyType({})
+"""Every file is read where it lies, as an inspection does."""
+
+
+def place(path: Path, copies: Copies) -> Path:
+    """Where a user's file is read: its copy, or the file itself where it has none."""
+    return Path(copies.get(str(path.absolute()), path.absolute()))

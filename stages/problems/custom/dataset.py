@@ -24,6 +24,7 @@ from stages.problems.base import Answer, Judgement, Row, allotted
 from stages.problems.custom.python_file import are_rewards, failed, outcome_of, too_few
 from stages.problems.custom.row import OwnRow, own_row
 from stages.problems.custom.settings import DatasetProblem
+from stages.runtime.workdir import NO_COPIES, Copies
 
 OUTCOMES = ("failed", "unscored", "wrong", "partial", "passed")
 """failed: it could not be judged; unscored: the first reward does not apply to the row; wrong: score 0; partial: some
@@ -39,26 +40,27 @@ OURS = ("prompt", "prompts", "completions", "completion_ids", "id", "trainer_sta
 class Dataset:
     """A Problem."""
 
-    def __init__(self, settings: DatasetProblem) -> None:
-        self.outcomes, self.settings = OUTCOMES, settings
+    def __init__(self, settings: DatasetProblem, copies: Copies = NO_COPIES) -> None:
+        self.outcomes, self.settings, self.copies = OUTCOMES, settings, copies
         self.reward_weights = {reward.component: reward.weight for reward in settings.components}
         rewards = [
             {
                 "component": reward.component,
                 "name": reward.name,
-                "path": str(Path(reward.file).absolute()) if reward.file else None,
+                **(settings.places(reward.file, copies) if reward.file else {"path": None}),
                 "arguments": reward.arguments,
             }
             for reward in settings.components
         ]
-        self.guard = Guard("rewards", {"name": "problem.rewards", "rewards": rewards}, settings.limits())
+        spec = {"name": "problem.rewards", "rewards": rewards, "files": settings.opened}
+        self.guard = Guard("rewards", spec, settings.limits())
 
     @cached_property
     def _all(self) -> list[OwnRow]:
         """Every distinct row. The rewards are imported first, because their import may fail."""
         self.guard.about()
         if self.settings.is_file:
-            rows: Iterable[Row] = files.rows(self, Path(self.settings.dataset))
+            rows: Iterable[Row] = files.rows(self, Path(self.settings.dataset), self.copies)
         else:
             rows = map(self.row, _of_hub(self.settings))
         return list({row.id: cast(OwnRow, row) for row in rows}.values())

@@ -16,6 +16,7 @@ from stages.job import Split
 from stages.problems.base import Answer, Judgement, Row
 from stages.problems.custom.row import own_row
 from stages.problems.custom.settings import FileProblem
+from stages.runtime.workdir import NO_COPIES, Copies
 
 OUTCOMES = ("failed", "malformed", "wrong", "partial", "passed")
 """failed: it could not be judged; malformed: `well_formed` said no; wrong: score 0; partial: some score that does not
@@ -28,10 +29,10 @@ SEEDS = 2**53
 class OwnFile:
     """A Problem."""
 
-    def __init__(self, settings: FileProblem) -> None:
+    def __init__(self, settings: FileProblem, copies: Copies = NO_COPIES) -> None:
         self.outcomes = OUTCOMES
         self.name = Path(settings.file).name
-        spec = {"name": self.name, "path": str(Path(settings.file).absolute())}
+        spec = {"name": self.name, **settings.places(settings.file, copies), "files": settings.opened}
         self.guard = Guard("file", spec, settings.limits())
         self._passed: dict[float, bool] = {}
 

@@ -7,14 +7,12 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import inspect
 import json
 import math
 import random
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +23,7 @@ from stages.guard.user_process import Calls, describe_error, settled
 from stages.job import SPLITS, Split
 from stages.problems.base import LARGEST_WEIGHT, split_of, stream
 from stages.problems.custom.row import OwnRow, own_row
+from stages.problems.custom.user_modules import UserModules
 
 NEEDED = {"rows": ("rng",), "rewards": ("row", "completion"), "score": ("row", "completion")}
 OPTIONAL = {
@@ -42,7 +41,8 @@ AGAIN = 100_000
 
 def load(spec: dict[str, Any]) -> tuple[dict[str, Any], Calls]:
     """Import the file that the spec names. Raises CodeRefused."""
-    module = import_file(spec["path"], spec["name"])
+    modules = UserModules(spec["files"])
+    module = import_file(modules, spec, spec["name"])
     weights = _weights(module, spec["name"])
     for name, takes in NEEDED.items():
         _look_at(module, spec["name"], name, takes, needed=True)
@@ -50,7 +50,7 @@ def load(spec: dict[str, Any]) -> tuple[dict[str, Any], Calls]:
         _look_at(module, spec["name"], name, takes, needed=False)
     _is_no_async(module, spec["name"])
     about = {"weights": weights, "has": [name for name in OPTIONAL if hasattr(module, name)]}
-    return about, {
+    calls: Calls = {
         "rows": lambda asked: _rows(module, spec["name"], asked),
         "judge": lambda asked: _judge(module, list(weights), asked),
         "passed": lambda score: truth(settled(module.passed(score)), "passed"),
@@ -59,24 +59,25 @@ def load(spec: dict[str, Any]) -> tuple[dict[str, Any], Calls]:
         ),
         "baselines": lambda asked: _baselines(settled(module.baselines(asked["row"], random.Random(asked["seed"])))),
     }
+    return about, {call: modules.watched(spec["name"], function) for call, function in calls.items()}
 
 
-def import_file(path: str, name: str) -> ModuleType:
-    """The module of a file, which may import other files of its directory. Raises CodeRefused."""
-    if not Path(path).is_file():
+def import_file(modules: UserModules, place: Mapping[str, Any], name: str) -> ModuleType:
+    """The module of a file, which may import other files of its folder. `place` has the user's `path`, and the `copy`
+    that is read. Raises CodeRefused."""
+    path, copy = place["path"], place["copy"]
+    if not Path(copy).is_file():
         raise CodeRefused(f"{name} is not there")
-    sys.path.insert(0, str(Path(path).parent))
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    if spec is None or spec.loader is None:
+    if not path.endswith(".py"):
         raise CodeRefused(f"{name}: expected a Python file, whose name ends in .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+    module = modules.add(path, copy)
     try:
-        spec.loader.exec_module(module)
+        module.__spec__.loader.exec_module(module)  # pyright: ignore[reportOptionalMemberAccess]
     except SyntaxError as error:
         raise CodeRefused(f"{name}:{error.lineno}: {type(error).__name__}: {error.msg}; fix it and run again") from None
     except Exception as error:
         raise CodeRefused(f"{name}: its import failed: {describe_error(error)}; fix it and run again") from None
+    modules.refuse_unknown(name)
     return module
 
 

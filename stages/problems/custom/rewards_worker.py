@@ -17,6 +17,7 @@ from stages.errors import CallFailed, CodeRefused
 from stages.guard.user_process import Calls, settled
 from stages.problems.custom.python_file_worker import function, import_file, reward
 from stages.problems.custom.settings import ALIASES
+from stages.problems.custom.user_modules import UserModules
 
 Reward = Callable[..., Any]
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -35,10 +36,10 @@ CHECKED_BY_MATH_VERIFY = ("accuracy_reward", "reasoning_accuracy_reward", "get_c
 
 def load(spec: dict[str, Any]) -> tuple[dict[str, Any], Calls]:
     """Import what the spec's `rewards` name. Raises CodeRefused."""
-    functions = {one["component"]: _load(one) for one in spec["rewards"]}
-    return {"needs": {name: _needs(found) for name, found in functions.items()}}, {
-        "judge": lambda asked: _judge(functions, asked)
-    }
+    modules = UserModules(spec["files"])
+    functions = {one["component"]: _load(one, modules) for one in spec["rewards"]}
+    calls: Calls = {"judge": modules.watched(spec["name"], lambda asked: _judge(functions, asked))}
+    return {"needs": {name: _needs(found) for name, found in functions.items()}}, calls
 
 
 def _needs(found: Reward) -> list[str]:
@@ -50,11 +51,11 @@ def _needs(found: Reward) -> list[str]:
     ]
 
 
-def _load(one: dict[str, Any]) -> Reward:
+def _load(one: dict[str, Any], modules: UserModules) -> Reward:
     if one["path"] is None:
         return _of_trl(one["name"], one["arguments"])
     name = Path(one["path"]).name
-    found = function(import_file(one["path"], name), name, one["component"])
+    found = function(import_file(modules, one, name), name, one["component"])
     if not any(taken.kind is taken.VAR_KEYWORD for taken in inspect.signature(found).parameters.values()):
         raise CodeRefused(
             f"{name}: {one['component']}{inspect.signature(found)} takes no **kwargs, as every TRL reward must; add "

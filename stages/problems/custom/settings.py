@@ -3,6 +3,7 @@ no user code."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import model_validator
@@ -10,6 +11,7 @@ from pydantic import model_validator
 from stages.config import MAPPING, WORD, Config, FromList, Seconds, WordOrMapping, execution, identity, resolved
 from stages.guard.pool import Limits
 from stages.problems.base import LARGEST_WEIGHT
+from stages.runtime.workdir import Copies, place
 
 ALIASES = {
     "accuracy": "accuracy_reward",
@@ -32,17 +34,29 @@ class OwnCode(Config):
     any."""
     workers: int | None = execution(None, ge=1)
     """Processes that run it. Off: one a core."""
+    files: Annotated[tuple[str, ...], FromList] = resolved(())
+    """Files and folders that the code opens, or imports from elsewhere; identified by their bytes. Off: none, and a
+    change in what it opens goes unseen."""
 
     def limits(self) -> Limits:
         """The same for the guard."""
         return Limits(self.time_limit, self.max_failures, self.workers)
+
+    @property
+    def opened(self) -> list[str]:
+        """Absolute paths of `files`."""
+        return [str(Path(file).absolute()) for file in self.files]
+
+    def places(self, file: str, copies: Copies) -> dict[str, str]:
+        """A user's file as the worker gets it: its `path`, and the `copy` that is read."""
+        return {"path": str(Path(file).absolute()), "copy": str(place(Path(file), copies))}
 
 
 class FileProblem(OwnCode):
     """A problem of one's own, in one Python file."""
 
     file: str = resolved()
-    """Path of the file; identified by its bytes. What it imports is not looked at."""
+    """Path of the file; identified by its bytes and those of the modules that it imports from its folder."""
 
 
 class RewardSettings(Config):

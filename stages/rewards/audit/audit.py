@@ -67,7 +67,7 @@ def run(job: Job) -> Result:
     components that there are not; TooManyFailures for user code that hangs on the first answers already."""
     config = AuditConfig.model_validate(job.config)
     assert job.problem is not None and job.rows is not None and job.format is not None, "the plan gives grpo all three"
-    problem = catalog.load(_uncounted(job.problem))
+    problem = catalog.load(_uncounted(job.problem), job.copies)
     file = job.inputs.get("rows")
     if file:
         rows = files.rows(problem, Path(file))
