@@ -1,5 +1,5 @@
-"""The worker: `python -m stages job.json` runs one job here; `--rank job.json` is one process of a job that torchrun
-or accelerate started; `--serve PID` forks one process a job, on orders from stdin, and `--serve-bare` does so without
+"""The worker: `python -m stages job.json` runs one job here; `--rank job.json` is one process of a job that accelerate
+or torchrun started; `--serve PID` forks one process a job, on orders from stdin, and `--serve-bare` does so without
 importing TRL first; `--guarded` runs a user's code for a stage (`stages.guard`)."""
 
 from __future__ import annotations

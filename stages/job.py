@@ -38,7 +38,7 @@ class Execution(Config):
     """`auto` takes the GPU where there is one."""
     accelerate: str | None = execution(None)
     """An accelerate config file (FSDP, DeepSpeed) that starts the processes, as `accelerate launch` takes it. Off:
-    torchrun starts them."""
+    the job's own process forks them."""
     grace: Seconds = execution(20.0, ge=0)
     """Seconds (or "1m") that a stage has, after Ctrl-C or SIGTERM, to save at its next optimiser step. 0 = it is
     killed at once."""

@@ -1,20 +1,17 @@
-"""A grpo trainer with general rows on the small model, for tests; under torchrun (python -m tests.mixed DIRECTORY), in
-every process of this world."""
+"""A grpo trainer with general rows on the small model, for tests, in however many processes there are."""
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from datasets import Dataset
 from safetensors.torch import save_file
 from trl.trainer.grpo_config import GRPOConfig
 
 from stages.problems.base import Judgement, Row
 from stages.rewards.compose import Rewards
+from stages.runtime import ranks
 from stages.trl.likelihood import General, MixedGRPOTrainer
 from stages.trl.prefill import prefilled
 from stages.trl.rewarding import Judging, RewardedGRPOTrainer
@@ -22,7 +19,6 @@ from tests.models import make_model, make_tokenizer, token_rows
 
 ROWS = token_rows()
 RATE, COEFFICIENT = 0.5, 0.3
-WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class Variety:
@@ -39,7 +35,7 @@ class Variety:
 def trained(out, general=True, pays=True, a_step=4, steps=1, resume=None, rows=ROWS, **settings):
     """(trainer, parameters) after so many steps of SGD."""
     settings = {
-        "per_device_train_batch_size": 8 // WORLD,
+        "per_device_train_batch_size": 8 // ranks.world(),
         "num_generations": 4,
         "max_completion_length": 12,
         "max_steps": steps,
@@ -58,7 +54,7 @@ def trained(out, general=True, pays=True, a_step=4, steps=1, resume=None, rows=R
         "lr_scheduler_type": "constant",
         **settings,
     }
-    if WORLD > 1:
+    if ranks.world() > 1:
         settings["ddp_backend"] = "gloo"
     tokenizer = make_tokenizer()
     prompts = [prefilled([{"role": "user", "content": f"What is {i} + 1?"}], "") for i in range(16)]
@@ -83,17 +79,16 @@ def trained(out, general=True, pays=True, a_step=4, steps=1, resume=None, rows=R
     return trainer, {name: parameter.detach().clone() for name, parameter in parameters}
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    place = Path(sys.argv[1])
+def main(out: Path) -> None:
+    """The parameters after a step with rewards that are all alike, in however many processes there are."""
     for a_step in (3, 4):
         found = trained(
-            place,
+            out,
             pays=False,
             a_step=a_step,
-            per_device_train_batch_size=4 // WORLD,
+            per_device_train_batch_size=4 // ranks.world(),
             gradient_accumulation_steps=2,
             steps_per_generation=2,
         )
-        if os.environ.get("RANK", "0") == "0":
-            save_file(found[1], place / f"{a_step}.safetensors")
+        if ranks.first():
+            save_file(found[1], out / f"{a_step}.safetensors")

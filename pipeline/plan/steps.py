@@ -93,7 +93,8 @@ def steps(recipe: Recipe, registry: Registry, base: Base | None = None) -> list[
     """The recipe's steps in order, evaluations included. `base` spares digesting the base model again."""
     digest = cache(digest_once)
     base = base or base_of(recipe, registry)
-    plan = _Plan(recipe, base, digest, user_files.of_problem(recipe.problem, digest))
+    of_problem = user_files.of_problem(recipe.problem, digest)
+    plan = _Plan(recipe, base, digest, of_problem, _problem_identity(recipe.problem, digest))
     format = formats.of_base(recipe.format, base.format)
     made: dict[str, Step] = {}
     ordered = [_evaluation(plan, format, base.ref, BASE)]
@@ -114,6 +115,8 @@ class _Plan(NamedTuple):
     """Of a user's file; every file is hashed once."""
     of_problem: tuple[UserFile, ...]
     """The files that the problem is made of."""
+    problem: Payload
+    """What of the problem is part of a key."""
 
 
 def _step(plan: _Plan, base_format: Format, stage: Box, made: dict[str, Step]) -> Step:
@@ -200,7 +203,7 @@ def _payload(work: _Work, plan: _Plan) -> Payload:
         "config": identity_values(work.config),
         "inputs": {role: {"key": ref.key, "output": ref.output} for role, ref in work.inputs.items()},
         "model": base.settings if kind.trains else {"dtype": base.settings["dtype"]},
-        "problem": _problem_identity(work.problem, plan.digest) if work.problem else None,
+        "problem": plan.problem if work.problem else None,
         "rows": work.rows.model_dump() if work.rows else None,
         "format": formats.identity(work.format),
         "sampler": sampler if kind.samples(work.config) else None,

@@ -1,7 +1,7 @@
 """Several processes of one stage: who this one is, and how they put together what each has made.
 
-torchrun says it in the environment (RANK, WORLD_SIZE, LOCAL_RANK); without it there is one process, and nothing here
-costs anything. The processes that switchback starts meet through a file, because the store that torch would open
+The environment says it (RANK, WORLD_SIZE, LOCAL_RANK), as torchrun would; without it there is one process, and nothing
+here costs anything. The processes that switchback forks meet through a file, because the store that torch would open
 listens on every interface of the machine.
 """
 
@@ -20,6 +20,18 @@ MEETING = "SWITCHBACK_MEETING"
 
 PATIENCE = timedelta(days=1)
 """How long one process waits for another, which may be sampling; a deadline is the launcher's to keep."""
+
+
+def variables(number: int, processes: int, meeting: str) -> dict[str, str]:
+    """The environment of one of the processes that meet in a directory on this machine."""
+    return {
+        "RANK": str(number),
+        "LOCAL_RANK": str(number),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+        MEETING: meeting,
+    }
 
 
 def world() -> int:
@@ -42,9 +54,14 @@ def first() -> bool:
     return rank() == 0
 
 
+def meet_here() -> bool:
+    """Whether this is one of several processes that switchback forked."""
+    return world() > 1 and MEETING in os.environ
+
+
 def meet(on_gpu: bool) -> None:
     """Make the process group, before torch or accelerate does. Processes of another launcher keep its own: env://."""
-    if world() == 1 or MEETING not in os.environ:
+    if not meet_here():
         return
     import torch
     from torch import distributed
@@ -56,6 +73,18 @@ def meet(on_gpu: bool) -> None:
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     store = FileStore(f"{os.environ[MEETING]}/store", world())
     distributed.init_process_group(backend, store=store, rank=rank(), world_size=world(), timeout=PATIENCE)
+
+
+def part() -> None:
+    """Leave the process group, once every process has come here. Threads of a group that is still there when the
+    interpreter ends can abort the process (https://github.com/pytorch/pytorch/issues/190489)."""
+    if world() == 1:
+        return
+    from torch import distributed
+
+    if distributed.is_initialized():
+        together({})
+        distributed.destroy_process_group()
 
 
 def together(mine: Mapping[int, T]) -> dict[int, T]:

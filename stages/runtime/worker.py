@@ -1,9 +1,9 @@
 """One job, from its file to its result: take the directory's lock, check what the launcher promised, run the stage,
 write `result.json` last.
 
-A job for several processes starts them with torchrun, or with accelerate where a config file is given; each is `python
--m stages --rank job.json`. What goes wrong is told by the exit code and one line in `error.json`: 2 for something the
-user gave, 1 for anything else. The traceback is in the log."""
+A job for several processes forks them, or starts them with accelerate where a config file is given; each of those is
+`python -m stages --rank job.json`. The exit code and one line in `error.json` say how it went wrong: 2 for something
+the user gave, 1 for anything else. The traceback is in the log."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from typing import IO, Any, Protocol
 
 from stages.errors import BadInput, StageStopped, TooManyFailures
 from stages.job import Job, Result
-from stages.runtime import checkpoints, chunks, locks, ranks, stopping
+from stages.runtime import checkpoints, chunks, forked_ranks, locks, ranks, stopping
 from stages.runtime.disk import replace
 from stages.runtime.metrics import say
 from stages.runtime.process import die_with_parent
@@ -72,14 +72,21 @@ def main(path: str, stages: Mapping[str, Runs]) -> int:
             say(job, f"resumed with {sampled} batches that were sampled already")
         stopping.listen(job, saves=job.kind in stages and stages[job.kind].saves)
         if job.execution.processes > 1 or job.execution.accelerate:
-            return _share_out(job, path)
+            return _share_out(job, path, stages)
         return attempt(job, stages)
 
 
 def main_of_rank(path: str, stages: Mapping[str, Runs]) -> int:
     """One of the processes of a job whose directory is held and emptied; it dies with the one that started it."""
     die_with_parent(os.getppid())
-    return attempt(Job.model_validate_json(Path(path).read_text()), stages)
+    return _attempt_of_rank(Job.model_validate_json(Path(path).read_text()), stages)
+
+
+def _attempt_of_rank(job: Job, stages: Mapping[str, Runs]) -> int:
+    code = attempt(job, stages)
+    if code == 0:
+        ranks.part()
+    return code
 
 
 def attempt(job: Job, stages: Mapping[str, Runs]) -> int:
@@ -101,16 +108,13 @@ def attempt(job: Job, stages: Mapping[str, Runs]) -> int:
     return 0
 
 
-def _share_out(job: Job, path: str) -> int:
-    """Start the job's processes and wait for all of them."""
-    with tempfile.TemporaryDirectory(prefix="switchback-meeting-") as meeting:
-        command = [*_launcher(job, meeting), sys.executable, "-P", "-m", "stages", "--rank", path]
-        env = {"GLOO_SOCKET_IFNAME": "lo", **os.environ}
-        if job.execution.threads:
-            env["OMP_NUM_THREADS"] = str(job.execution.threads)
-        if job.execution.accelerate is None:
-            env |= {ranks.MEETING: meeting, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        code = subprocess.call(command, env=env, close_fds=False)  # they inherit the directory's lock
+def _share_out(job: Job, path: str, stages: Mapping[str, Runs]) -> int:
+    """Start the job's processes and wait for all of them; returns the exit code."""
+    if job.execution.accelerate:
+        code = _accelerate(job, path)
+    else:
+        with tempfile.TemporaryDirectory(prefix="switchback-meeting-") as meeting:
+            code = forked_ranks.run(job.execution.processes, meeting, lambda: _attempt_of_rank(job, stages))
     if code and (Path(job.work) / ERROR).exists():
         return 2 if json.loads((Path(job.work) / ERROR).read_text())["bad_input"] else 1
     if code and stopping.asked(job):
@@ -118,15 +122,15 @@ def _share_out(job: Job, path: str) -> int:
     return code
 
 
-def _launcher(job: Job, meeting: str) -> list[str]:
-    """torchrun, or accelerate where a config file says how; a command is to follow."""
-    processes = str(job.execution.processes)
-    if file := job.execution.accelerate:
-        accelerate = [sys.executable, "-P", "-m", "accelerate.commands.launch"]
-        return [*accelerate, "--config_file", file, "--num_processes", processes, "--no_python"]
-    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc-per-node", processes, "--no-python"]
-    by_file = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{meeting}/rendezvous", "--rdzv-conf", "store_type=file"]
-    return [*torchrun, *by_file, "--rdzv-id", "switchback", "--local-addr", "127.0.0.1"]
+def _accelerate(job: Job, path: str) -> int:
+    """The job's processes as an accelerate config file says; returns the exit code."""
+    launch = [sys.executable, "-P", "-m", "accelerate.commands.launch", "--config_file", str(job.execution.accelerate)]
+    how = ["--num_processes", str(job.execution.processes), "--no_python"]
+    rank = [sys.executable, "-P", "-m", "stages", "--rank", path]
+    env = {"GLOO_SOCKET_IFNAME": "lo", **os.environ}
+    if job.execution.threads:
+        env["OMP_NUM_THREADS"] = str(job.execution.threads)
+    return subprocess.call([*launch, *how, *rank], env=env, close_fds=False)  # they inherit the directory's lock
 
 
 def _run(job: Job, stage: Runs) -> Result:
@@ -148,8 +152,9 @@ def _set_up(job: Job) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if job.execution.threads:
-        torch.set_num_threads(job.execution.threads)
+    threads = job.execution.threads or (1 if ranks.meet_here() else None)
+    if threads:
+        torch.set_num_threads(threads)
     ranks.meet(on_gpu=torch.cuda.is_available() and job.execution.device != "cpu")
 
 

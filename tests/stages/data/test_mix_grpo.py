@@ -23,9 +23,9 @@ from stages.job import Job
 from tests.conftest import LEARNED, ROOT, environment, run_cli, stage
 from tests.mixed import COEFFICIENT, RATE, ROWS, trained
 from tests.models import make_model, make_tokenizer
+from tests.one_and_two import one_and_two
 from tests.pipeline.plan.test_identity import keys
 from tests.stages.data.test_mix import general
-from tests.stages.runtime.test_ranks import TORCHRUN
 from tests.stages.trl.test_resume import MIDDLE
 
 IN_PIECES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "steps_per_generation": 4}
@@ -66,13 +66,7 @@ def test_the_mix_adds_its_coefficient_times_the_gradient_of_the_mean_loss(a_step
 @pytest.mark.slow
 def test_two_processes_have_the_gradient_of_one(tmp_path):
     """With rewards that are all alike, so that sampling, which differs, moves nothing."""
-    for name, command in {"one": [sys.executable], "two": TORCHRUN}.items():
-        (tmp_path / name).mkdir()
-        env = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
-        done = subprocess.run(
-            [*command, "-m", "tests.mixed", str(tmp_path / name)], cwd=ROOT, env=env, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
+    one_and_two("tests.mixed", tmp_path)
     start = dict(make_model(make_tokenizer()).named_parameters())
     for name in ("3.safetensors", "4.safetensors"):
         one, two = load_file(tmp_path / "one" / name), load_file(tmp_path / "two" / name)

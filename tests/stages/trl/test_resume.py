@@ -182,17 +182,17 @@ def test_two_processes_stop_at_one_step_go_on_exactly_and_not_as_one(jobs, quick
             if at and line["step"] >= at:
                 raise KeyboardInterrupt
 
-        with Launcher(1, preload=False) as launcher:
-            launcher.launch(job, on_metrics=press, on_word=words.append)
+        launcher.launch(job, on_metrics=press, on_word=words.append)
         return job, words
 
-    whole, _ = launch(quick / "whole", 2)
-    with pytest.raises(KeyboardInterrupt):
-        launch(quick / "stopped", 2, at=4)
-    (checkpoint,) = (quick / "stopped").glob("checkpoint-*")
-    resumed, words = launch(quick / "stopped", 2)
-    assert words == [f"resumed from {checkpoint.name}"] and digests(resumed) == digests(whole)
-    _, words = launch(quick / "stopped", 1)
+    with Launcher(1) as launcher:
+        whole, _ = launch(quick / "whole", 2)
+        with pytest.raises(KeyboardInterrupt):
+            launch(quick / "stopped", 2, at=4)
+        (checkpoint,) = (quick / "stopped").glob("checkpoint-*")
+        resumed, words = launch(quick / "stopped", 2)
+        assert words == [f"resumed from {checkpoint.name}"] and digests(resumed) == digests(whole)
+        _, words = launch(quick / "stopped", 1)
     assert words == [
         f"set aside {checkpoint.name}: it was made with processes 2, not 1, micro-batch 8, not 16, distribution "
         f"MULTI_CPU, not NO",
