@@ -15,6 +15,11 @@ class BadInput(ValueError):
 class TooFew(BadInput):
     """A range asks for more rows than there are. The caller that knows the range's field names it."""
 
+    def __init__(self, message: str, there: int) -> None:
+        super().__init__(message)
+        self.there = there
+        """Rows that the split has."""
+
 
 class TooManyFailures(RuntimeError):
     """User code failed more often than `max_failures` allows."""

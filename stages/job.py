@@ -135,6 +135,14 @@ def train_rows(stage: str, text: str, seed: int) -> RowRange:
     return rows
 
 
+class Evaluated(Frozen):
+    """The rows that policies are scored on."""
+
+    problem: dict[str, Any]
+    """The recipe's `problem`."""
+    ranges: tuple[RowRange, ...]
+
+
 class Job(Frozen):
     """Marching orders of one step. A stage is a function of this file and a directory."""
 
@@ -153,6 +161,8 @@ class Job(Frozen):
     problem: dict[str, Any] | None
     """The recipe's `problem`, where the step uses one."""
     rows: RowRange | None
+    evaluated: Evaluated | None = None
+    """What policies are scored on, for a stage that trains: its rows are compared with them. None: not compared."""
     format: Format | None
     seed: int
     dtype: Dtype

@@ -198,7 +198,7 @@ def run(job: Job) -> Result:
     path = models.local_path(job.inputs["policy"])
     models.refuse_vision(path)
     tokenizer = models.load_tokenizer(path, job.format)
-    loaded = sources.load(job, job.format, tokenizer, config.mix)
+    loaded = sources.load(job, job.format, tokenizer, config.mix, config.drop_overlap)
     trained = loaded.all
     micro, steps = accumulation(config.rows_per_step, job)
     arguments = trl_arguments(
@@ -242,6 +242,8 @@ def row_metrics(rows: Rows, weights: dict[str, float]) -> dict[str, float]:
     """How many rows there are, what they weigh (`ratio`), and, where there is a mix, how many are of it and the share
     of the total weight that they carry: a few long answers can be most of the loss."""
     found = {"rows": float(len(rows.all)), **ratio(rows.all, weights)}
+    if rows.dropped:
+        found["overlap_dropped"] = float(rows.dropped)
     if not rows.general:
         return found
     own, general = total_weight(rows.own, weights), total_weight(rows.general, weights)
@@ -302,7 +304,7 @@ def preflight(job: Job, config: SftConfig, tokenizer: PreTrainedTokenizerBase, p
         if config.mix:
             sources.look_at_general(job, job.format, tokenizer)
         return Inspected()
-    loaded = sources.load(job, job.format, tokenizer, config.mix)
+    loaded = sources.load(job, job.format, tokenizer, config.mix, config.drop_overlap)
     sequences(config, loaded.all)
     if not any(weight for row in loaded.all for weight in row_weights(row, config.weights)):
         raise BadInput(
@@ -352,6 +354,7 @@ STAGE = Stage(
     reads=reads,
     rows=rows,
     demonstrates=lambda config: config.data == DEMONSTRATIONS,
+    drops_overlap=lambda config: config.drop_overlap,
     weighs_tokens=True,
     batch=lambda config: Batch(config.rows_per_step, f"rows_per_step={config.rows_per_step}"),
     check=check,

@@ -90,6 +90,8 @@ class Stage:
     """The rewards it is trained by."""
     audited: Callable[[Any], bool] = lambda config: False
     """An audit of its rewards comes before it."""
+    drops_overlap: Callable[[Any], bool] = lambda config: False
+    """It leaves out rows that ask what policies are evaluated on, so what these are is part of its key."""
     weighs_tokens: bool = False
     """Every token has a loss weight, which `switchback inspect` shows."""
     batch: Callable[[Any], Batch | None] = lambda config: None

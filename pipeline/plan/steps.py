@@ -17,10 +17,10 @@ from pipeline.registry.keys import Payload, digest_file, digest_model, key_of
 from stages.config import Config, Frozen, identity_values
 from stages.errors import BadInput
 from stages.evaluate import EVALUATE, EvaluateConfig
-from stages.job import Dtype, Format, Lora, RowRange, Sampler, parse_rows
+from stages.job import Dtype, Evaluated, Format, Lora, RowRange, Sampler, parse_rows
 from stages.kinds import STAGES
 from stages.problems.catalog import PROBLEMS
-from stages.problems.custom.settings import ALIASES, RewardSettings
+from stages.problems.custom.settings import ALIASES, VERSION, RewardSettings
 from stages.stage import BASE
 
 EVALUATION_SEED = 0
@@ -52,6 +52,8 @@ class Step(Frozen):
     inputs: dict[str, InputRef]
     problem: dict[str, Any] | None
     rows: RowRange | None
+    evaluated: Evaluated | None
+    """What its policy is scored on; None for a step that does not train."""
     format: Format
     seed: int
     dtype: Dtype
@@ -124,9 +126,14 @@ def _step(recipe: Recipe, base: Base, base_format: Format, stage: Box, made: dic
 
 def _evaluation(recipe: Recipe, base: Base, format: Format, policy: InputRef, of: str) -> Step:
     """The evaluate step of a policy."""
-    config = EvaluateConfig(**dict(recipe.evaluate), validation=recipe.validation)
+    config = _evaluate_config(recipe)
     work = _Work(EVALUATE, config, {"policy": policy}, recipe.problem, None, format, EVALUATION_SEED, 0)
     return _planned(f"{of}.{EVALUATE}", work, recipe, base, None)
+
+
+def _evaluate_config(recipe: Recipe) -> EvaluateConfig:
+    """What every evaluate step of the recipe is given."""
+    return EvaluateConfig(**dict(recipe.evaluate), validation=recipe.validation)
 
 
 class _Work(NamedTuple):
@@ -145,6 +152,9 @@ class _Work(NamedTuple):
 
 def _planned(name: str, work: _Work, recipe: Recipe, base: Base, deadline: float | None) -> Step:
     payload = _payload(work, base, recipe.sampler)
+    if STAGES[work.kind].drops_overlap(work.config):
+        evaluated = {field: range.model_dump() for field, range in _evaluate_config(recipe).ranges.items()}
+        payload["evaluated"] = {"problem": _problem_identity(recipe.problem), "rows": evaluated}
     return Step(
         name=name,
         kind=work.kind,
@@ -152,6 +162,7 @@ def _planned(name: str, work: _Work, recipe: Recipe, base: Base, deadline: float
         inputs=work.inputs,
         problem=work.problem.model_dump(mode="json") if work.problem else None,
         rows=work.rows,
+        evaluated=_evaluated(recipe) if STAGES[work.kind].trains else None,
         format=work.format,
         seed=work.seed + REPLICATE_STRIDE * work.replicate,
         dtype=recipe.model.dtype,
@@ -163,6 +174,12 @@ def _planned(name: str, work: _Work, recipe: Recipe, base: Base, deadline: float
     )
 
 
+def _evaluated(recipe: Recipe) -> Evaluated:
+    """The rows that the recipe's policies are scored on."""
+    ranges = tuple(_evaluate_config(recipe).ranges.values())
+    return Evaluated(problem=recipe.problem.model_dump(mode="json"), ranges=ranges)
+
+
 def _payload(work: _Work, base: Base, sampler: Sampler) -> Payload:
     """Everything that decides what the step makes."""
     kind = STAGES[work.kind]
@@ -172,7 +189,7 @@ def _payload(work: _Work, base: Base, sampler: Sampler) -> Payload:
         "config": identity_values(work.config),
         "inputs": {role: {"key": ref.key, "output": ref.output} for role, ref in work.inputs.items()},
         "model": base.settings if kind.trains else {"dtype": base.settings["dtype"]},
-        "problem": _problem_identity(work.problem) if work.problem else None,
+        "problem": _problem_identity(work.problem, kind.demonstrates(work.config)) if work.problem else None,
         "rows": work.rows.model_dump() if work.rows else None,
         "format": formats.identity(work.format),
         "sampler": sampler if kind.samples(work.config) else None,
@@ -209,14 +226,16 @@ def base_of(recipe: Recipe, registry: Registry) -> Base:
     return Base(ref, settings, formats.carried_by(path))
 
 
-def _problem_identity(problem: ProblemSettings) -> Payload:
-    """A built-in problem by name, version and settings; user code and local data by the digest of their bytes."""
+def _problem_identity(problem: ProblemSettings, demonstrates: bool = False) -> Payload:
+    """A built-in problem by name, version and settings; user code and local data by the digest of their bytes. The
+    column of a dataset's demonstrations counts where a step is trained on them."""
     if isinstance(problem, FileProblem):
-        return {"file": digest_file(Path(problem.file)), **identity_values(problem)}
+        return {"version": VERSION, "file": digest_file(Path(problem.file)), **identity_values(problem)}
     if isinstance(problem, DatasetProblem):
         rewards = [{**identity_values(reward), "name": _reward_identity(reward)} for reward in problem.components]
         dataset = digest_file(Path(problem.dataset)) if problem.is_file else problem.dataset
-        return {"dataset": dataset, **identity_values(problem), "rewards": rewards}
+        gold: Payload = {"gold": problem.gold} if demonstrates else {}
+        return {"version": VERSION, "dataset": dataset, **identity_values(problem), "rewards": rewards, **gold}
     return {"version": PROBLEMS[problem.name].version, **identity_values(problem)}
 
 

@@ -45,6 +45,7 @@ def job_of(step: Step, made: Mapping[str, Artifact], registry: Registry, executi
         out=str(work / "out"),
         problem=step.problem,
         rows=step.rows,
+        evaluated=step.evaluated,
         format=step.format,
         seed=step.seed,
         dtype=step.dtype,

@@ -20,10 +20,10 @@ from stages.errors import BadInput, TooFew
 from stages.guard.pool import Guard, Reply
 from stages.job import SPLITS, Split
 from stages.problems import files
-from stages.problems.base import Answer, Judgement, Row, allotted
+from stages.problems.base import Answer, Judgement, Row, allotted, folded
 from stages.problems.custom.python_file import are_rewards, failed, outcome_of, too_few
 from stages.problems.custom.row import OwnRow, own_row
-from stages.problems.custom.settings import DatasetProblem
+from stages.problems.custom.settings import NAME_GOLD, DatasetProblem
 
 OUTCOMES = ("failed", "unscored", "wrong", "partial", "passed")
 """failed: it could not be judged; unscored: the first reward does not apply to the row; wrong: score 0; partial: some
@@ -76,7 +76,8 @@ class Dataset:
         selected: list[Row] = list(islice(allotted(iter(order), split), start, stop))
         if len(selected) < stop - start:
             counts = {each: sum(1 for _ in allotted(iter(order), each)) for each in SPLITS}
-            raise TooFew(too_few(self.settings.dataset, split, stop, counts))
+            prompts = len({folded(row.prompt) for row in order})
+            raise TooFew(too_few(self.settings.dataset, split, stop, counts, prompts), counts[split])
         return selected
 
     def _refuse_missing(self, columns: Collection[str]) -> None:
@@ -110,14 +111,14 @@ class Dataset:
         return own_row(columns, self.settings.prompt)
 
     def demonstration(self, row: Row, rng: random.Random) -> str:
-        """Raises BadInput: a dataset has none."""
-        raise BadInput(f"{self.settings.dataset}: a dataset problem has no demonstrations; give the sft stage a .jsonl")
+        """The text in the column `gold`. Raises BadInput where the recipe names no such column."""
+        if not self.settings.gold:
+            raise BadInput(f"problem.gold: {self.settings.dataset} has no demonstrations without it; {NAME_GOLD}")
+        return str(row.columns()[self.settings.gold])
 
     def baselines(self, row: Row, rng: random.Random) -> Mapping[str, str]:
         """The text in the column `gold`; empty where the recipe names no such column."""
-        if not self.settings.gold:
-            return {}
-        return {"gold": str(row.columns()[self.settings.gold])}
+        return {"gold": self.demonstration(row, rng)} if self.settings.gold else {}
 
     def judge(self, answers: Sequence[Answer]) -> list[Judgement]:
         """Raises TooManyFailures."""

@@ -23,6 +23,8 @@ pass."""
 ROWS_LIMIT = 600.0
 """Seconds that making the rows of one range may take."""
 SEEDS = 2**53
+SHOWN = 80
+"""Characters of a row that an error shows."""
 
 
 class OwnFile:
@@ -45,11 +47,20 @@ class OwnFile:
         return self._about["weights"]
 
     def rows(self, split: Split, start: int, stop: int, seed: int) -> list[Row]:
-        """Raises TooFew when the file has fewer."""
+        """Asked for twice, the second time in a worker that was asked for nothing before. Raises BadInput where the two
+        differ, and TooFew when the file has fewer."""
         row_range = {"split": split, "start": start, "stop": stop, "seed": seed}
         reply = self.guard.one("rows", row_range, ROWS_LIMIT)
+        again = self.guard.one_afresh("rows", row_range, ROWS_LIMIT)
+        if reply != again:
+            raise BadInput(
+                f"{self.name}: rows(rng) makes other rows each time it is asked: {_unlike(reply, again)}; let it "
+                "depend on rng alone (a set, the time, the random module and what earlier calls left differ from "
+                "process to process)"
+            )
         if "counts" in reply:
-            raise TooFew(too_few(self.name, split, stop, reply["counts"]))
+            counts = reply["counts"]
+            raise TooFew(too_few(self.name, split, stop, counts, reply["prompts"]), counts[split])
         return [own_row(columns) for columns in reply["rows"]]
 
     def row(self, columns: Mapping[str, Any]) -> Row:
@@ -144,10 +155,21 @@ def failed(components: Mapping[str, float], failure: str) -> Judgement:
     return Judgement(0.0, "failed", False, False, dict.fromkeys(components), failure)
 
 
-def too_few(name: str, split: Split, stop: int, counts: Mapping[str, int]) -> str:
-    """The complaint about a range that is longer than the source."""
+def _unlike(reply: dict[str, Any], again: dict[str, Any]) -> str:
+    """Where two answers to one request for rows differ."""
+    pairs = zip(reply.get("rows", ()), again.get("rows", ()), strict=False)
+    for i, (row, other) in enumerate(pairs):
+        if row != other:
+            return f"row {i} was {str(row)[:SHOWN]}, and then {str(other)[:SHOWN]}"
+    return "another number of them"
+
+
+def too_few(name: str, split: Split, stop: int, counts: Mapping[str, int], prompts: int) -> str:
+    """The complaint about a range that is longer than the source, which has so many different prompts."""
     there = ", ".join(f"{each} {count}" for each, count in counts.items())
+    every = sum(counts.values())
+    alike = f" ({every} rows have {prompts} prompts, and rows with one prompt are in one split)"
     return (
-        f"{name} has {counts[split]} {split} rows, but row {stop - 1} was asked for; it has {there}: ask for fewer, or "
-        "give it more"
+        f"{name} has {counts[split]} {split} rows, but row {stop - 1} was asked for; it has {there}"
+        f"{alike if prompts < every else ''}: ask for fewer, or give it more"
     )

@@ -23,7 +23,7 @@ from typing import Any, cast
 from stages.errors import CallFailed, CodeRefused
 from stages.guard.user_process import Calls, describe_error, settled
 from stages.job import SPLITS, Split
-from stages.problems.base import LARGEST_WEIGHT, split_of, stream
+from stages.problems.base import LARGEST_WEIGHT, folded, stream
 from stages.problems.custom.row import OwnRow, own_row
 
 NEEDED = {"rows": ("rng",), "rewards": ("row", "completion"), "score": ("row", "completion")}
@@ -139,7 +139,7 @@ def _weights(module: ModuleType, name: str) -> dict[str, float]:
 
 
 def _rows(module: ModuleType, name: str, asked: dict[str, Any]) -> dict[str, Any]:
-    """{"rows"} start..stop of a split, or {"counts"} per split where there are fewer."""
+    """{"rows"} start..stop of a split, or {"counts", "prompts"} of all splits where there are fewer."""
     split, start, stop = cast(Split, asked["split"]), asked["start"], asked["stop"]
     found: list[dict[str, Any]] = []
     for i, row in enumerate(stream(lambda rng: _made(module, name, rng), split, asked["seed"])):
@@ -147,9 +147,9 @@ def _rows(module: ModuleType, name: str, asked: dict[str, Any]) -> dict[str, Any
             found.append(dict(row.values))
         if len(found) == stop - start:
             return {"rows": found}
-    rows = {row.id for row in _made(module, name, random.Random(split))}
-    splits = Counter(map(split_of, rows))
-    return {"counts": {split: splits[split] for split in SPLITS}}
+    rows = {row.id: row for row in _made(module, name, random.Random(split))}.values()
+    splits = Counter(row.split for row in rows)
+    return {"counts": {each: splits[each] for each in SPLITS}, "prompts": len({folded(row.prompt) for row in rows})}
 
 
 def _made(module: ModuleType, name: str, rng: random.Random) -> Iterator[OwnRow]:

@@ -11,6 +11,11 @@ from stages.config import MAPPING, WORD, Config, FromList, Seconds, WordOrMappin
 from stages.guard.pool import Limits
 from stages.problems.base import LARGEST_WEIGHT
 
+VERSION = "2"
+"""Of the problems of one's own, both kinds: part of their identity, and raised whenever the same file or dataset gives
+other rows, splits, rewards or scores."""
+NAME_GOLD = "name the column with the best completion as problem.gold, or give the sft stage a .jsonl of conversations"
+"""The way to demonstrations of a dataset."""
 ALIASES = {
     "accuracy": "accuracy_reward",
     "reasoning_accuracy": "reasoning_accuracy_reward",
@@ -85,9 +90,10 @@ class DatasetProblem(OwnCode):
     """Column with the question."""
     answer: str | None = identity(None)
     """Column with the reference answer, which rewards get as `solution` too. Off: none."""
-    gold: str | None = execution(None)
-    """Column with the best completion there is, as text, which the audit plays; it decides no result. Off: none, and
-    the audit cannot say whether the best answer is the best paid."""
+    gold: str | None = resolved(None)
+    """Column with the best completion there is, as text, response prefix included. The audit plays it, and an sft stage
+    imitates it with `data: demonstrations`, whose key alone knows it. Off: none; the audit cannot say whether the best
+    answer is the best paid."""
     config: str | None = identity(None)
     """Configuration of a hub dataset. Off: its default."""
     split: str = identity("train")

@@ -79,6 +79,7 @@ OTHER: dict[str, Any] = {
     "stage.warmup_steps": 3.0,
     "stage.weight_decay": 0.5,
     "stage.max_grad_norm": 0.5,
+    "stage.drop_overlap": True,
     "stage.trl": {"adam_beta2": 0.5},
     "stage.prompt_loss_weight": 0.7,
     "stage.completion_loss_weight": 0.7,
@@ -162,8 +163,12 @@ def fields() -> list[tuple[str, tuple[Any, ...], str]]:
     return found
 
 
-FIXED = {(("stages", 0), "policy"), (("stages", 0), "data"), (("stages", 3), "rows")}
-"""The warm-up has no earlier stage to read, and distill's rows are its data's."""
+FIXED = {
+    *((("stages", 0), "policy"), (("stages", 0), "data"), (("stages", 3), "rows")),
+    *((("stages", 1), "drop_overlap"), (("stages", 4), "drop_overlap")),
+}
+"""The warm-up has no earlier stage to read, distill's rows are its data's, and a grpo stage without a mix drops
+nothing."""
 
 
 @pytest.mark.parametrize(
