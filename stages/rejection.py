@@ -21,6 +21,7 @@ from stages.data.selection import Keep, Pool, candidate, control, funnel, select
 from stages.errors import BadInput
 from stages.grpo import ROLLOUTS, GrpoConfig
 from stages.job import Finding, Format, Job, Result, parse_rows, train_rows
+from stages.problems.custom.settings import by_component
 from stages.stage import Earlier, Inspected, Read, Stage
 
 if TYPE_CHECKING:
@@ -235,8 +236,11 @@ def _missing(
 
 
 def _pool(row: Row, lines: list[RolloutLine], keep: Keep, problem: Problem) -> Pool:
-    group = [candidate(line, problem.reward_weights, problem.passed) for line in lines]
-    return Pool(row, lines, group, select(group, keep))
+    named: list[RolloutLine] = [
+        {**line, "rewards": by_component(line["rewards"], problem.reward_weights)} for line in lines
+    ]
+    group = [candidate(line, problem.reward_weights, problem.passed) for line in named]
+    return Pool(row, named, group, select(group, keep))
 
 
 def _drawn(pool: Pool, count: int, seed: int) -> list[int]:

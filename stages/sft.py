@@ -20,7 +20,7 @@ from stages.job import Finding, Job, Result, train_rows
 from stages.rejection import CONTROL, RejectionConfig
 from stages.stage import ROWS, Batch, Earlier, Inspected, Read, Stage
 from stages.tokens.token_rows import ANSWERED, ROLES, TokenRow, lengths
-from stages.tokens.weights import Normaliser, prompt_share, row_weights, total_weight
+from stages.tokens.weights import Normaliser, answered_a_step, prompt_share, row_weights, total_weight
 from stages.training import TrainingConfig, accumulation, trl_arguments
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class SftConfig(TrainingConfig):
     """Weights of single roles, in place of the two above."""
     normaliser: Normaliser = identity("weight_sum")
     """What the weighted sum is divided by (docs/loss.md): weight_sum, a weighted mean; nonzero_count (arXiv
-    2507.07817); completion_count."""
+    2507.07817); completion_count, which of a step without a completion token is the stage's mean a step."""
     packing: Packing | None = identity(None)
     """Put several rows into one sequence; `rows_per_step` then counts sequences. Off: a row is a sequence."""
     padding_free: bool = execution(False)
@@ -223,6 +223,7 @@ def run(job: Job) -> Result:
     listen(trainer, job)
     packed = len(cast(Sized, trainer.train_dataset))
     expected = optimiser_steps(config, packed)
+    trainer.answered_a_step = answered_a_step(trained, config.epochs, expected)
     resume.train(trainer, job, config, checkpoint, expected)
     findings = (*ragged(job, config, packed), *models.publish(trainer, tokenizer, job))
     if ranks.first():
@@ -348,6 +349,7 @@ STAGE = Stage(
     config=SftConfig,
     run=run,
     version=1,
+    revised=lambda config: {"completion_count": 2} if config.normaliser == "completion_count" else {},
     trains=True,
     saves=True,
     makes=lambda config: ("policy",),

@@ -20,7 +20,7 @@ from stages.evaluate import EVALUATE, EvaluateConfig
 from stages.job import Dtype, Evaluated, Format, Lora, RowRange, Sampler, parse_rows
 from stages.kinds import STAGES
 from stages.problems.catalog import PROBLEMS
-from stages.problems.custom.settings import ALIASES, VERSION, RewardSettings
+from stages.problems.custom.settings import VERSION, RewardSettings
 from stages.stage import BASE
 
 EVALUATION_SEED = 0
@@ -152,6 +152,8 @@ class _Work(NamedTuple):
 
 def _planned(name: str, work: _Work, recipe: Recipe, base: Base, deadline: float | None) -> Step:
     payload = _payload(work, base, recipe.sampler)
+    if revised := STAGES[work.kind].revised(work.config):
+        payload["revised"] = dict(revised)
     if STAGES[work.kind].drops_overlap(work.config):
         evaluated = {field: range.model_dump() for field, range in _evaluate_config(recipe).ranges.items()}
         payload["evaluated"] = {"problem": _problem_identity(recipe.problem), "rows": evaluated}
@@ -240,10 +242,8 @@ def _problem_identity(problem: ProblemSettings, demonstrates: bool = False) -> P
 
 
 def _reward_identity(reward: RewardSettings) -> str:
-    """TRL's own by the name they have there; a user's by the bytes of its file."""
-    if reward.file:
-        return f"{digest_file(Path(reward.file))}:{reward.component}"
-    return ALIASES.get(reward.name, reward.name)
+    """TRL's own by the name they have in logs; a user's by the bytes of its file."""
+    return f"{digest_file(Path(reward.file))}:{reward.component}" if reward.file else reward.component
 
 
 def _file(path: str) -> InputRef:

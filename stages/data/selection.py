@@ -19,6 +19,7 @@ from pydantic import model_validator
 from stages.config import Config, FromList, identity
 from stages.data.rollout_line import RolloutLine
 from stages.problems.base import Row, total
+from stages.problems.custom.settings import by_component
 
 NGRAM = 4
 """Tokens of the pieces that two completions are compared by."""
@@ -78,7 +79,7 @@ class Candidate:
 
 def candidate(line: RolloutLine, weights: Mapping[str, float], passed: Callable[[float], bool]) -> Candidate:
     """From a line of `rollouts.jsonl`."""
-    reward = total(line["rewards"], weights)
+    reward = total(by_component(line["rewards"], weights), weights)
     return Candidate(
         ids=tuple(line["ids"]),
         length=len(line["ids"]) - line["prefix"],

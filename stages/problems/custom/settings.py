@@ -3,7 +3,8 @@ no user code."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, TypeVar
 
 from pydantic import model_validator
 
@@ -11,6 +12,7 @@ from stages.config import MAPPING, WORD, Config, FromList, Seconds, WordOrMappin
 from stages.guard.pool import Limits
 from stages.problems.base import LARGEST_WEIGHT
 
+T = TypeVar("T")
 VERSION = "2"
 """Of the problems of one's own, both kinds: part of their identity, and raised whenever the same file or dataset gives
 other rows, splits, rewards or scores."""
@@ -24,7 +26,19 @@ ALIASES = {
     "repetition_penalty": "get_repetition_penalty_reward",
     "soft_overlong_punishment": "get_soft_overlong_punishment",
 }
-"""Our short name -> TRL's name of a reward. Both are understood."""
+"""Our short name -> TRL's name of a reward. Both are understood, and components have the short one."""
+SHORT = {theirs: ours for ours, theirs in ALIASES.items()}
+
+
+def by_component(values: Mapping[str, T], components: Collection[str]) -> dict[str, T]:
+    """Values under the names of these components, where some may have the other name of a TRL reward: in a recipe, or
+    in a log of a version that had components under both."""
+    return {_among(components, name): value for name, value in values.items()}
+
+
+def _among(components: Collection[str], name: str) -> str:
+    other = SHORT.get(name) or ALIASES.get(name)
+    return other if name not in components and other in components else name
 
 
 class OwnCode(Config):
@@ -62,8 +76,10 @@ class RewardSettings(Config):
 
     @property
     def component(self) -> str:
-        """The name of the reward in logs."""
-        return self.name.rpartition(":")[2]
+        """The one name of the reward, in logs, weights and keys: its function's in a file of one's own, the short one
+        of one of TRL's."""
+        _, colon, name = self.name.rpartition(":")
+        return name if colon else SHORT.get(name, name)
 
     @property
     def file(self) -> str | None:

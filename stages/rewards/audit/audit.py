@@ -22,6 +22,7 @@ from stages.guard.failures import first_message
 from stages.job import Finding, Job, Result, RowRange
 from stages.problems import catalog, files
 from stages.problems.base import Problem
+from stages.problems.custom.settings import by_component
 from stages.rewards.audit import baselines
 from stages.rewards.audit.baselines import GOLD, Baseline
 from stages.rewards.audit.facts import Audited, Line
@@ -75,9 +76,10 @@ def run(job: Job) -> Result:
         rows = catalog.rows(problem, _first(job.rows, config.rows))
     asked, astray = baselines.of_rows(problem, rows, job.format, job.seed)
     weights_of(job.name, Rewards(weights=config.weights), problem.reward_weights)
+    own = by_component(config.weights, problem.reward_weights)
     refuse_hanging(problem, asked)
     heard = partial(MetricsLog(Path(job.out)).write, total=len(asked))
-    report = audit(job.name, problem, asked, astray, with_one_change(job.problem), config.weights, heard)
+    report = audit(job.name, problem, asked, astray, with_one_change(job.problem), own, heard)
     Path(job.out, FILE).write_text(report.model_dump_json(indent=1))
     return Result(outputs={"audit": FILE}, metrics={"answers": len(asked)}, findings=report.findings)
 
