@@ -25,6 +25,11 @@ class TooManyFailures(RuntimeError):
     """User code failed more often than `max_failures` allows."""
 
 
+class NoSignal(RuntimeError):
+    """A stage's rewards said nothing about its rollouts, so it would publish what it was given. Nothing is
+    published, and the run ends as one that an audit refuses."""
+
+
 class StageStopped(Exception):
     """A stage that was asked to stop has saved a checkpoint and ends early."""
 

@@ -118,6 +118,9 @@ class GrpoConfig(TrainingConfig):
     mix: GrpoMix | None = identity(None)
     """General conversations that are trained on by likelihood at every step; `share` is of the step's rows, rounded
     up. Off: none."""
+    stop_without_signal: int | None = execution(50, ge=1)
+    """First optimiser steps after which the stage stops, with exit 3 and nothing published, if no group had two
+    different rewards and not every rollout was solved. Off (null): never."""
     audit: bool = execution(True)
     """Before it runs, look at what the rewards pay for (`stages.rewards.audit.audit`), and train nothing where the
     best answers earn less than worse ones. Off: not looked at, for rewards that are dear to ask or that are meant so;
@@ -188,7 +191,7 @@ def run(job: Job) -> Result:
     listen(trainer, job)
     with own_settings(model):
         resume.train(trainer, job, config, checkpoint, config.steps)
-    findings = models.publish(trainer, tokenizer, job)
+    findings = (*trainer.signal.findings(job.name), *models.publish(trainer, tokenizer, job))
     if not ranks.first():
         return Result(outputs={}, metrics={})
     return Result(
@@ -233,8 +236,9 @@ def _trainer(
     path = models.local_path(job.inputs["policy"])  # where TRL loads the KL reference from
     model = models.load_policy(path, job.dtype, adapters=job.lora)
     prompts = [prefilled(prefix.messages(job.format, row), prefix.of_row(job.format, row)) for row in rows]
+    ends = turn_ends(tokenizer, model.generation_config)
     trainer = kind(
-        judging=Judging(problem, rows, weights, config.rewards, turn_ends(tokenizer, model.generation_config), log),
+        judging=Judging(problem, rows, weights, config.rewards, ends, log, config.stop_without_signal),
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list([{"prompt": prompt, "row": i} for i, prompt in enumerate(prompts)]),

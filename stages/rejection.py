@@ -254,14 +254,15 @@ def _funnel(pools: Sequence[Pool]) -> dict[str, int]:
 
 def _metrics(pools: Sequence[Pool]) -> dict[str, float]:
     every = [one for pool in pools for one in pool.candidates]
+    scored = [one for pool in pools for one in pool.candidates if any(other.scored for other in pool.candidates)]
     kept = [line for pool in pools for line, choice in zip(pool.lines, pool.choices, strict=True) if choice.rank]
     return {
         "rows": len(pools),
         "rollouts": len(every),
         "kept": len(kept),
         "kept_from_training": sum(line["step"] is not None for line in kept),
-        "pass_rate": sum(one.passed for one in every) / max(1, len(every)),
-        "score": sum(one.score for one in every) / max(1, len(every)),
+        "pass_rate": sum(one.passed for one in scored) / max(1, len(scored)),
+        "score": sum(one.score for one in scored) / max(1, len(scored)),
         **{f"funnel/{rule}": count for rule, count in _funnel(pools).items()},
     }
 

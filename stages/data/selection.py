@@ -68,6 +68,7 @@ class Candidate:
     finished: bool
     judged: bool
     score: float
+    """0 where there is none."""
     reward: float
     """Minus infinity where no component applies."""
     passed: bool
@@ -75,6 +76,8 @@ class Candidate:
     """Its number among those that its policy sampled for the row."""
     step: int | None = None
     """The optimiser step it was sampled for; None for a policy that stood still, which is the newest."""
+    scored: bool = True
+    """It has a score."""
 
 
 def candidate(line: RolloutLine, weights: Mapping[str, float], passed: Callable[[float], bool]) -> Candidate:
@@ -86,11 +89,12 @@ def candidate(line: RolloutLine, weights: Mapping[str, float], passed: Callable[
         text=line["text"],
         finished=line["finished"],
         judged=line["failure"] is None,
-        score=line["score"],
+        score=line["score"] or 0.0,
         reward=float("-inf") if reward is None else reward,
-        passed=line["failure"] is None and passed(line["score"]),
+        passed=line["failure"] is None and line["score"] is not None and passed(line["score"]),
         sample=line["sample"],
         step=line["step"],
+        scored=line["score"] is not None,
     )
 
 

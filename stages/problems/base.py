@@ -77,6 +77,8 @@ class Judgement:
     failure: str | None = None
     """What user code did instead of judging, such as `timeout`; every reward is then None and the score 0. None: it
     judged."""
+    scored: bool = True
+    """It has a score. False where no component applies to the row, or its score is None; `score` is then 0."""
 
 
 def total(rewards: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
@@ -127,8 +129,9 @@ class Problem(Protocol):
 
 
 def passes(problem: Problem, judgement: Judgement) -> bool:
-    """Whether an answer passes; one that could not be judged does not, whatever its score of 0 would mean."""
-    return judgement.failure is None and problem.passed(judgement.score)
+    """Whether an answer passes; one that could not be judged, or has no score, does not, whatever its score of 0 would
+    mean."""
+    return judgement.failure is None and judgement.scored and problem.passed(judgement.score)
 
 
 def row_id(content: Any) -> str:

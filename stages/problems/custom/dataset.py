@@ -21,9 +21,9 @@ from stages.guard.pool import Guard, Reply
 from stages.job import SPLITS, Split
 from stages.problems import files
 from stages.problems.base import Answer, Judgement, Row, allotted, folded
-from stages.problems.custom.python_file import are_rewards, failed, outcome_of, too_few
+from stages.problems.custom.python_file import SHOWN, are_rewards, failed, outcome_of, too_few
 from stages.problems.custom.row import OwnRow, own_row
-from stages.problems.custom.settings import NAME_GOLD, DatasetProblem
+from stages.problems.custom.settings import NAME_GOLD, READ_BY_MATH_VERIFY, DatasetProblem
 
 OUTCOMES = ("failed", "unscored", "wrong", "partial", "passed")
 """failed: it could not be judged; unscored: the first reward does not apply to the row; wrong: score 0; partial: some
@@ -120,6 +120,14 @@ class Dataset:
         """The text in the column `gold`; empty where the recipe names no such column."""
         return {"gold": self.demonstration(row, rng)} if self.settings.gold else {}
 
+    def why_none(self, component: str, row: Row) -> str | None:
+        """The likely cause of a reward that is None for every row, of which this is one; None: not known."""
+        reward = next(one for one in self.settings.components if one.component == component)
+        gold = row.columns().get(self.settings.answer or "solution")
+        if reward.file or component not in READ_BY_MATH_VERIFY or gold is None:
+            return None
+        return f"math-verify reads no number or formula in the reference answers, such as {str(gold)[:SHOWN]!r}"
+
     def judge(self, answers: Sequence[Answer]) -> list[Judgement]:
         """Raises TooManyFailures."""
         self.guard.about()
@@ -165,7 +173,7 @@ class Dataset:
         first = reply.value[0][next(iter(self.reward_weights))]
         score = min(1.0, max(0.0, first or 0.0))
         outcome = "unscored" if first is None else outcome_of(score, self.passed(score), True)
-        return Judgement(score, outcome, self.passed(score), True, reply.value[0])
+        return Judgement(score, outcome, self.passed(score), True, reply.value[0], scored=first is not None)
 
     def passed(self, score: float) -> bool:
         """The first reward is at its best."""

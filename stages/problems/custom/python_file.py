@@ -17,9 +17,9 @@ from stages.problems.base import Answer, Judgement, Row
 from stages.problems.custom.row import own_row
 from stages.problems.custom.settings import FileProblem
 
-OUTCOMES = ("failed", "malformed", "wrong", "partial", "passed")
-"""failed: it could not be judged; malformed: `well_formed` said no; wrong: score 0; partial: some score that does not
-pass."""
+OUTCOMES = ("failed", "unscored", "malformed", "wrong", "partial", "passed")
+"""failed: it could not be judged; unscored: no component applies, or the score is None; malformed: `well_formed` said
+no; wrong: score 0; partial: some score that does not pass."""
 ROWS_LIMIT = 600.0
 """Seconds that making the rows of one range may take."""
 SEEDS = 2**53
@@ -100,9 +100,11 @@ class OwnFile:
         if not _sound(reply.value, self.reward_weights):
             return failed(self.reward_weights, "crash")
         score, well_formed, passed = (reply.value[name] for name in ("score", "well_formed", "passed"))
+        rewards = reply.value["rewards"]
+        if score is None or all(value is None for value in rewards.values()):
+            return Judgement(0.0, "unscored", False, well_formed, rewards, scored=False)
         self._passed[score] = passed
-        outcome = outcome_of(score, passed, well_formed)
-        return Judgement(score, outcome, passed and score >= 1, well_formed, reply.value["rewards"])
+        return Judgement(score, outcome_of(score, passed, well_formed), passed and score >= 1, well_formed, rewards)
 
     def passed(self, score: float) -> bool:
         """The file's `passed`, which every judgement tells; asked for a score that none had. A score of 1 where it has
@@ -119,8 +121,7 @@ def _sound(value: Any, components: Mapping[str, float]) -> bool:
     return (
         isinstance(value, dict)
         and value.keys() == {"score", "well_formed", "passed", "rewards"}
-        and is_finite(value["score"])
-        and 0 <= value["score"] <= 1
+        and (value["score"] is None or (is_finite(value["score"]) and 0 <= value["score"] <= 1))
         and isinstance(value["well_formed"], bool)
         and isinstance(value["passed"], bool)
         and are_rewards(value["rewards"], components)

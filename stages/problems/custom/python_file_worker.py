@@ -189,13 +189,13 @@ def _judge(module: ModuleType, components: list[str], asked: dict[str, Any]) -> 
             "wrong_length",
             f"rewards returned {sorted(map(str, rewards))}, expected the components of REWARDS, {components}",
         )
-    score = number(settled(module.score(dict(row), completion)), "score")
-    if not 0 <= score <= 1:
-        raise CallFailed("out_of_range", f"score returned {score}, expected 0..1")
-    well_formed, passed = True, score >= 1
+    score = reward(settled(module.score(dict(row), completion)), "score")
+    if score is not None and not 0 <= score <= 1:
+        raise CallFailed("out_of_range", f"score returned {score}, expected 0..1, or None where there is no score")
+    well_formed, passed = True, score is not None and score >= 1
     if hasattr(module, "well_formed"):
         well_formed = settled(module.well_formed(dict(row), completion))
-    if hasattr(module, "passed"):
+    if hasattr(module, "passed") and score is not None:
         passed = settled(module.passed(score))
     return {
         "passed": truth(passed, "passed"),

@@ -41,6 +41,10 @@ def _among(components: Collection[str], name: str) -> str:
     return other if name not in components and other in components else name
 
 
+READ_BY_MATH_VERIFY = ("accuracy", "reasoning_accuracy", "cosine_scaled")
+"""Rewards of TRL that are None where math-verify reads nothing in the reference answer."""
+
+
 class OwnCode(Config):
     """How code of one's own is called: in worker processes that can be killed (`stages.guard.pool`)."""
 

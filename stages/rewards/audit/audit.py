@@ -116,11 +116,22 @@ def audit(
     weights = {**problem.reward_weights, **own}
     table = play(problem, weights, asked, heard)
     fixes = _fixes(table, asked, ((change, other, {**other.reward_weights, **own}) for change, other in others))
-    found = findings(Audited(stage, weights, table.played, table.lines, astray, fixes, first_message(problem)))
+    causes = _causes(problem, table, asked)
+    found = findings(Audited(stage, weights, table.played, table.lines, astray, fixes, first_message(problem), causes))
     rows = len({one.row for one in asked})
     return Report(
         stage=stage, rows=rows, weights=weights, range=table.range, baselines=table.lines, findings=tuple(found)
     )
+
+
+def _causes(problem: Problem, table: Table, asked: Sequence[Baseline]) -> dict[str, str]:
+    """Component that no answer has -> why, where the problem can tell."""
+    why = getattr(problem, "why_none", None)
+    if why is None or not asked:
+        return {}
+    there = {name for one in table.played for name, value in one.judgement.rewards.items() if value is not None}
+    found = {name: why(name, asked[0].answer.row) for name in problem.reward_weights if name not in there}
+    return {name: cause for name, cause in found.items() if cause}
 
 
 def with_one_change(settings: Mapping[str, Any]) -> Iterator[tuple[str, Problem]]:

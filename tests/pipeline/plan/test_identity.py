@@ -93,6 +93,7 @@ OTHER: dict[str, Any] = {
     "stage.epsilon": 0.1,
     "stage.epsilon_high": 0.5,
     "stage.audit": False,
+    "stage.stop_without_signal": 7,
     "stage.samples": 3,
     "kl.beta": 0.5,
     "kl.reference": None,
