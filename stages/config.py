@@ -28,8 +28,8 @@ def _shape(value: Any) -> str:
 
 WordOrMapping = Discriminator(lambda value: MAPPING.tag if _shape(value) == MAPPING.tag else WORD.tag)
 WordOrList = Discriminator(lambda value: LIST.tag if _shape(value) == LIST.tag else WORD.tag)
-PART = "part"
-"""Key of the mark in a field's JSON schema, so that `switchback schema` shows it."""
+PART, IF_SET = "part", "hashed_if_set"
+"""Keys of a field's marks in its JSON schema, so that `switchback schema` shows them."""
 
 
 class Frozen(BaseModel):
@@ -76,6 +76,12 @@ def identity(default: Any = ..., **constraints: Any) -> Any:
     return Field(default, json_schema_extra={PART: "identity"}, **constraints)
 
 
+def identity_if_set(default: Any, **constraints: Any) -> Any:
+    """A field that decides the result, and came after recipes without it had been run: hashed as written, but not at
+    its default, so that those keep their keys."""
+    return Field(default, json_schema_extra={PART: "identity", IF_SET: True}, **constraints)
+
+
 def resolved(default: Any = ..., **constraints: Any) -> Any:
     """A field that decides the result; hashed as what it stands for."""
     return Field(default, json_schema_extra={PART: "resolved"}, **constraints)
@@ -97,8 +103,15 @@ def identity_values(config: BaseModel) -> dict[str, Any]:
     return {
         name: _plain(getattr(config, name))
         for name in type(config).model_fields
-        if part_of(type(config), name) == "identity"
+        if part_of(type(config), name) == "identity" and not _at_its_silent_default(config, name)
     }
+
+
+def _at_its_silent_default(config: BaseModel, name: str) -> bool:
+    """Whether an `identity_if_set` field is not set."""
+    field = type(config).model_fields[name]
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and IF_SET in extra and getattr(config, name) == field.default
 
 
 def _plain(value: Any) -> Any:

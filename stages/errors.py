@@ -15,9 +15,19 @@ class BadInput(ValueError):
 class TooFew(BadInput):
     """A range asks for more rows than there are. The caller that knows the range's field names it."""
 
+    def __init__(self, message: str, there: int) -> None:
+        super().__init__(message)
+        self.there = there
+        """Rows that the split has."""
+
 
 class TooManyFailures(RuntimeError):
     """User code failed more often than `max_failures` allows."""
+
+
+class NoSignal(RuntimeError):
+    """A stage's rewards said nothing about its rollouts, so it would publish what it was given. Nothing is
+    published, and the run ends as one that an audit refuses."""
 
 
 class StageStopped(Exception):

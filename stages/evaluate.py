@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stages.config import Config, identity
-from stages.job import Evaluation, Job, Result, RowRange, Split
+from stages.job import Evaluation, Finding, Job, Result, RowRange, Split
 from stages.problems.base import Row, passes
 from stages.stage import Stage
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from stages.runtime.metrics import MetricsLog
 
 
+MEANS = ("greedy", "mean", "interval", "solved", "format")
+"""Fields of an Evaluation that are None where no row has a score."""
 EVALUATE = "evaluate"
 """The kind of the step that follows every policy."""
 
@@ -71,6 +73,7 @@ def run(job: Job) -> Result:
     config, out, log = EvaluateConfig.model_validate(job.config), Path(job.out), MetricsLog(Path(job.out))
     player = rollouts.player(job)
     ranges, metrics, failed = [*config.ranges.values()], dict[str, float](), list[str | None]()
+    without = list[Finding]()
     done, total = 0, 2 * sum(range.stop for range in ranges)
     for range in ranges:
         split, rows = range.split, player.rows(range)
@@ -82,9 +85,11 @@ def run(job: Job) -> Result:
         (out / f"{split}.json").write_text(evaluation.model_dump_json(indent=1))
         _write_rows(out / evaluation.per_row, rows, greedy, sampled)
         failed += [one.judgement.failure for group in (greedy, *sampled) for one in group]
-        metrics |= {f"{split}/mean": evaluation.mean, f"{split}/greedy": evaluation.greedy}
+        without += unscored(job.name, split, greedy, sampled)
+        means = {f"{split}/mean": evaluation.mean, f"{split}/greedy": evaluation.greedy}
+        metrics |= {name: mean for name, mean in means.items() if mean is not None}
     outputs = {range.split: f"{range.split}.json" for range in ranges}
-    found = failures.found(job.name, player.problem, failed)
+    found = (*failures.found(job.name, player.problem, failed), *without)
     return Result(outputs=outputs, metrics=metrics, findings=found, format=player.seen_format())
 
 
@@ -111,16 +116,28 @@ def summarise(
     greedy: Sequence[Rollout],
     sampled: Sequence[Sequence[Rollout]],
 ) -> Evaluation:
-    """The numbers of one split."""
+    """The numbers of one split. Rows without a score are left out of every mean."""
     import numpy as np
 
     from stages.estimates import bootstrap_interval, pass_at_k
     from stages.tokens import prefix
 
-    scores = np.array([[rollout.judgement.score for rollout in group] for group in sampled])
-    judgements = [rollout.judgement for group in sampled for rollout in group]
-    passed = np.array([[passes(player.problem, one.judgement) for one in group] for group in sampled], dtype=float)
-    count = Counter(judgement.outcome for judgement in judgements)
+    every = [rollout.judgement for group in sampled for rollout in group]
+    count = Counter(judgement.outcome for judgement in every)
+    rows = [(best, group) for best, group in zip(greedy, sampled, strict=True) if has_score((best, *group))]
+    judgements = [rollout.judgement for _, group in rows for rollout in group]
+    numbers: dict[str, Any] = {**dict.fromkeys(MEANS), "pass_at_k": {}}
+    if rows:
+        scores = np.array([[rollout.judgement.score for rollout in group] for _, group in rows])
+        passed = np.array([[passes(player.problem, one.judgement) for one in group] for _, group in rows], dtype=float)
+        numbers = {
+            "greedy": float(np.mean([best.judgement.score for best, _ in rows])),
+            "mean": float(scores.mean()),
+            "interval": bootstrap_interval(scores.mean(axis=1)),
+            "solved": float(np.mean([judgement.solved for judgement in judgements])),
+            "format": float(np.mean([judgement.well_formed for judgement in judgements])),
+            "pass_at_k": {str(k): pass_at_k(passed, k) for k in sorted({1, config.samples})},
+        }
     return Evaluation(
         policy=job.inputs["policy"],
         split=split,
@@ -128,25 +145,56 @@ def summarise(
         rows=len(sampled),
         samples=config.samples,
         seeds=[job.seed],
-        greedy=float(np.mean([rollout.judgement.score for rollout in greedy])),
-        mean=float(scores.mean()),
-        interval=bootstrap_interval(scores.mean(axis=1)),
-        solved=float(np.mean([judgement.solved for judgement in judgements])),
-        format=float(np.mean([judgement.well_formed for judgement in judgements])),
+        unscored=len(sampled) - len(rows),
+        **numbers,
         format_digest=prefix.format_digest(player.seen_format()),
-        pass_at_k={str(k): pass_at_k(passed, k) for k in sorted({1, config.samples})},
-        outcomes={name: count[name] / len(judgements) for name in player.problem.outcomes},
+        outcomes={name: count[name] / len(every) for name in player.problem.outcomes},
         per_row=f"{split}.jsonl",
     )
+
+
+def has_score(group: Sequence[Rollout]) -> bool:
+    """Whether one of the answers of a row has a score. Where one has and another has not, that one scores 0."""
+    return any(rollout.judgement.scored for rollout in group)
+
+
+def unscored(
+    stage: str, split: Split, greedy: Sequence[Rollout], sampled: Sequence[Sequence[Rollout]]
+) -> Iterator[Finding]:
+    """Rows that are left out of every mean, and answers that count as 0 because others of their row have a score."""
+    groups = [(best, *group) for best, group in zip(greedy, sampled, strict=True)]
+    left_out = sum(not has_score(group) for group in groups)
+    if left_out:
+        yield Finding(
+            rule="rows_without_score",
+            severity="warn",
+            stage=stage,
+            evidence={"rows": float(len(groups)), "left_out": float(left_out)},
+            advice=f"{left_out} of {len(groups)} {split} rows have no score (no component applies to them, or their "
+            f"score is None), so every mean is over the others; look at their reference answers",
+        )
+    zero = sum(not one.judgement.scored for group in groups if has_score(group) for one in group)
+    if zero:
+        yield Finding(
+            rule="answers_without_score",
+            severity="warn",
+            stage=stage,
+            evidence={"answers": float(zero)},
+            advice=f"{zero} answers to {split} rows have no score although others to the same row have one, so they "
+            f"count as 0; let the score depend on the row alone where it is None",
+        )
 
 
 def _write_rows(
     path: Path, rows: Sequence[Row], greedy: Sequence[Rollout], sampled: Sequence[Sequence[Rollout]]
 ) -> None:
-    """A line a row: its id and prompt, then text, score and outcome of the greedy rollout and of every sample."""
+    """A line a row: its id and prompt, then text, score (null where there is none) and outcome of the greedy rollout
+    and of every sample."""
 
     def said(rollout: Rollout) -> dict[str, object]:
-        return {"text": rollout.text, "score": rollout.judgement.score, "outcome": rollout.judgement.outcome}
+        judgement = rollout.judgement
+        score = judgement.score if judgement.scored else None
+        return {"text": rollout.text, "score": score, "outcome": judgement.outcome}
 
     with path.open("w") as file:
         for row, best, group in zip(rows, greedy, sampled, strict=True):

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from pydantic import model_validator
+
 from stages.config import Config, execution, identity, resolved
 from stages.data.mix import Mix, count_of_step
 from stages.errors import BadInput
@@ -116,10 +118,21 @@ class GrpoConfig(TrainingConfig):
     mix: GrpoMix | None = identity(None)
     """General conversations that are trained on by likelihood at every step; `share` is of the step's rows, rounded
     up. Off: none."""
+    stop_without_signal: int | None = execution(50, ge=1)
+    """First optimiser steps after which the stage stops, with exit 3 and nothing published, if no group had two
+    different rewards and not every rollout was solved. Off (null): never."""
     audit: bool = execution(True)
     """Before it runs, look at what the rewards pay for (`stages.rewards.audit.audit`), and train nothing where the
     best answers earn less than worse ones. Off: not looked at, for rewards that are dear to ask or that are meant so;
     `switchback audit` still shows it."""
+
+    @model_validator(mode="after")
+    def _something_may_overlap(self) -> GrpoConfig:
+        if self.drop_overlap and self.mix is None:
+            raise ValueError(
+                "drop_overlap has no effect without mix, because train rows are never evaluated rows; remove it"
+            )
+        return self
 
     @property
     def general_rows(self) -> int:
@@ -178,7 +191,7 @@ def run(job: Job) -> Result:
     listen(trainer, job)
     with own_settings(model):
         resume.train(trainer, job, config, checkpoint, config.steps)
-    findings = models.publish(trainer, tokenizer, job)
+    findings = (*trainer.signal.findings(job.name), *models.publish(trainer, tokenizer, job))
     if not ranks.first():
         return Result(outputs={}, metrics={})
     return Result(
@@ -223,8 +236,9 @@ def _trainer(
     path = models.local_path(job.inputs["policy"])  # where TRL loads the KL reference from
     model = models.load_policy(path, job.dtype, adapters=job.lora)
     prompts = [prefilled(prefix.messages(job.format, row), prefix.of_row(job.format, row)) for row in rows]
+    ends = turn_ends(tokenizer, model.generation_config)
     trainer = kind(
-        judging=Judging(problem, rows, weights, config.rewards, turn_ends(tokenizer, model.generation_config), log),
+        judging=Judging(problem, rows, weights, config.rewards, ends, log, config.stop_without_signal),
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list([{"prompt": prompt, "row": i} for i, prompt in enumerate(prompts)]),
@@ -236,26 +250,27 @@ def _trainer(
 
 def _kind(job: Job, config: GrpoConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[..., RewardedGRPOTrainer]:
     """What is trained on: rollouts, or general rows beside them."""
-    from stages.data import sources
     from stages.trl.likelihood import General, MixedGRPOTrainer
     from stages.trl.rewarding import RewardedGRPOTrainer
 
     if config.mix is None:
         return RewardedGRPOTrainer
-    assert job.format is not None, "the plan gives grpo a Format"
-    rows = sources.general_of_steps(job, job.format, tokenizer, config.general_rows, config.steps)
+    rows = _general(job, config, tokenizer)
     return partial(MixedGRPOTrainer, general=General(rows, config.general_rows, config.mix.coefficient, job.seed))
+
+
+def _general(job: Job, config: GrpoConfig, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:
+    """The rows of its mix, for all steps."""
+    from stages.data import sources
+
+    assert job.format is not None, "the plan gives grpo a Format"
+    a_step = config.general_rows
+    return sources.general_of_steps(job, job.format, tokenizer, a_step, config.steps, config.drop_overlap)
 
 
 def preflight(job: Job, config: GrpoConfig, tokenizer: PreTrainedTokenizerBase, path: str) -> Inspected:
     """Read the rows of its mix."""
-    from stages.data import sources
-
-    general: list[TokenRow] = []
-    if config.mix:
-        assert job.format is not None, "the plan gives every stage a Format"
-        general = sources.general_of_steps(job, job.format, tokenizer, config.general_rows, config.steps)
-    return Inspected(general=general, steps=config.steps)
+    return Inspected(general=_general(job, config, tokenizer) if config.mix else (), steps=config.steps)
 
 
 STAGE = Stage(
@@ -269,6 +284,7 @@ STAGE = Stage(
     rows=lambda config, earlier: config.rows,
     rewards=lambda config: config.rewards,
     audited=lambda config: config.audit,
+    drops_overlap=lambda config: config.drop_overlap,
     batch=batch,
     check=check,
     preflight=preflight,

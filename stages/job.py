@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field
 
 from stages.config import LIST, WORD, Config, FromList, Frozen, Seconds, WordOrList, execution, identity
 from stages.errors import BadInput
+from stages.intervals import of_equal_scores
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Sampler = Literal["transformers", "continuous", "vllm"]
@@ -135,6 +136,14 @@ def train_rows(stage: str, text: str, seed: int) -> RowRange:
     return rows
 
 
+class Evaluated(Frozen):
+    """The rows that policies are scored on."""
+
+    problem: dict[str, Any]
+    """The recipe's `problem`."""
+    ranges: tuple[RowRange, ...]
+
+
 class Job(Frozen):
     """Marching orders of one step. A stage is a function of this file and a directory."""
 
@@ -155,6 +164,8 @@ class Job(Frozen):
     problem: dict[str, Any] | None
     """The recipe's `problem`, where the step uses one."""
     rows: RowRange | None
+    evaluated: Evaluated | None = None
+    """What policies are scored on, for a stage that trains: its rows are compared with them. None: not compared."""
     format: Format | None
     seed: int
     dtype: Dtype
@@ -221,26 +232,32 @@ class Evaluation(Frozen):
     samples: int
     """Samples per row."""
     seeds: list[int]
-    greedy: float
-    """Mean score of the most likely completion."""
-    mean: float
+    unscored: int = 0
+    """Rows that have no score, whatever is answered: they are left out of every mean."""
+    greedy: float | None
+    """Mean score of the most likely completion. None, as all that follow: no row has a score."""
+    mean: float | None
     """Mean score of the samples."""
-    interval: tuple[float, float]
-    """95 % of `mean`: percentile bootstrap, resampling rows."""
-    solved: float
+    interval: tuple[float, float] | None
+    """95 % of `mean`: percentile bootstrap, resampling rows; Wilson's where all rows are alike."""
+    solved: float | None
     """Share of the samples that are optimal."""
-    format: float
+    format: float | None
     """Share of the samples that have the right form."""
     format_digest: str
     """SHA-256 of the Format that dressed prompt and completion."""
     pass_at_k: dict[str, float]
-    """k -> chance that at least one of k samples passes."""
+    """k -> chance that at least one of k samples passes; empty where no row has a score."""
     outcomes: dict[str, float]
-    """Share of the samples per outcome."""
+    """Share of all samples per outcome."""
     per_row: str
     """File beside this one, a line a row."""
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """An Evaluation from its file. Raises pydantic's ValidationError on anything else."""
-    return Evaluation.model_validate_json(path.read_text())
+    """An Evaluation from its file, where an earlier version may have written an empty interval for rows that are all
+    alike. Raises pydantic's ValidationError on anything else."""
+    found = Evaluation.model_validate_json(path.read_text())
+    if found.interval is None or found.mean is None or found.interval[0] < found.interval[1]:
+        return found
+    return found.model_copy(update={"interval": of_equal_scores(found.mean, found.rows - found.unscored)})

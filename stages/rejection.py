@@ -21,6 +21,7 @@ from stages.data.selection import Keep, Pool, candidate, control, funnel, select
 from stages.errors import BadInput
 from stages.grpo import ROLLOUTS, GrpoConfig
 from stages.job import Finding, Format, Job, Result, parse_rows, train_rows
+from stages.problems.custom.settings import by_component
 from stages.stage import Earlier, Inspected, Read, Stage
 
 if TYPE_CHECKING:
@@ -235,8 +236,11 @@ def _missing(
 
 
 def _pool(row: Row, lines: list[RolloutLine], keep: Keep, problem: Problem) -> Pool:
-    group = [candidate(line, problem.reward_weights, problem.passed) for line in lines]
-    return Pool(row, lines, group, select(group, keep))
+    named: list[RolloutLine] = [
+        {**line, "rewards": by_component(line["rewards"], problem.reward_weights)} for line in lines
+    ]
+    group = [candidate(line, problem.reward_weights, problem.passed) for line in named]
+    return Pool(row, named, group, select(group, keep))
 
 
 def _drawn(pool: Pool, count: int, seed: int) -> list[int]:
@@ -250,14 +254,15 @@ def _funnel(pools: Sequence[Pool]) -> dict[str, int]:
 
 def _metrics(pools: Sequence[Pool]) -> dict[str, float]:
     every = [one for pool in pools for one in pool.candidates]
+    scored = [one for pool in pools for one in pool.candidates if any(other.scored for other in pool.candidates)]
     kept = [line for pool in pools for line, choice in zip(pool.lines, pool.choices, strict=True) if choice.rank]
     return {
         "rows": len(pools),
         "rollouts": len(every),
         "kept": len(kept),
         "kept_from_training": sum(line["step"] is not None for line in kept),
-        "pass_rate": sum(one.passed for one in every) / max(1, len(every)),
-        "score": sum(one.score for one in every) / max(1, len(every)),
+        "pass_rate": sum(one.passed for one in scored) / max(1, len(scored)),
+        "score": sum(one.score for one in scored) / max(1, len(scored)),
         **{f"funnel/{rule}": count for rule, count in _funnel(pools).items()},
     }
 

@@ -20,7 +20,7 @@ from stages.job import Finding, Job, Result, train_rows
 from stages.rejection import CONTROL, RejectionConfig
 from stages.stage import ROWS, Batch, Earlier, Inspected, Read, Stage
 from stages.tokens.token_rows import ANSWERED, ROLES, TokenRow, lengths
-from stages.tokens.weights import Normaliser, prompt_share, row_weights, total_weight
+from stages.tokens.weights import Normaliser, answered_a_step, prompt_share, row_weights, total_weight
 from stages.training import TrainingConfig, accumulation, trl_arguments
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class SftConfig(TrainingConfig):
     """Weights of single roles, in place of the two above."""
     normaliser: Normaliser = identity("weight_sum")
     """What the weighted sum is divided by (docs/loss.md): weight_sum, a weighted mean; nonzero_count (arXiv
-    2507.07817); completion_count."""
+    2507.07817); completion_count, which of a step without a completion token is the stage's mean a step."""
     packing: Packing | None = identity(None)
     """Put several rows into one sequence; `rows_per_step` then counts sequences. Off: a row is a sequence."""
     padding_free: bool = execution(False)
@@ -198,7 +198,7 @@ def run(job: Job) -> Result:
     path = models.local_path(job.inputs["policy"])
     models.refuse_vision(path)
     tokenizer = models.load_tokenizer(path, job.format)
-    loaded = sources.load(job, job.format, tokenizer, config.mix)
+    loaded = sources.load(job, job.format, tokenizer, config.mix, config.drop_overlap)
     trained = loaded.all
     micro, steps = accumulation(config.rows_per_step, job)
     arguments = trl_arguments(
@@ -223,6 +223,7 @@ def run(job: Job) -> Result:
     listen(trainer, job)
     packed = len(cast(Sized, trainer.train_dataset))
     expected = optimiser_steps(config, packed)
+    trainer.answered_a_step = answered_a_step(trained, config.epochs, expected)
     resume.train(trainer, job, config, checkpoint, expected)
     findings = (*ragged(job, config, packed), *models.publish(trainer, tokenizer, job))
     if ranks.first():
@@ -242,6 +243,8 @@ def row_metrics(rows: Rows, weights: dict[str, float]) -> dict[str, float]:
     """How many rows there are, what they weigh (`ratio`), and, where there is a mix, how many are of it and the share
     of the total weight that they carry: a few long answers can be most of the loss."""
     found = {"rows": float(len(rows.all)), **ratio(rows.all, weights)}
+    if rows.dropped:
+        found["overlap_dropped"] = float(rows.dropped)
     if not rows.general:
         return found
     own, general = total_weight(rows.own, weights), total_weight(rows.general, weights)
@@ -302,7 +305,7 @@ def preflight(job: Job, config: SftConfig, tokenizer: PreTrainedTokenizerBase, p
         if config.mix:
             sources.look_at_general(job, job.format, tokenizer)
         return Inspected()
-    loaded = sources.load(job, job.format, tokenizer, config.mix)
+    loaded = sources.load(job, job.format, tokenizer, config.mix, config.drop_overlap)
     sequences(config, loaded.all)
     if not any(weight for row in loaded.all for weight in row_weights(row, config.weights)):
         raise BadInput(
@@ -346,12 +349,14 @@ STAGE = Stage(
     config=SftConfig,
     run=run,
     version=1,
+    revised=lambda config: {"completion_count": 2} if config.normaliser == "completion_count" else {},
     trains=True,
     saves=True,
     makes=lambda config: ("policy",),
     reads=reads,
     rows=rows,
     demonstrates=lambda config: config.data == DEMONSTRATIONS,
+    drops_overlap=lambda config: config.drop_overlap,
     weighs_tokens=True,
     batch=lambda config: Batch(config.rows_per_step, f"rows_per_step={config.rows_per_step}"),
     check=check,

@@ -70,6 +70,9 @@ class Stage:
     run: Callable[[Job], Result]
     version: int
     """Part of every key: raised when the same config gives another result."""
+    revised: Callable[[Any], Mapping[str, int]] = lambda config: {}
+    """Settings that mean something else than before -> the version of their meaning: part of the keys of the recipes
+    that use them, and of no others."""
     trains: bool = False
     """It makes a policy: an evaluation follows, and the model's dtype and adapters are part of its key."""
     saves: bool = False
@@ -90,6 +93,8 @@ class Stage:
     """The rewards it is trained by."""
     audited: Callable[[Any], bool] = lambda config: False
     """An audit of its rewards comes before it."""
+    drops_overlap: Callable[[Any], bool] = lambda config: False
+    """It leaves out rows that ask what policies are evaluated on, so what these are is part of its key."""
     weighs_tokens: bool = False
     """Every token has a loss weight, which `switchback inspect` shows."""
     batch: Callable[[Any], Batch | None] = lambda config: None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import AfterValidator, model_validator
 
-from stages.config import StageConfig, execution, identity, seconds
+from stages.config import StageConfig, execution, identity, identity_if_set, seconds
 from stages.errors import BadInput
 from stages.job import Finding, Job
 
@@ -96,6 +96,9 @@ class TrainingConfig(StageConfig):
     asked to stop."""
     keep_last: int = execution(2, ge=1)
     """How many resume checkpoints are kept until the stage is published."""
+    drop_overlap: bool = identity_if_set(False)
+    """Leave out rows that ask what policies are evaluated on (`stages.data.overlap`). Off: they are counted before the
+    stage runs, and it is refused where they ask more than 5 % of the evaluated rows."""
     trl: dict[str, Any] = identity({})
     """Further settings, passed unchanged to SFTConfig or GRPOConfig."""
 

@@ -30,6 +30,7 @@ VERSIONS = {
     "probe": 1,
     "audit": 1,
     "score": 1,
+    "rows": 1,
 }
 KEYS = {
     "base.evaluate": "ffeacb5f1224",

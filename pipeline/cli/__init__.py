@@ -18,6 +18,7 @@ from pipeline.cli.commands.recipe.init import init
 from pipeline.cli.commands.recipe.inspect import inspect
 from pipeline.cli.commands.recipe.plan import plan, schema
 from pipeline.cli.commands.recipe.probe import probe
+from pipeline.cli.commands.recipe.rows import rows
 from pipeline.cli.commands.recipe.score import score
 from pipeline.cli.commands.registry.aliases import nouns, pin, pins, promote, unpin
 from pipeline.cli.commands.registry.artifacts import ls, verify
@@ -47,7 +48,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 COMMANDS = (
-    *(init, check, plan, schema, inspect, probe, audit, score),
+    *(init, check, plan, schema, rows, inspect, probe, audit, score),
     *(run, resume, runs, show),
     *(ls, verify, lineage, diff, export, push, promote, pin, unpin, pins, gc),
 )

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import StageFailed
+from pipeline.errors import Refused, StageFailed
 from pipeline.launch.serving_worker import ServingWorker
 from stages.errors import BadInput
 from stages.job import Job, Result
@@ -156,6 +156,8 @@ def _result(job: Job, status: int, log: Path) -> Result:
         error = json.loads((work / ERROR).read_text())
         if error["bad_input"]:
             raise BadInput(error["message"])
+        if error["refused"]:
+            raise Refused(f"{job.name}: {error['message']}")
         raise StageFailed(f"{job.name}: {error['message']}{'' if error['told'] else f' (log: {log})'}")
     if status == BUSY:
         raise _busy(job)

@@ -20,10 +20,10 @@ from pipeline.registry.keys import Payload, digest_model, key_of
 from stages.config import Config, Frozen, identity_values
 from stages.errors import BadInput
 from stages.evaluate import EVALUATE, EvaluateConfig
-from stages.job import Dtype, Format, Lora, RowRange, Sampler, parse_rows
+from stages.job import Dtype, Evaluated, Format, Lora, RowRange, Sampler, parse_rows
 from stages.kinds import STAGES
 from stages.problems.catalog import PROBLEMS
-from stages.problems.custom.settings import ALIASES, RewardSettings
+from stages.problems.custom.settings import VERSION, RewardSettings
 from stages.stage import BASE
 
 EVALUATION_SEED = 0
@@ -57,6 +57,8 @@ class Step(Frozen):
     """The user's files that it reads, with the digests that are in its key."""
     problem: dict[str, Any] | None
     rows: RowRange | None
+    evaluated: Evaluated | None
+    """What its policy is scored on; None for a step that does not train."""
     format: Format
     seed: int
     dtype: Dtype
@@ -151,10 +153,14 @@ def _step(plan: _Plan, base_format: Format, stage: Box, made: dict[str, Step]) -
 
 def _evaluation(plan: _Plan, format: Format, policy: InputRef, of: str) -> Step:
     """The evaluate step of a policy."""
-    recipe = plan.recipe
-    config = EvaluateConfig(**dict(recipe.evaluate), validation=recipe.validation)
-    work = _Work(EVALUATE, config, {"policy": policy}, [], recipe.problem, None, format, EVALUATION_SEED, 0)
+    config = _evaluate_config(plan.recipe)
+    work = _Work(EVALUATE, config, {"policy": policy}, [], plan.recipe.problem, None, format, EVALUATION_SEED, 0)
     return _planned(f"{of}.{EVALUATE}", work, plan, None)
+
+
+def _evaluate_config(recipe: Recipe) -> EvaluateConfig:
+    """What every evaluate step of the recipe is given."""
+    return EvaluateConfig(**dict(recipe.evaluate), validation=recipe.validation)
 
 
 class _Work(NamedTuple):
@@ -174,15 +180,22 @@ class _Work(NamedTuple):
 
 
 def _planned(name: str, work: _Work, plan: _Plan, deadline: float | None) -> Step:
-    recipe, payload = plan.recipe, _payload(work, plan)
+    recipe, kind, payload = plan.recipe, STAGES[work.kind], _payload(work, plan)
+    if revised := kind.revised(work.config):
+        payload["revised"] = dict(revised)
+    if kind.drops_overlap(work.config):
+        evaluated = {field: range.model_dump() for field, range in _evaluate_config(recipe).ranges.items()}
+        payload["evaluated"] = {"problem": plan.problem, "rows": evaluated}
+    reads_problem = work.problem is not None or kind.drops_overlap(work.config)
     return Step(
         name=name,
         kind=work.kind,
         config=work.config,
         inputs=work.inputs,
-        files=(*work.files, *(plan.of_problem if work.problem else ())),
+        files=(*work.files, *(plan.of_problem if reads_problem else ())),
         problem=work.problem.model_dump(mode="json") if work.problem else None,
         rows=work.rows,
+        evaluated=_evaluated(recipe) if kind.trains else None,
         format=work.format,
         seed=work.seed + REPLICATE_STRIDE * work.replicate,
         dtype=recipe.model.dtype,
@@ -194,6 +207,12 @@ def _planned(name: str, work: _Work, plan: _Plan, deadline: float | None) -> Ste
     )
 
 
+def _evaluated(recipe: Recipe) -> Evaluated:
+    """The rows that the recipe's policies are scored on."""
+    ranges = tuple(_evaluate_config(recipe).ranges.values())
+    return Evaluated(problem=recipe.problem.model_dump(mode="json"), ranges=ranges)
+
+
 def _payload(work: _Work, plan: _Plan) -> Payload:
     """Everything that decides what the step makes."""
     kind, base, sampler = STAGES[work.kind], plan.base, plan.recipe.sampler
@@ -203,7 +222,7 @@ def _payload(work: _Work, plan: _Plan) -> Payload:
         "config": identity_values(work.config),
         "inputs": {role: {"key": ref.key, "output": ref.output} for role, ref in work.inputs.items()},
         "model": base.settings if kind.trains else {"dtype": base.settings["dtype"]},
-        "problem": plan.problem if work.problem else None,
+        "problem": _problem_of(work, plan) if work.problem else None,
         "rows": work.rows.model_dump() if work.rows else None,
         "format": formats.identity(work.format),
         "sampler": sampler if kind.samples(work.config) else None,
@@ -240,23 +259,31 @@ def base_of(recipe: Recipe, registry: Registry) -> Base:
     return Base(ref, settings, formats.carried_by(path))
 
 
+def _problem_of(work: _Work, plan: _Plan) -> Payload:
+    """What of the problem is part of the step's key: the column of a dataset's demonstrations too, where the step is
+    trained on them."""
+    if isinstance(work.problem, DatasetProblem) and STAGES[work.kind].demonstrates(work.config):
+        return {**plan.problem, "gold": work.problem.gold}
+    return plan.problem
+
+
 def _problem_identity(problem: ProblemSettings, digest: Digest) -> Payload:
     """A built-in problem by name, version and settings; user code and local data by the digest of their bytes."""
     if isinstance(problem, FileProblem):
         code = {"file": digest(Path(problem.file).absolute()), **user_files.modules_identity(problem.file, digest)}
-        return {**code, **identity_values(problem), **user_files.opened_identity(problem, digest)}
+        return {"version": VERSION, **code, **identity_values(problem), **user_files.opened_identity(problem, digest)}
     if isinstance(problem, DatasetProblem):
         rewards = [_reward_identity(reward, digest) for reward in problem.components]
         dataset = digest(Path(problem.dataset).absolute()) if problem.is_file else problem.dataset
-        identity = {"dataset": dataset, **identity_values(problem), "rewards": rewards}
+        identity = {"version": VERSION, "dataset": dataset, **identity_values(problem), "rewards": rewards}
         return {**identity, **user_files.opened_identity(problem, digest)}
     return {"version": PROBLEMS[problem.name].version, **identity_values(problem)}
 
 
 def _reward_identity(reward: RewardSettings, digest: Digest) -> Payload:
-    """TRL's own by the name they have there; a user's by the bytes of its file and of its local modules."""
+    """TRL's own by the name they have in logs; a user's by the bytes of its file and of its local modules."""
     if not reward.file:
-        return {**identity_values(reward), "name": ALIASES.get(reward.name, reward.name)}
+        return {**identity_values(reward), "name": reward.component}
     name = f"{digest(Path(reward.file).absolute())}:{reward.component}"
     return {**identity_values(reward), "name": name, **user_files.modules_identity(reward.file, digest)}
 

@@ -17,6 +17,7 @@ from pipeline.recipe.validation_errors import nearest
 from stages.config import RESERVED_NAMES, FormatSettings
 from stages.errors import BadInput
 from stages.kinds import STAGES
+from stages.problems.custom.settings import NAME_GOLD
 from stages.stage import BASE, ROWS
 
 ADAPTER = "adapter_config.json"
@@ -137,10 +138,9 @@ def _dataset(recipe: Recipe, problem: DatasetProblem) -> None:
         if reward.file:
             _is_file(f"problem.rewards: {reward.name}", reward.file)
     for stage in recipe.stages:
-        if STAGES[stage.kind].demonstrates(stage):
+        if STAGES[stage.kind].demonstrates(stage) and not problem.gold:
             raise BadInput(
-                f"stages.{stage.name}.data: a dataset problem has no demonstrations; give the stage a {ROWS} file of "
-                f"conversations, or what a rejection stage keeps"
+                f"stages.{stage.name}.data: a dataset has no demonstrations without a gold column; {NAME_GOLD}"
             )
 
 

@@ -36,6 +36,8 @@ def _one_sentence(group: Sequence[Finding]) -> Finding:
 
 
 def refuse(found: Sequence[Finding]) -> None:
-    """Raise Refused for the first finding on which nothing is to be trained."""
+    """Raise Refused for the first finding on which nothing is to be trained. Those that have no override of their own
+    are an audit's."""
     if first := next((finding for finding in found if finding.severity == "stop"), None):
-        raise Refused(f"{first.stage}: {first.advice} (or, if it is meant so, stages.{first.stage}.audit=false)")
+        override = f"or, if it is meant so, stages.{first.stage}.audit=false"
+        raise Refused(f"{first.stage}: {first.advice} ({f'--set {first.override}' if first.override else override})")

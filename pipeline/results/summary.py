@@ -38,7 +38,7 @@ class RunSummary(Frozen):
     stages: tuple[StageSummary, ...]
 
 
-EVALUATION_FIELDS = ("greedy", "mean", "interval", "solved", "format", "pass_at_k", "rows", "samples")
+EVALUATION_FIELDS = ("greedy", "mean", "interval", "solved", "format", "pass_at_k", "rows", "unscored", "samples")
 """What of an Evaluation `show --json` gives."""
 
 

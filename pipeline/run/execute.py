@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from pipeline.errors import NotComparable
+from pipeline.errors import NotComparable, Refused
 from pipeline.flows.server import api_url, own_server
 from pipeline.plan.plan import ALL, Planned, Selection
 from pipeline.plan.steps import Step
@@ -69,9 +69,23 @@ def run_step(one: Planned, run: Run) -> Made | None:
     run.made[one.step.name] = made.artifact
     seconds = 0.0 if made.reused else made.artifact.provenance.get("seconds", 0.0)
     run.record("step", step=one.step.name, artifact=made.artifact.id, reused=made.reused, seconds=seconds)
-    if one.step.evaluates and not made.reused:
-        _show_evaluation(one.step, run)
+    if one.step.evaluates:
+        if not made.reused:
+            _show_evaluation(one.step, run)
+        _refuse_without_scores(one.step, run)
     return made
+
+
+def _refuse_without_scores(step: Step, run: Run) -> None:
+    """Raise Refused where no row of a split has a score: what is trained could never be measured."""
+    for split in run.made[step.name].outputs:
+        scores = read_evaluation(run.registry.path(run.made[step.name], split))
+        if scores.mean is None:
+            raise Refused(
+                f"{step.name}: none of the {scores.rows} {split} rows has a score (no reward applies to them, or their "
+                f"score is None), so its mean is '-' and training could not be measured; look at the rewards and the "
+                f"reference answers with switchback audit"
+            )
 
 
 def _show_evaluation(step: Step, run: Run) -> None:

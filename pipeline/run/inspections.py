@@ -22,6 +22,7 @@ from pipeline.registry import Artifact, Registry
 from pipeline.run.job import job_of, place_of
 from stages.errors import BadInput
 from stages.inspections import probe as probe_job
+from stages.inspections import rows as rows_job
 from stages.inspections import score as score_job
 from stages.job import Execution, Finding, Job
 from stages.kinds import STAGES
@@ -154,9 +155,25 @@ def score(problem: dict[str, Any], rows: Path, completions: Path, launcher: Laun
     """What `stages.inspections.score` finds out about a file of completions. Raises BadInput with file and line for
     what cannot be used."""
     inputs = {"rows": str(rows.absolute()), "completions": str(completions.absolute())}
-    like = Job(
-        kind="score",
-        name="score",
+    with _question("score", {}, _of_problem("score", problem), inputs) as job:
+        launcher.launch(job)
+        return json.loads(Path(job.out, score_job.FILE).read_text())
+
+
+def rows(problem: dict[str, Any], config: rows_job.RowsConfig, seed: int, launcher: Launcher) -> Iterator[str]:
+    """The rows of a split, a line of JSON each. Raises BadInput for more than there are."""
+    like = _of_problem("rows", problem).model_copy(update={"seed": seed})
+    with _question("rows", config.model_dump(mode="json"), like, {}) as job:
+        launcher.launch(job)
+        with Path(job.out, rows_job.FILE).open(encoding="utf-8") as file:
+            yield from file
+
+
+def _of_problem(kind: str, problem: dict[str, Any]) -> Job:
+    """A job that asks a problem alone, without a step of a recipe."""
+    return Job(
+        kind=kind,
+        name=kind,
         config={},
         inputs={},
         work="",
@@ -168,9 +185,6 @@ def score(problem: dict[str, Any], rows: Path, completions: Path, launcher: Laun
         dtype="float32",
         execution=Execution(),
     )
-    with _question("score", {}, like, inputs) as job:
-        launcher.launch(job)
-        return json.loads(Path(job.out, score_job.FILE).read_text())
 
 
 def stand_in(one: Planned, planned: Sequence[Planned], registry: Registry, execution: Execution) -> Job:

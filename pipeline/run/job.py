@@ -52,6 +52,7 @@ def job_of(
         out=str(work / "out"),
         problem=step.problem,
         rows=step.rows,
+        evaluated=step.evaluated,
         format=step.format,
         seed=step.seed,
         dtype=step.dtype,

@@ -23,8 +23,8 @@ class RolloutLine(TypedDict):
     """What the problem judged."""
     finished: bool
     """It came to its turn end before it was cut."""
-    score: float
-    """0..1."""
+    score: float | None
+    """0..1. None: it has no score."""
     outcome: str
     rewards: dict[str, float | None]
     """Component -> value. None: the component does not apply."""

@@ -57,7 +57,7 @@ def line(row: str, sample: int, rollout: Rollout, step: int | None = None) -> Ro
         "prefix": roles.count(PREFIX),
         "text": rollout.text,
         "finished": rollout.finished,
-        "score": judgement.score,
+        "score": judgement.score if judgement.scored else None,
         "outcome": judgement.outcome,
         "rewards": dict(judgement.rewards),
         "failure": judgement.failure,

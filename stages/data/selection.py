@@ -19,6 +19,7 @@ from pydantic import model_validator
 from stages.config import Config, FromList, identity
 from stages.data.rollout_line import RolloutLine
 from stages.problems.base import Row, total
+from stages.problems.custom.settings import by_component
 
 NGRAM = 4
 """Tokens of the pieces that two completions are compared by."""
@@ -67,6 +68,7 @@ class Candidate:
     finished: bool
     judged: bool
     score: float
+    """0 where there is none."""
     reward: float
     """Minus infinity where no component applies."""
     passed: bool
@@ -74,22 +76,25 @@ class Candidate:
     """Its number among those that its policy sampled for the row."""
     step: int | None = None
     """The optimiser step it was sampled for; None for a policy that stood still, which is the newest."""
+    scored: bool = True
+    """It has a score."""
 
 
 def candidate(line: RolloutLine, weights: Mapping[str, float], passed: Callable[[float], bool]) -> Candidate:
     """From a line of `rollouts.jsonl`."""
-    reward = total(line["rewards"], weights)
+    reward = total(by_component(line["rewards"], weights), weights)
     return Candidate(
         ids=tuple(line["ids"]),
         length=len(line["ids"]) - line["prefix"],
         text=line["text"],
         finished=line["finished"],
         judged=line["failure"] is None,
-        score=line["score"],
+        score=line["score"] or 0.0,
         reward=float("-inf") if reward is None else reward,
-        passed=line["failure"] is None and passed(line["score"]),
+        passed=line["failure"] is None and line["score"] is not None and passed(line["score"]),
         sample=line["sample"],
         step=line["step"],
+        scored=line["score"] is not None,
     )
 
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stages.data import mix
+from stages.data import mix, overlap
 from stages.data.mix import Mix
 from stages.errors import BadInput
 from stages.job import Format, Job
@@ -42,6 +42,8 @@ class Rows(NamedTuple):
     """The stage's own; never none."""
     general: list[TokenRow]
     """Those of its mix, in the order of their lines."""
+    dropped: int = 0
+    """Rows of both that were left out, because they ask what is evaluated."""
 
     @property
     def all(self) -> list[TokenRow]:
@@ -49,11 +51,27 @@ class Rows(NamedTuple):
         return [*self.own, *self.general]
 
 
-def load(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase, mixed: Mix | None) -> Rows:
-    """The job's rows, with `mixed` of its config. Raises BadInput for no own rows or too few general ones, for rows
-    that cannot be read, and for rows that another tokenizer or template made."""
-    rows = own(job, format, tokenizer)
-    return Rows(rows, general(job, format, tokenizer, mixed, len(rows)) if mixed else [])
+def load(
+    job: Job, format: Format, tokenizer: PreTrainedTokenizerBase, mixed: Mix | None, drop_overlap: bool = False
+) -> Rows:
+    """The job's rows, with `mixed` and `drop_overlap` of its config. Raises BadInput for no own rows or too few general
+    ones, for rows that cannot be read, and for rows that another tokenizer or template made."""
+    evaluated = _evaluated(job, format, tokenizer) if drop_overlap else None
+    every = own(job, format, tokenizer)
+    rows = overlap.without(every, lambda row: overlap.of_row(tokenizer, row), evaluated)
+    if not rows:
+        raise BadInput(f"{job.name}: each of its {len(every)} rows asks what is evaluated; give it others")
+    if mixed is None:
+        return Rows(rows, [], len(every) - len(rows))
+    lines = _lines(Path(job.inputs["mix"]), job.copies)
+    left = overlap.without(lines, lambda line: _questions(line, format), evaluated)
+    drawn = general(job, format, tokenizer, mixed, len(rows), left)
+    return Rows(rows, drawn, len(every) - len(rows) + len(lines) - len(left))
+
+
+def _evaluated(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase) -> overlap.Asked:
+    assert job.evaluated is not None, "the plan says what a policy is evaluated on"
+    return overlap.asked(overlap.rows_of(job.evaluated, job.copies), format, tokenizer)
 
 
 def own(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:
@@ -73,22 +91,24 @@ def own(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase) -> list[To
     return rows
 
 
-def general(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase, mixed: Mix, own: int) -> list[TokenRow]:
-    """The general rows that go with `own` rows of the stage; only those that are drawn are read. Raises BadInput as
-    `load` does."""
-    path = Path(job.inputs["mix"])
-    lines = mix.drawn(job.name, _lines(path, job.copies), own, mixed.share, job.seed)
-    return _general(path, sorted(lines), format, tokenizer)
+def general(
+    job: Job, format: Format, tokenizer: PreTrainedTokenizerBase, mixed: Mix, own: int, lines: Sequence[Line]
+) -> list[TokenRow]:
+    """The general rows that go with `own` rows of the stage, drawn from lines of the mix; the others are not rendered.
+    Raises BadInput as `load` does."""
+    drawn = mix.drawn(job.name, lines, own, mixed.share, job.seed)
+    return _general(Path(job.inputs["mix"]), sorted(drawn), format, tokenizer)
 
 
 def general_of_steps(
-    job: Job, format: Format, tokenizer: PreTrainedTokenizerBase, a_step: int, steps: int
+    job: Job, format: Format, tokenizer: PreTrainedTokenizerBase, a_step: int, steps: int, drop_overlap: bool = False
 ) -> list[TokenRow]:
     """The rows that so many steps take, in the order in which they are drawn. Raises BadInput for too few, for a row
     that cannot be read, and for one with nothing to train."""
     path = Path(job.inputs["mix"])
-    drawn = mix.drawn_by_steps(job.name, _lines(path, job.copies), a_step, steps, job.seed)
-    rows = _general(path, drawn, format, tokenizer)
+    evaluated = _evaluated(job, format, tokenizer) if drop_overlap else None
+    lines = overlap.without(_lines(path, job.copies), lambda line: _questions(line, format), evaluated)
+    rows = _general(path, mix.drawn_by_steps(job.name, lines, a_step, steps, job.seed), format, tokenizer)
     for row in rows:
         if token_rows.COMPLETION not in row.roles[1:]:
             raise BadInput(
@@ -139,7 +159,8 @@ def demonstrations(job: Job, format: Format, tokenizer: PreTrainedTokenizerBase)
     made: list[TokenRow] = []
     for row, prompt, text in zip(rows, prefix.prompts(tokenizer, format, rows), texts, strict=True):
         answer = prefix.demonstration(tokenizer, prefix.of_row(format, row), text)
-        made.append(TokenRow(row.id, prompt[0] + answer[0], prompt[1] + answer[1]))
+        asks = overlap.of_prompt(format, row)
+        made.append(TokenRow(row.id, prompt[0] + answer[0], prompt[1] + answer[1], questions=asks))
     return made
 
 
@@ -159,11 +180,32 @@ def _rendered(path: Path, lines: Sequence[Line], format: Format, tokenizer: PreT
     rows: list[TokenRow] = []
     for number, line in lines:
         try:
-            ids, roles = _conversation(_object(line), format, tokenizer)
+            columns = _object(line)
+            ids, roles = _conversation(columns, format, tokenizer)
         except BadInput as error:
             raise BadInput(f"{path}, line {number}: {error}") from None
-        rows.append(TokenRow(str(number), ids, roles))
+        rows.append(TokenRow(str(number), ids, roles, questions=_asks(columns, format)))
     return rows
+
+
+def _questions(line: Line, format: Format) -> overlap.Questions:
+    """What a line asks that may not be drawn; nothing where it cannot be used, which is refused if it is drawn."""
+    try:
+        columns = _object(line[1])
+        _nothing_is_left_out(columns)
+        return _asks(columns, format)
+    except BadInput:
+        return ()
+
+
+def _asks(columns: Mapping[str, Any], format: Format) -> overlap.Questions:
+    """What a line asks."""
+    if _turns(columns.get("messages")):
+        return overlap.of_turns(columns["messages"])
+    prompt, completion = columns.get("prompt"), columns.get("completion")
+    if _turns(prompt) and _turns(completion):
+        return overlap.of_turns([*columns["prompt"], *columns["completion"]], len(columns["prompt"]))
+    return overlap.of_prompt(format, columns) if isinstance(prompt, str) else ()
 
 
 def _text(path: Path, copies: Copies) -> str:

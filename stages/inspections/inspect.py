@@ -29,7 +29,7 @@ def run(job: Job) -> Result:
     stage = SftConfig.model_validate(config.stage)
     assert job.format is not None, "the plan gives every sft step a Format"
     tokenizer = models.load_tokenizer(models.local_path(job.inputs["policy"], weights=False), job.format)
-    loaded = sources.load(job, job.format, tokenizer, stage.mix)
+    loaded = sources.load(job, job.format, tokenizer, stage.mix, stage.drop_overlap)
     rows = loaded.all
     if config.row >= len(rows):
         raise BadInput(f"{job.name} has {len(rows)} rows, so there is no row {config.row}; rows count from 0")

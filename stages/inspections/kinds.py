@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stages.inspections import inspect, preflight, probe, score
+from stages.inspections import inspect, preflight, probe, rows, score
 from stages.rewards.audit import audit
 from stages.stage import Stage
 
@@ -12,4 +12,5 @@ INSPECTIONS: dict[str, Stage] = {
     "probe": Stage(probe.ProbeConfig, probe.run, 1),
     "audit": Stage(audit.AuditConfig, audit.run, 1, torch=False),
     "score": Stage(score.ScoreConfig, score.run, 1, torch=False),
+    "rows": Stage(rows.RowsConfig, rows.run, 1, torch=False),
 }

@@ -7,12 +7,13 @@ of the policy it comes from, which stands in for it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from stages.config import Config, FromList, identity
 from stages.errors import BadInput, TooFew
-from stages.job import Finding, Job, Result
+from stages.job import Evaluated, Finding, Job, Result, Split
 from stages.kinds import STAGES
 from stages.rewards.compose import weights_of
 from stages.stage import Inspected
@@ -22,7 +23,9 @@ from stages.training import TrainingConfig, only_warm_up, refuse_unknown_setting
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from stages.problems.base import Problem
+    from stages.problems.base import Problem, Row
+
+RowsOf = Callable[[Evaluated], Mapping[Split, Sequence["Row"]]]
 
 
 class PreflightConfig(Config):
@@ -37,12 +40,28 @@ class PreflightConfig(Config):
 def run(job: Job) -> Result:
     """What was found. Raises BadInput for the first thing that cannot work."""
     config = PreflightConfig.model_validate(job.config)
-    found = [finding for one in config.jobs for finding in look_at(one, one.name in config.policies_there)]
+    rows_of = _made_once()
+    found = [finding for one in config.jobs for finding in look_at(one, one.name in config.policies_there, rows_of)]
     return Result(outputs={}, metrics={"findings": len(found)}, findings=tuple(found))
 
 
-def look_at(job: Job, policy_is_there: bool = True) -> list[Finding]:
-    """Everything about one step; of an evaluation its rows."""
+def _made_once() -> RowsOf:
+    """Evaluated rows, made once for all jobs that have the same."""
+    from stages.data import overlap
+
+    made: dict[str, Mapping[Split, Sequence[Row]]] = {}
+
+    def rows_of(evaluated: Evaluated) -> Mapping[Split, Sequence[Row]]:
+        name = evaluated.model_dump_json()
+        if name not in made:
+            made[name] = overlap.rows_of(evaluated)
+        return made[name]
+
+    return rows_of
+
+
+def look_at(job: Job, policy_is_there: bool = True, rows_of: RowsOf | None = None) -> list[Finding]:
+    """Everything about one step; of an evaluation its rows. `rows_of` makes evaluated rows."""
     from stages.inspections import format_rules
     from stages.policy import lora, models
     from stages.problems import catalog
@@ -70,7 +89,11 @@ def look_at(job: Job, policy_is_there: bool = True) -> list[Finding]:
     if policy_is_there:
         format_rules.refuse_other_formats(job, path, tokenizer)
     inspected = stage.preflight(job, config, tokenizer, path)
-    return [*_of_formats(job, tokenizer, inspected), *_of_rows(job, config, tokenizer, path, inspected)]
+    return [
+        *_of_formats(job, tokenizer, inspected),
+        *_of_rows(job, config, tokenizer, path, inspected),
+        *_of_overlap(job, tokenizer, inspected, rows_of or _made_once()),
+    ]
 
 
 def _of_formats(job: Job, tokenizer: PreTrainedTokenizerBase, inspected: Inspected) -> Iterator[Finding]:
@@ -98,6 +121,29 @@ def _of_rows(
     yield from format_rules.boundaries(job, tokenizer, inspected.own, "rows")
     yield from format_rules.boundaries(job, tokenizer, inspected.general, "rows of its mix")
     yield from format_rules.system_prompts(job, tokenizer, inspected.own)
+
+
+def _of_overlap(
+    job: Job, tokenizer: PreTrainedTokenizerBase, inspected: Inspected, rows_of: RowsOf
+) -> Iterator[Finding]:
+    """Training rows that ask what policies are evaluated on."""
+    from stages.data import overlap
+
+    sources = {"data": inspected.own, "mix": inspected.general}
+    if job.evaluated is None or job.format is None or not any(sources.values()):
+        return
+    evaluated = overlap.asked(rows_of(job.evaluated), job.format, tokenizer)
+    questions = {
+        _name_of(job, role): [overlap.of_row(tokenizer, row) for row in rows] for role, rows in sources.items() if rows
+    }
+    yield from overlap.findings(job.name, questions, evaluated)
+
+
+def _name_of(job: Job, role: str) -> str:
+    """A source of rows, as the recipe names it."""
+    settings = job.config.get(role)
+    named = settings["data"] if isinstance(settings, dict) else settings
+    return Path(named).name if named else role
 
 
 def _problem(job: Job, config: Config, problem: Problem) -> None:

@@ -7,9 +7,10 @@ files `rows` and `completions` (`stages.problems.files`), and `score.json` in `j
     rows, completions           how many rows were answered, and how often in all
     outcomes                    outcome -> how many completions, in the order in which rules are judged
     outcome_intervals           outcome -> 95 % Wilson interval of its share, which takes completions for independent
-    average, interval           mean score, and its 95 % bootstrap interval over rows
-    pass_rate, pass_interval    share that passes, and its 95 % Wilson interval
-    solved                      share with the best possible score
+    unscored                    rows without a score, whatever was answered: they are left out of the next five
+    average, interval           mean score, and its 95 % bootstrap interval over rows (null where no row has a score)
+    pass_rate, pass_interval    share that passes, and its 95 % Wilson interval (null likewise)
+    solved                      share with the best possible score (null likewise)
     rewards, reward             component -> its mean, where it applies (null where it never does); the mean of
                                 their weighted sum, over the completions to which a component applies (none does to
                                 one that could not be judged)
@@ -49,27 +50,24 @@ def run(job: Job) -> Result:
     judgements = problem.judge([answer for _, answer in answered])
     found = summarise(problem, [row for row, _ in answered], judgements)
     Path(job.out, FILE).write_text(json.dumps(found, indent=1))
-    return Result(outputs={"score": FILE}, metrics={"average": found["average"]})
+    metrics = {} if found["average"] is None else {"average": found["average"]}
+    return Result(outputs={"score": FILE}, metrics=metrics)
 
 
 def summarise(problem: Problem, rows: Sequence[int], judgements: Sequence[Judgement]) -> dict[str, Any]:
     """The numbers; `rows` says which row each judgement is of."""
-    from stages.estimates import grouped_interval, wilson_interval
+    from stages.intervals import wilson_interval
 
     count = len(judgements)
-    scores = [judgement.score for judgement in judgements]
-    passed = sum(passes(problem, judgement) for judgement in judgements)
+    with_score = {row for row, judgement in zip(rows, judgements, strict=True) if judgement.scored}
     outcomes = Counter(judgement.outcome for judgement in judgements)
     return {
         "rows": len(set(rows)),
+        "unscored": len(set(rows)) - len(with_score),
         "completions": count,
         "outcomes": {name: outcomes[name] for name in problem.outcomes},
         "outcome_intervals": {name: wilson_interval(outcomes[name], count) for name in problem.outcomes},
-        "average": sum(scores) / count,
-        "interval": grouped_interval(scores, rows),
-        "pass_rate": passed / count,
-        "pass_interval": wilson_interval(passed, count),
-        "solved": sum(judgement.solved for judgement in judgements) / count,
+        **_scores(problem, [pair for pair in zip(rows, judgements, strict=True) if pair[0] in with_score]),
         "rewards": {
             name: _mean(judgement.rewards.get(name) for judgement in judgements) for name in problem.reward_weights
         },
@@ -77,6 +75,24 @@ def summarise(problem: Problem, rows: Sequence[int], judgements: Sequence[Judgem
         "weights": dict(problem.reward_weights),
         "failures": dict(Counter(judgement.failure for judgement in judgements if judgement.failure)),
         "first_failure": first_message(problem),
+    }
+
+
+def _scores(problem: Problem, pairs: Sequence[tuple[int, Judgement]]) -> dict[str, Any]:
+    """What the completions of rows with a score come to."""
+    from stages.estimates import grouped_interval
+    from stages.intervals import wilson_interval
+
+    if not pairs:
+        return dict.fromkeys(("average", "interval", "pass_rate", "pass_interval", "solved"))
+    scores = [judgement.score for _, judgement in pairs]
+    passed = sum(passes(problem, judgement) for _, judgement in pairs)
+    return {
+        "average": sum(scores) / len(pairs),
+        "interval": grouped_interval(scores, [row for row, _ in pairs]),
+        "pass_rate": passed / len(pairs),
+        "pass_interval": wilson_interval(passed, len(pairs)),
+        "solved": sum(judgement.solved for _, judgement in pairs) / len(pairs),
     }
 
 

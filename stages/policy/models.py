@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.errors import BadInput
@@ -109,12 +110,48 @@ def publish(trainer: Any, tokenizer: PreTrainedTokenizerBase, job: Job) -> tuple
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped if spread else trainer.model)
     if job.lora is None:
         save_policy(model, tokenizer, job.format, Path(job.out), state)
-        return ()
+        return tuple(_unmoved(job))
     lora.save_adapter(model, Path(job.out, lora.ADAPTER), state, job.inputs["policy"])
     whole, kept = lora.merged(load_policy(local_path(job.inputs["policy"]), job.dtype), Path(job.out, lora.ADAPTER))
     _end_turns_alike(model, whole)
     save_policy(whole, tokenizer, job.format, Path(job.out))
-    return tuple(_lost_in_the_merge(job, kept))
+    return (*_lost_in_the_merge(job, kept), *_unmoved(job))
+
+
+def _unmoved(job: Job) -> Iterator[Finding]:
+    """A policy whose every weight is what it was before the stage."""
+    if _same_weights(Path(local_path(job.inputs["policy"])), Path(job.out)):
+        yield Finding(
+            rule="policy_did_not_move",
+            severity="warn",
+            stage=job.name,
+            evidence={},
+            advice="every weight is what it was before the stage, so it trained nothing; look at learning_rate, "
+            "warmup_steps and rewards",
+        )
+
+
+def _same_weights(before: Path, after: Path) -> bool:
+    """Whether two policies have equal tensors under the names that both have; False where there are none to
+    compare. It ends at the first that differs."""
+    ours, theirs = _tensors(after), _tensors(before)
+    both = [name for name in ours if name in theirs]
+    return bool(both) and all(_equal(ours[name], theirs[name], name) for name in both)
+
+
+def _tensors(directory: Path) -> dict[str, Path]:
+    """Tensor -> the safetensors file of the policy that holds it."""
+    found: dict[str, Path] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            found |= dict.fromkeys(opened.keys(), file)
+    return found
+
+
+def _equal(ours: Path, theirs: Path, name: str) -> bool:
+    with safe_open(ours, "pt") as one, safe_open(theirs, "pt") as other:
+        mine, before = one.get_tensor(name), other.get_tensor(name)
+    return mine.shape == before.shape and torch.equal(mine, before.to(mine.dtype))
 
 
 def _end_turns_alike(trained: Any, whole: Any) -> None:

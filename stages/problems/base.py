@@ -4,8 +4,8 @@ A problem is a value with the methods of `Problem`. It knows nothing of models, 
 the texts of completions (response prefix included), and answers with plain numbers. The same row and text always give
 the same answer.
 
-Rows belong to a split by the digest of their content (`split_of`), so no row can be in two splits, whatever the seeds
-and ranges.
+Rows belong to a split by the digest of their content (`Row.split`), so no row can be in two splits, whatever the seeds
+and ranges. Two rows of a user's own problem that ask the same are in one split, whatever their other columns say.
 """
 
 from __future__ import annotations
@@ -36,6 +36,15 @@ class Row:
     def columns(self) -> Mapping[str, Any]:
         """Values that the user template and a prefix per row can name, `id` and `prompt` among them."""
         return asdict(self)
+
+    def line(self) -> Mapping[str, Any]:
+        """The row as a line of a file. `Problem.row` makes an equal row of it."""
+        return self.columns()
+
+    @property
+    def split(self) -> Split:
+        """The split that the row belongs to."""
+        return split_of(self.id)
 
 
 R = TypeVar("R", bound=Row)
@@ -68,6 +77,8 @@ class Judgement:
     failure: str | None = None
     """What user code did instead of judging, such as `timeout`; every reward is then None and the score 0. None: it
     judged."""
+    scored: bool = True
+    """It has a score. False where no component applies to the row, or its score is None; `score` is then 0."""
 
 
 def total(rewards: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
@@ -118,8 +129,9 @@ class Problem(Protocol):
 
 
 def passes(problem: Problem, judgement: Judgement) -> bool:
-    """Whether an answer passes; one that could not be judged does not, whatever its score of 0 would mean."""
-    return judgement.failure is None and problem.passed(judgement.score)
+    """Whether an answer passes; one that could not be judged, or has no score, does not, whatever its score of 0 would
+    mean."""
+    return judgement.failure is None and judgement.scored and problem.passed(judgement.score)
 
 
 def row_id(content: Any) -> str:
@@ -127,9 +139,15 @@ def row_id(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()[:16]
 
 
-def split_of(row_id: str) -> Split:
-    """The split of a row, by its id alone: train for half of all possible rows, a quarter each for the other two."""
-    return ("train", "train", "validation", "held_out")[int(row_id[:8], 16) % 4]
+def split_of(digest: str) -> Split:
+    """The split of what has this digest: train for half of all possible ones, a quarter each for the other two."""
+    return ("train", "train", "validation", "held_out")[int(digest[:8], 16) % 4]
+
+
+def folded(text: str) -> str:
+    """The text with one blank for every run of white space, and none at its ends: two prompts that are equal so are one
+    question."""
+    return " ".join(text.split())
 
 
 EXHAUSTED = 20_000
@@ -142,7 +160,7 @@ def allotted(rows: Iterator[R], split: Split) -> Iterator[R]:
     stale = 0
     for row in rows:
         stale += 1
-        if split_of(row.id) == split and row.id not in seen:
+        if row.split == split and row.id not in seen:
             seen.add(row.id)
             stale = 0
             yield row
@@ -156,7 +174,8 @@ def taken(rows: Iterator[R], start: int, stop: int) -> list[R]:
     if len(first) < stop:
         raise TooFew(
             f"the problem has only {len(first)} in this split, but row {stop - 1} was asked for; ask for fewer, or for "
-            "harder rows"
+            "harder rows",
+            len(first),
         )
     return first[start:]
 

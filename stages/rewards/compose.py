@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from stages.config import MAPPING, WORD, Config, FromList, WordOrMapping, identity
 from stages.errors import BadInput
 from stages.problems.base import LARGEST_WEIGHT
+from stages.problems.custom.settings import by_component
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,10 +98,14 @@ def weights_of(stage: str, settings: Rewards, problem: Mapping[str, float]) -> d
             f"stages.{stage}.rewards.{twice[0]}: the problem has a component of this name; remove the penalty here, "
             f"or rename the component there"
         )
-    _known(f"stages.{stage}.rewards.weights", settings.weights, problem)
+    weights = by_component(settings.weights, problem)
+    if len(weights) < len(settings.weights):
+        raise BadInput(f"stages.{stage}.rewards.weights: {', '.join(settings.weights)} name one reward twice; keep one")
+    _known(f"stages.{stage}.rewards.weights", weights, problem)
     if isinstance(settings.normalise, dict):
-        _known(f"stages.{stage}.rewards.normalise", settings.normalise, {**problem, **own})
-    return {**problem, **settings.weights, **own}
+        normalised = by_component(settings.normalise, {**problem, **own})
+        _known(f"stages.{stage}.rewards.normalise", normalised, {**problem, **own})
+    return {**problem, **weights, **own}
 
 
 def _known(where: str, named: Mapping[str, Any], known: Mapping[str, float]) -> None:
@@ -164,14 +169,18 @@ def composed(values: Tensor, names: Sequence[str], settings: Rewards, group_size
     these values already."""
     import torch
 
-    columns = zip(names, values.unbind(1), running.mean, running.deviation, strict=True)
-    made = [_normalised(column, _kind(settings, name), group_size, *past) for name, column, *past in columns]
+    columns = zip(_kinds(settings, names), values.unbind(1), running.mean, running.deviation, strict=True)
+    made = [_normalised(column, kind, group_size, *past) for kind, column, *past in columns]
     found = torch.stack(made, dim=1)
     return found.clamp(*settings.clip) if settings.clip else found  # clamp keeps NaN
 
 
-def _kind(settings: Rewards, name: str) -> Normalise:
-    return settings.normalise.get(name, "none") if isinstance(settings.normalise, dict) else settings.normalise
+def _kinds(settings: Rewards, names: Sequence[str]) -> list[Normalise]:
+    """How each component is normalised."""
+    if not isinstance(settings.normalise, dict):
+        return [settings.normalise] * len(names)
+    by_name = by_component(settings.normalise, names)
+    return [by_name.get(name, "none") for name in names]
 
 
 def _normalised(column: Tensor, kind: Normalise, group_size: int, mean: Tensor, deviation: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from stages.errors import BadInput, StageStopped, TooManyFailures
+from stages.errors import BadInput, NoSignal, StageStopped, TooManyFailures
 from stages.job import Job, Result
 from stages.runtime import checkpoints, chunks, forked_ranks, locks, ranks, stopping
 from stages.runtime.disk import replace
@@ -28,7 +28,7 @@ from stages.runtime.metrics import say
 from stages.runtime.process import die_with_parent
 from stages.runtime.workdir import BUSY, ERROR, LOCK, PATIENCE, RESULT, WORDS
 
-TOLD = (BadInput, TooManyFailures)
+TOLD = (BadInput, TooManyFailures, NoSignal)
 """Errors whose line says all that a user needs; of others the class and the log help, too."""
 
 
@@ -101,7 +101,9 @@ def attempt(job: Job, stages: Mapping[str, Runs]) -> int:
         bad_input, whole = isinstance(error, BadInput), isinstance(error, TOLD)
         message = " ".join(f"{error if whole else f'{type(error).__name__}: {error}'}".split())
         if not (Path(job.work) / ERROR).exists():  # of several processes, what failed first is what went wrong
-            _write(Path(job.work) / ERROR, {"message": message, "bad_input": bad_input, "told": whole})
+            refused = isinstance(error, NoSignal)
+            said = {"message": message, "bad_input": bad_input, "told": whole, "refused": refused}
+            _write(Path(job.work) / ERROR, said)
         return 2 if bad_input else 1
     if ranks.first():
         _write(Path(job.work) / RESULT, result.model_dump(mode="json"))

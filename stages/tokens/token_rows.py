@@ -57,6 +57,9 @@ class TokenRow:
     """A letter a token."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Its origin: columns of PROVENANCE, and `reward_<component>`."""
+    questions: tuple[str, ...] = ()
+    """The words of the user's turns that it answers, white space folded, where they are known as text. They are
+    compared and never written."""
 
     @property
     def edges(self) -> tuple[int, int]:

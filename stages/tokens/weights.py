@@ -13,7 +13,8 @@ w_i the weight of token i's role and N one of three numbers (`NORMALISERS`):
                                         halving every weight halves the gradient, and the first weight above 0 on the
                                         prompt enlarges N at once.
     completion_count   #{i: i answered} The gradient of the response does not depend on the prompt's weight. The total
-                                        gradient grows with it.
+                                        gradient grows with it. Of a step without an answered token: the stage's
+                                        answered tokens divided by its steps.
 
 With prompt weight 0 and completion weight 1 all three are completion-only training, with 1 and 1 the first two are
 full-sequence training.
@@ -61,6 +62,11 @@ def normaliser(codes: Tensor, weights: Weights, kind: Normaliser) -> Tensor:
     if kind == "nonzero_count":
         return (w != 0).sum().double()
     return w.double().sum()
+
+
+def answered_a_step(rows: Iterable[TokenRow], epochs: float, steps: int) -> float:
+    """The answered tokens of a stage divided by its optimiser steps."""
+    return epochs * sum(sum(role in ANSWERED for role in row.roles[1:]) for row in rows) / steps
 
 
 def row_weights(row: TokenRow, weights: Weights) -> list[float]:

@@ -26,6 +26,7 @@ from stages.rewards.compose import Rewards, Running
 from stages.runtime import ranks
 from stages.tokens import prefix
 from stages.trl.prefill import START, PrefillGRPOTrainer
+from stages.trl.signal import Signal, speaks
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Judging:
     """Ids that end a completion."""
     log: Path | None
     """Directory of the log of rollouts; None: none is kept."""
+    stop_without_signal: int | None = None
+    """First steps after which training without a signal stops (`signal.Signal`). None: never."""
 
 
 class RewardedGRPOTrainer(PrefillGRPOTrainer):
@@ -51,10 +54,12 @@ class RewardedGRPOTrainer(PrefillGRPOTrainer):
         super().__init__(reward_funcs=[_named(name) for name in judging.weights], **arguments)
         self.judging = judging
         self._running = compose.nothing_seen(len(judging.weights))
+        self.signal = Signal()
 
     def held(self) -> dict[str, Any]:
-        """The state of every trainer, and the statistics of the components so far."""
-        return super().held() | {"components": [part.tolist() for part in self._running]}
+        """The state of every trainer, the statistics of the components so far, and how many steps were silent."""
+        components = [part.tolist() for part in self._running]
+        return super().held() | {"components": components, "signal": self.signal.held()}
 
     def take_up(self, state: dict[str, Any]) -> None:
         """Take it up."""
@@ -62,6 +67,7 @@ class RewardedGRPOTrainer(PrefillGRPOTrainer):
         self._running = Running(
             *(now.new_tensor(part) for now, part in zip(self._running, state["components"], strict=True))
         )
+        self.signal = Signal(**state.get("signal", {}))  # a checkpoint of an earlier version has none
 
     def _calculate_rewards(
         self,
@@ -82,14 +88,28 @@ class RewardedGRPOTrainer(PrefillGRPOTrainer):
         table = [[torch.nan if rewards[name] is None else rewards[name] for name in names] for rewards in values]
         mine_and_others = gather(torch.tensor(table, dtype=torch.float32, device=self.accelerator.device))
         self._raw = cast(torch.Tensor, mine_and_others)
-        failed = torch.tensor([float(one.failure is not None) for one in judgements], device=self._raw.device)
-        self._failed = cast(torch.Tensor, gather(failed)).mean().item()
-        if self.model.training:
-            self._running = self._running.with_batch(self._raw)
-        if self.judging.settings.as_they_are:
+        flags = [[float(one.failure is not None), float(one.solved)] for one in judgements]
+        everybodys = cast(torch.Tensor, gather(torch.tensor(flags, device=self._raw.device)))
+        self._failed = everybodys[:, 0].mean().item()
+        if not self.model.training:
+            return self._composed(self.num_generations_eval)
+        self._running = self._running.with_batch(self._raw)
+        made = self._composed(self.num_generations)
+        self._hear(made, solved=bool(everybodys[:, 1].all()))
+        return made
+
+    def _composed(self, group_size: int) -> torch.Tensor:
+        """What is summed by weight, of the components as they are."""
+        settings = self.judging.settings
+        if settings.as_they_are:
             return self._raw
-        size = self.num_generations if self.model.training else self.num_generations_eval
-        return compose.composed(self._raw, names, self.judging.settings, size, self._running)
+        return compose.composed(self._raw, list(self.judging.weights), settings, group_size, self._running)
+
+    def _hear(self, made: torch.Tensor, solved: bool) -> None:
+        """Count a step without a signal. Raises NoSignal where the first ones had none."""
+        total = compose.weighted_sum(made, self.reward_weights.to(made.device))
+        self.signal.hear(speaks(total, self.num_generations), solved, self.num_iterations)
+        self.signal.refuse(self.judging.stop_without_signal)
 
     def _values(self, answer: Answer, judgement: Judgement) -> dict[str, float | None]:
         """Component -> its value; None in all of them, penalties too, where the problem has none to give: the rollout

@@ -28,6 +28,10 @@ class WeightedSFTTrainer(ExactResume, SFTTrainer):
     # we divide by a number of the whole step; Trainer must not divide by the accumulation again
     loss_is_scaled_for_ga = True
 
+    answered_a_step: float | None = None
+    """N of a step without an answered token under completion_count (`tokens.weights.answered_a_step`). None: not
+    known."""
+
     def __init__(self, *args: Any, weights: Weights, normaliser: Normaliser = "weight_sum", **kwargs: Any) -> None:
         self.weights, self.normaliser = weights, normaliser
         super().__init__(*args, **kwargs)
@@ -88,7 +92,7 @@ class WeightedSFTTrainer(ExactResume, SFTTrainer):
         if total is None:
             total = normaliser(codes, self.weights, self.normaliser)
         weighted = -(weights[:, 1:] * out.log_probs).sum()
-        loss = weighted / total.clamp(min=LEAST[self.normaliser])
+        loss = weighted / self._divisor(total)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         if self.aux_loss_enabled:  # of a mixture of experts; a mean per micro-batch, as TRL has it
@@ -96,6 +100,12 @@ class WeightedSFTTrainer(ExactResume, SFTTrainer):
             loss = loss + self.router_aux_loss_coef * out.aux_loss / steps
         self._log_parts(out, is_answered(codes)[:, 1:], inputs)
         return (loss, out) if return_outputs else loss
+
+    def _divisor(self, total: Tensor) -> Tensor:
+        """What the weighted sum is divided by, of N as it was counted."""
+        if self.normaliser == "completion_count" and self.answered_a_step:
+            return torch.where(total > 0, total, self.answered_a_step / self.get_tp_size())
+        return total.clamp(min=LEAST[self.normaliser])
 
     @torch.no_grad()
     def _log_parts(self, out: Any, answered: Tensor, inputs: dict[str, Tensor]) -> None:

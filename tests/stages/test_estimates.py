@@ -7,7 +7,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from stages.estimates import bootstrap_interval, grouped_interval, pass_at_k, wilson_interval
+from pipeline.results.evaluations import bootstrap
+from stages.estimates import bootstrap_interval, grouped_interval, pass_at_k
+from stages.intervals import wilson_interval
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 8])
@@ -62,3 +64,51 @@ def test_wilsons_interval_covers_the_truth_about_95_times_in_100():
             low <= share <= high for low, high in (wilson_interval(int(n), 100) for n in rng.binomial(100, share, 2000))
         ]
         assert 0.92 < np.mean(hits) < 0.99
+
+
+@pytest.mark.parametrize("score", [0.0, 0.5, 1.0])
+def test_rows_that_are_all_alike_have_wilsons_interval_and_never_an_empty_one(score):
+    """With a trial a row, whatever the number of samples. Groups of several sizes too, and means that rounding tells
+    apart."""
+    for rows in (2, 40, 1000):
+        wanted = wilson_interval(score * rows, rows)
+        assert bootstrap_interval(np.full(rows, score)) == wanted and wanted[1] > wanted[0]
+        sizes = np.arange(rows) % 3 + 1
+        values = np.full(sizes.sum(), score)
+        assert grouped_interval(list(values), list(np.repeat(np.arange(rows), sizes))) == wanted
+    third = np.array([(0.1 + 0.2) / 3, 0.3 / 3] * 20)
+    assert np.diff(bootstrap_interval(third))[0] > 0.1
+
+
+@pytest.mark.parametrize("share", [0.0005, 0.002, 0.998])
+def test_intervals_of_rows_that_are_mostly_alike_cover_the_truth(share):
+    """Simulated: 200 rows of 0 or 1, of which often all are equal. An empty interval would then miss."""
+    rng = np.random.default_rng(5)
+    drawn = [(rng.random(200) < share).astype(float) for _ in range(400)]
+    alike = np.mean([np.ptp(rows) == 0 for rows in drawn])
+    hits = [low <= share <= high for low, high in (bootstrap_interval(rows, resamples=200) for rows in drawn)]
+    assert 0.6 < alike < 1 and np.mean(hits) > 0.93
+
+
+def test_intervals_of_differences_that_are_mostly_zero_cover_the_truth():
+    """Simulated: two policies that answer one row in 250 differently, half of them each way or all one way."""
+    rng = np.random.default_rng(6)
+    for better in (0.5, 1.0):
+        truth = (2 * better - 1) / 250
+        hits, alike = [], 0
+        for _ in range(200):
+            differs, sign = rng.random(150) < 1 / 250, np.where(rng.random(150) < better, 1.0, -1.0)
+            low, high = bootstrap(list(differs * sign))
+            hits.append(low <= truth <= high)
+            alike += not differs.any()
+        assert alike > 80 and np.mean(hits) > 0.93
+
+
+def test_a_difference_that_every_row_has_is_bounded_by_the_rows_that_were_not_seen():
+    """By hand: of 10 rows none differed, so up to z^2 / (10 + z^2) of all might, each by -1 - d to 1 - d."""
+    edge = 1.959964**2 / (10 + 1.959964**2)
+    for difference in (-1.0, -0.25, 0.0, 1.0):
+        low, high = bootstrap([difference] * 10)
+        assert (low, high) == pytest.approx(((1 - edge) * difference - edge, (1 - edge) * difference + edge)), (
+            "a mixture of the share that was seen and of the worst or the best"
+        )

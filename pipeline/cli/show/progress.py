@@ -99,7 +99,12 @@ class Progress:
 
     def evaluated(self, step: Step, found: Evaluation, before: str, gain: Difference | None) -> None:
         """Print the score of a policy, and its gain on the policy before it."""
+        if found.mean is None or found.interval is None:
+            self._line(step, f"mean -, because none of {found.rows} rows has a score")
+            return
         text = f"mean {100 * found.mean:.1f} ({_between(found.interval, '.1f')})"
+        if found.unscored:
+            text += f" over {found.rows - found.unscored} of {found.rows} rows, the others have no score"
         if gain is not None:
             text += f", {100 * gain.difference:+.1f} on {before} ({_between(gain.interval, '+.1f')})"
         self._line(step, text)

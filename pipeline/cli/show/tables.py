@@ -140,15 +140,15 @@ def outcome_table(outcomes: dict[str, int], intervals: dict[str, Sequence[float]
     return rows
 
 
-def _between(interval: Sequence[float]) -> str:
-    return f"{_x100(interval[0])} - {_x100(interval[1])}"
+def _between(interval: Sequence[float] | None) -> str:
+    return "-" if interval is None else f"{_x100(interval[0])} - {_x100(interval[1])}"
 
 
 def _scores(stage: StageSummary) -> list[str]:
     scores = stage.evaluation
     if scores is None:
         return ["-"] * 6
-    shares = (scores.solved, scores.format, scores.pass_at_k["1"])
+    shares = (scores.solved, scores.format, scores.pass_at_k.get("1"))
     return [_x100(scores.greedy), _x100(scores.mean), _between(scores.interval), *map(_x100, shares)]
 
 
@@ -156,8 +156,8 @@ def _moment(timestamp: str) -> str:
     return timestamp[:19].replace("T", " ")
 
 
-def _x100(share: float) -> str:
-    return f"{100 * share:.1f}"
+def _x100(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
 
 
 def _seconds(stage: StageSummary) -> str:

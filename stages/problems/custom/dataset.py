@@ -20,10 +20,10 @@ from stages.errors import BadInput, TooFew
 from stages.guard.pool import Guard, Reply
 from stages.job import SPLITS, Split
 from stages.problems import files
-from stages.problems.base import Answer, Judgement, Row, allotted
-from stages.problems.custom.python_file import are_rewards, failed, outcome_of, too_few
+from stages.problems.base import Answer, Judgement, Row, allotted, folded
+from stages.problems.custom.python_file import SHOWN, are_rewards, failed, outcome_of, too_few
 from stages.problems.custom.row import OwnRow, own_row
-from stages.problems.custom.settings import DatasetProblem
+from stages.problems.custom.settings import NAME_GOLD, READ_BY_MATH_VERIFY, DatasetProblem
 from stages.runtime.workdir import NO_COPIES, Copies
 
 OUTCOMES = ("failed", "unscored", "wrong", "partial", "passed")
@@ -78,7 +78,8 @@ class Dataset:
         selected: list[Row] = list(islice(allotted(iter(order), split), start, stop))
         if len(selected) < stop - start:
             counts = {each: sum(1 for _ in allotted(iter(order), each)) for each in SPLITS}
-            raise TooFew(too_few(self.settings.dataset, split, stop, counts))
+            prompts = len({folded(row.prompt) for row in order})
+            raise TooFew(too_few(self.settings.dataset, split, stop, counts, prompts), counts[split])
         return selected
 
     def _refuse_missing(self, columns: Collection[str]) -> None:
@@ -112,14 +113,22 @@ class Dataset:
         return own_row(columns, self.settings.prompt)
 
     def demonstration(self, row: Row, rng: random.Random) -> str:
-        """Raises BadInput: a dataset has none."""
-        raise BadInput(f"{self.settings.dataset}: a dataset problem has no demonstrations; give the sft stage a .jsonl")
+        """The text in the column `gold`. Raises BadInput where the recipe names no such column."""
+        if not self.settings.gold:
+            raise BadInput(f"problem.gold: {self.settings.dataset} has no demonstrations without it; {NAME_GOLD}")
+        return str(row.columns()[self.settings.gold])
 
     def baselines(self, row: Row, rng: random.Random) -> Mapping[str, str]:
         """The text in the column `gold`; empty where the recipe names no such column."""
-        if not self.settings.gold:
-            return {}
-        return {"gold": str(row.columns()[self.settings.gold])}
+        return {"gold": self.demonstration(row, rng)} if self.settings.gold else {}
+
+    def why_none(self, component: str, row: Row) -> str | None:
+        """The likely cause of a reward that is None for every row, of which this is one; None: not known."""
+        reward = next(one for one in self.settings.components if one.component == component)
+        gold = row.columns().get(self.settings.answer or "solution")
+        if reward.file or component not in READ_BY_MATH_VERIFY or gold is None:
+            return None
+        return f"math-verify reads no number or formula in the reference answers, such as {str(gold)[:SHOWN]!r}"
 
     def judge(self, answers: Sequence[Answer]) -> list[Judgement]:
         """Raises TooManyFailures."""
@@ -166,7 +175,7 @@ class Dataset:
         first = reply.value[0][next(iter(self.reward_weights))]
         score = min(1.0, max(0.0, first or 0.0))
         outcome = "unscored" if first is None else outcome_of(score, self.passed(score), True)
-        return Judgement(score, outcome, self.passed(score), True, reply.value[0])
+        return Judgement(score, outcome, self.passed(score), True, reply.value[0], scored=first is not None)
 
     def passed(self, score: float) -> bool:
         """The first reward is at its best."""

@@ -18,12 +18,14 @@ from stages.problems.custom.row import own_row
 from stages.problems.custom.settings import FileProblem
 from stages.runtime.workdir import NO_COPIES, Copies
 
-OUTCOMES = ("failed", "malformed", "wrong", "partial", "passed")
-"""failed: it could not be judged; malformed: `well_formed` said no; wrong: score 0; partial: some score that does not
-pass."""
+OUTCOMES = ("failed", "unscored", "malformed", "wrong", "partial", "passed")
+"""failed: it could not be judged; unscored: no component applies, or the score is None; malformed: `well_formed` said
+no; wrong: score 0; partial: some score that does not pass."""
 ROWS_LIMIT = 600.0
 """Seconds that making the rows of one range may take."""
 SEEDS = 2**53
+SHOWN = 80
+"""Characters of a row that an error shows."""
 
 
 class OwnFile:
@@ -46,11 +48,20 @@ class OwnFile:
         return self._about["weights"]
 
     def rows(self, split: Split, start: int, stop: int, seed: int) -> list[Row]:
-        """Raises TooFew when the file has fewer."""
+        """Asked for twice, the second time in a worker that was asked for nothing before. Raises BadInput where the two
+        differ, and TooFew when the file has fewer."""
         row_range = {"split": split, "start": start, "stop": stop, "seed": seed}
         reply = self.guard.one("rows", row_range, ROWS_LIMIT)
+        again = self.guard.one_afresh("rows", row_range, ROWS_LIMIT)
+        if reply != again:
+            raise BadInput(
+                f"{self.name}: rows(rng) makes other rows each time it is asked: {_unlike(reply, again)}; let it "
+                "depend on rng alone (a set, the time, the random module and what earlier calls left differ from "
+                "process to process)"
+            )
         if "counts" in reply:
-            raise TooFew(too_few(self.name, split, stop, reply["counts"]))
+            counts = reply["counts"]
+            raise TooFew(too_few(self.name, split, stop, counts, reply["prompts"]), counts[split])
         return [own_row(columns) for columns in reply["rows"]]
 
     def row(self, columns: Mapping[str, Any]) -> Row:
@@ -90,9 +101,11 @@ class OwnFile:
         if not _sound(reply.value, self.reward_weights):
             return failed(self.reward_weights, "crash")
         score, well_formed, passed = (reply.value[name] for name in ("score", "well_formed", "passed"))
+        rewards = reply.value["rewards"]
+        if score is None or all(value is None for value in rewards.values()):
+            return Judgement(0.0, "unscored", False, well_formed, rewards, scored=False)
         self._passed[score] = passed
-        outcome = outcome_of(score, passed, well_formed)
-        return Judgement(score, outcome, passed and score >= 1, well_formed, reply.value["rewards"])
+        return Judgement(score, outcome_of(score, passed, well_formed), passed and score >= 1, well_formed, rewards)
 
     def passed(self, score: float) -> bool:
         """The file's `passed`, which every judgement tells; asked for a score that none had. A score of 1 where it has
@@ -109,8 +122,7 @@ def _sound(value: Any, components: Mapping[str, float]) -> bool:
     return (
         isinstance(value, dict)
         and value.keys() == {"score", "well_formed", "passed", "rewards"}
-        and is_finite(value["score"])
-        and 0 <= value["score"] <= 1
+        and (value["score"] is None or (is_finite(value["score"]) and 0 <= value["score"] <= 1))
         and isinstance(value["well_formed"], bool)
         and isinstance(value["passed"], bool)
         and are_rewards(value["rewards"], components)
@@ -145,10 +157,21 @@ def failed(components: Mapping[str, float], failure: str) -> Judgement:
     return Judgement(0.0, "failed", False, False, dict.fromkeys(components), failure)
 
 
-def too_few(name: str, split: Split, stop: int, counts: Mapping[str, int]) -> str:
-    """The complaint about a range that is longer than the source."""
+def _unlike(reply: dict[str, Any], again: dict[str, Any]) -> str:
+    """Where two answers to one request for rows differ."""
+    pairs = zip(reply.get("rows", ()), again.get("rows", ()), strict=False)
+    for i, (row, other) in enumerate(pairs):
+        if row != other:
+            return f"row {i} was {str(row)[:SHOWN]}, and then {str(other)[:SHOWN]}"
+    return "another number of them"
+
+
+def too_few(name: str, split: Split, stop: int, counts: Mapping[str, int], prompts: int) -> str:
+    """The complaint about a range that is longer than the source, which has so many different prompts."""
     there = ", ".join(f"{each} {count}" for each, count in counts.items())
+    every = sum(counts.values())
+    alike = f" ({every} rows have {prompts} prompts, and rows with one prompt are in one split)"
     return (
-        f"{name} has {counts[split]} {split} rows, but row {stop - 1} was asked for; it has {there}: ask for fewer, or "
-        "give it more"
+        f"{name} has {counts[split]} {split} rows, but row {stop - 1} was asked for; it has {there}"
+        f"{alike if prompts < every else ''}: ask for fewer, or give it more"
     )

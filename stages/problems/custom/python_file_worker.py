@@ -21,7 +21,7 @@ from typing import Any, cast
 from stages.errors import CallFailed, CodeRefused
 from stages.guard.user_process import Calls, describe_error, settled
 from stages.job import SPLITS, Split
-from stages.problems.base import LARGEST_WEIGHT, split_of, stream
+from stages.problems.base import LARGEST_WEIGHT, folded, stream
 from stages.problems.custom.row import OwnRow, own_row
 from stages.problems.custom.user_modules import UserModules
 
@@ -140,7 +140,7 @@ def _weights(module: ModuleType, name: str) -> dict[str, float]:
 
 
 def _rows(module: ModuleType, name: str, asked: dict[str, Any]) -> dict[str, Any]:
-    """{"rows"} start..stop of a split, or {"counts"} per split where there are fewer."""
+    """{"rows"} start..stop of a split, or {"counts", "prompts"} of all splits where there are fewer."""
     split, start, stop = cast(Split, asked["split"]), asked["start"], asked["stop"]
     found: list[dict[str, Any]] = []
     for i, row in enumerate(stream(lambda rng: _made(module, name, rng), split, asked["seed"])):
@@ -148,9 +148,9 @@ def _rows(module: ModuleType, name: str, asked: dict[str, Any]) -> dict[str, Any
             found.append(dict(row.values))
         if len(found) == stop - start:
             return {"rows": found}
-    rows = {row.id for row in _made(module, name, random.Random(split))}
-    splits = Counter(map(split_of, rows))
-    return {"counts": {split: splits[split] for split in SPLITS}}
+    rows = {row.id: row for row in _made(module, name, random.Random(split))}.values()
+    splits = Counter(row.split for row in rows)
+    return {"counts": {each: splits[each] for each in SPLITS}, "prompts": len({folded(row.prompt) for row in rows})}
 
 
 def _made(module: ModuleType, name: str, rng: random.Random) -> Iterator[OwnRow]:
@@ -190,13 +190,13 @@ def _judge(module: ModuleType, components: list[str], asked: dict[str, Any]) -> 
             "wrong_length",
             f"rewards returned {sorted(map(str, rewards))}, expected the components of REWARDS, {components}",
         )
-    score = number(settled(module.score(dict(row), completion)), "score")
-    if not 0 <= score <= 1:
-        raise CallFailed("out_of_range", f"score returned {score}, expected 0..1")
-    well_formed, passed = True, score >= 1
+    score = reward(settled(module.score(dict(row), completion)), "score")
+    if score is not None and not 0 <= score <= 1:
+        raise CallFailed("out_of_range", f"score returned {score}, expected 0..1, or None where there is no score")
+    well_formed, passed = True, score is not None and score >= 1
     if hasattr(module, "well_formed"):
         well_formed = settled(module.well_formed(dict(row), completion))
-    if hasattr(module, "passed"):
+    if hasattr(module, "passed") and score is not None:
         passed = settled(module.passed(score))
     return {
         "passed": truth(passed, "passed"),

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 from collections.abc import Callable
+from decimal import Decimal
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from stages.errors import CallFailed, CodeRefused
 from stages.guard.user_process import Calls, settled
 from stages.problems.custom.python_file_worker import function, import_file, reward
-from stages.problems.custom.settings import ALIASES
+from stages.problems.custom.settings import ALIASES, READ_BY_MATH_VERIFY, SHORT
 from stages.problems.custom.user_modules import UserModules
 
 Reward = Callable[..., Any]
@@ -31,7 +34,6 @@ ASKED = ("prompts", "completions", "completion_ids")
 TOLD = {"trainer_state": None, "log_extra": _drop, "log_metric": _drop}
 GIVEN = (*ASKED, *TOLD)
 """Arguments of every reward, besides the columns."""
-CHECKED_BY_MATH_VERIFY = ("accuracy_reward", "reasoning_accuracy_reward", "get_cosine_scaled_reward")
 
 
 def load(spec: dict[str, Any]) -> tuple[dict[str, Any], Calls]:
@@ -64,11 +66,31 @@ def _load(one: dict[str, Any], modules: UserModules) -> Reward:
     return found
 
 
+def as_text(value: Any) -> Any:
+    """A reference answer as TRL's rewards take it, which is text: a number in plain digits, and a list or mapping as
+    JSON. None stays None."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return json.dumps(value, ensure_ascii=False)
+    return format(Decimal(repr(value)), "f")
+
+
+def _given_text(found: Reward) -> Reward:
+    """One of TRL's, with `solution` as text. Only text is parsed there: a number would be None for every completion."""
+
+    @wraps(found)
+    def called(*, solution: list[Any] | None = None, **given: Any) -> Any:
+        return found(**given, **({} if solution is None else {"solution": [as_text(value) for value in solution]}))
+
+    return called
+
+
 def _of_trl(name: str, arguments: dict[str, Any]) -> Reward:
     import trl.rewards
 
     theirs = ALIASES.get(name, name)
-    if theirs in CHECKED_BY_MATH_VERIFY and not importlib.util.find_spec("math_verify"):
+    if SHORT.get(theirs) in READ_BY_MATH_VERIFY and not importlib.util.find_spec("math_verify"):
         raise CodeRefused(
             f"the reward {name} needs math-verify, which is not installed; pip install 'switchback[math]'"
         )
@@ -76,10 +98,10 @@ def _of_trl(name: str, arguments: dict[str, Any]) -> Reward:
     if not theirs.startswith("get_"):
         if arguments:
             raise CodeRefused(f"problem.rewards: {name} takes no arguments; remove them")
-        return found
+        return _given_text(found)
     try:
         inspect.signature(found).bind(**arguments)
-        return found(**arguments)
+        return _given_text(found(**arguments))
     except (TypeError, ValueError) as error:
         raise CodeRefused(
             f"problem.rewards: {name} of TRL is {theirs}{inspect.signature(found)}, but was given {arguments}: {error}"

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from stages.problems.base import Row, row_id
+from stages.job import Split
+from stages.problems.base import Row, folded, row_id, split_of
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,16 @@ class OwnRow(Row):
     def columns(self) -> Mapping[str, Any]:
         """The values, with `id` and `prompt`."""
         return {**self.values, "id": self.id, "prompt": self.prompt}
+
+    def line(self) -> Mapping[str, Any]:
+        """The values as the source has them, with our `id`."""
+        return {"id": self.id, **self.values}
+
+    @property
+    def split(self) -> Split:
+        """By the prompt alone, white space folded: rows that ask the same and differ in another column, such as the
+        number of their line, are one question to the model."""
+        return split_of(row_id(folded(self.prompt)))
 
 
 def own_row(columns: Mapping[str, Any], prompt: str = "prompt") -> OwnRow:

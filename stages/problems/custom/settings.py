@@ -3,8 +3,9 @@ no user code."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import model_validator
 
@@ -13,6 +14,12 @@ from stages.guard.pool import Limits
 from stages.problems.base import LARGEST_WEIGHT
 from stages.runtime.workdir import Copies, place
 
+T = TypeVar("T")
+VERSION = "2"
+"""Of the problems of one's own, both kinds: part of their identity, and raised whenever the same file or dataset gives
+other rows, splits, rewards or scores."""
+NAME_GOLD = "name the column with the best completion as problem.gold, or give the sft stage a .jsonl of conversations"
+"""The way to demonstrations of a dataset."""
 ALIASES = {
     "accuracy": "accuracy_reward",
     "reasoning_accuracy": "reasoning_accuracy_reward",
@@ -21,7 +28,23 @@ ALIASES = {
     "repetition_penalty": "get_repetition_penalty_reward",
     "soft_overlong_punishment": "get_soft_overlong_punishment",
 }
-"""Our short name -> TRL's name of a reward. Both are understood."""
+"""Our short name -> TRL's name of a reward. Both are understood, and components have the short one."""
+SHORT = {theirs: ours for ours, theirs in ALIASES.items()}
+
+
+def by_component(values: Mapping[str, T], components: Collection[str]) -> dict[str, T]:
+    """Values under the names of these components, where some may have the other name of a TRL reward: in a recipe, or
+    in a log of a version that had components under both."""
+    return {_among(components, name): value for name, value in values.items()}
+
+
+def _among(components: Collection[str], name: str) -> str:
+    other = SHORT.get(name) or ALIASES.get(name, name)
+    return other if name not in components and other in components else name
+
+
+READ_BY_MATH_VERIFY = ("accuracy", "reasoning_accuracy", "cosine_scaled")
+"""Rewards of TRL that are None where math-verify reads nothing in the reference answer."""
 
 
 class OwnCode(Config):
@@ -71,8 +94,10 @@ class RewardSettings(Config):
 
     @property
     def component(self) -> str:
-        """The name of the reward in logs."""
-        return self.name.rpartition(":")[2]
+        """The one name of the reward, in logs, weights and keys: its function's in a file of one's own, the short one
+        of one of TRL's."""
+        _, colon, name = self.name.rpartition(":")
+        return name if colon else SHORT.get(name, name)
 
     @property
     def file(self) -> str | None:
@@ -99,9 +124,10 @@ class DatasetProblem(OwnCode):
     """Column with the question."""
     answer: str | None = identity(None)
     """Column with the reference answer, which rewards get as `solution` too. Off: none."""
-    gold: str | None = execution(None)
-    """Column with the best completion there is, as text, which the audit plays; it decides no result. Off: none, and
-    the audit cannot say whether the best answer is the best paid."""
+    gold: str | None = resolved(None)
+    """Column with the best completion there is, as text, response prefix included. The audit plays it, and an sft stage
+    imitates it with `data: demonstrations`, whose key alone knows it. Off: none; the audit cannot say whether the best
+    answer is the best paid."""
     config: str | None = identity(None)
     """Configuration of a hub dataset. Off: its default."""
     split: str = identity("train")

@@ -22,6 +22,7 @@ from stages.guard.failures import first_message
 from stages.job import Finding, Job, Result, RowRange
 from stages.problems import catalog, files
 from stages.problems.base import Problem
+from stages.problems.custom.settings import by_component
 from stages.rewards.audit import baselines
 from stages.rewards.audit.baselines import GOLD, Baseline
 from stages.rewards.audit.facts import Audited, Line
@@ -75,9 +76,10 @@ def run(job: Job) -> Result:
         rows = catalog.rows(problem, _first(job.rows, config.rows))
     asked, astray = baselines.of_rows(problem, rows, job.format, job.seed)
     weights_of(job.name, Rewards(weights=config.weights), problem.reward_weights)
+    own = by_component(config.weights, problem.reward_weights)
     refuse_hanging(problem, asked)
     heard = partial(MetricsLog(Path(job.out)).write, total=len(asked))
-    report = audit(job.name, problem, asked, astray, with_one_change(job.problem), config.weights, heard)
+    report = audit(job.name, problem, asked, astray, with_one_change(job.problem), own, heard)
     Path(job.out, FILE).write_text(report.model_dump_json(indent=1))
     return Result(outputs={"audit": FILE}, metrics={"answers": len(asked)}, findings=report.findings)
 
@@ -114,11 +116,22 @@ def audit(
     weights = {**problem.reward_weights, **own}
     table = play(problem, weights, asked, heard)
     fixes = _fixes(table, asked, ((change, other, {**other.reward_weights, **own}) for change, other in others))
-    found = findings(Audited(stage, weights, table.played, table.lines, astray, fixes, first_message(problem)))
+    causes = _causes(problem, table, asked)
+    found = findings(Audited(stage, weights, table.played, table.lines, astray, fixes, first_message(problem), causes))
     rows = len({one.row for one in asked})
     return Report(
         stage=stage, rows=rows, weights=weights, range=table.range, baselines=table.lines, findings=tuple(found)
     )
+
+
+def _causes(problem: Problem, table: Table, asked: Sequence[Baseline]) -> dict[str, str]:
+    """Component that no answer has -> why, where the problem can tell."""
+    why = getattr(problem, "why_none", None)
+    if why is None or not asked:
+        return {}
+    there = {name for one in table.played for name, value in one.judgement.rewards.items() if value is not None}
+    found = {name: why(name, asked[0].answer.row) for name in problem.reward_weights if name not in there}
+    return {name: cause for name, cause in found.items() if cause}
 
 
 def with_one_change(settings: Mapping[str, Any]) -> Iterator[tuple[str, Problem]]:

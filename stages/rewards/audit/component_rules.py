@@ -63,14 +63,30 @@ def absent(audited: Audited) -> Iterator[Finding]:
     judged = sum(one.judgement.failure is None for one in audited.played)
     for name in audited.weights if judged else ():
         if not audited.of(name):
+            cause = f" ({audited.causes[name]})" if name in audited.causes else ""
             yield warn_of(
                 name,
                 audited,
                 "absent",
                 {"answers": judged},
-                f"is None for all {judged} answers that were judged, so it pays nothing; fix when it applies, or "
-                f"remove it",
+                f"is None for all {judged} answers that were judged{cause}, so it pays nothing; fix when it applies, "
+                f"or remove it",
             )
+
+
+def unscored(audited: Audited) -> Iterator[Finding]:
+    """Some answer has a score. Where none has, every mean would be '-'."""
+    judged = [one.judgement for one in audited.played if one.judgement.failure is None]
+    if judged and not any(one.scored for one in judged):
+        cause = "; ".join(audited.causes.values()) or "no component applies to them, or their score is None"
+        found = warn(
+            audited,
+            "no_score",
+            {"answers": len(judged)},
+            f"none of the {len(judged)} answers that were judged has a score ({cause}), so no policy can be measured; "
+            f"fix the rewards or the reference answers",
+        )
+        yield found.model_copy(update={"severity": "stop"})
 
 
 def sparse(audited: Audited) -> Iterator[Finding]:

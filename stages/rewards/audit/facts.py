@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from stages.config import Frozen
@@ -65,6 +66,8 @@ class Audited(NamedTuple):
     """Exploitable baseline -> a `--set` with which it is not."""
     first_failure: str | None = None
     """What user code said when it failed first."""
+    causes: Mapping[str, str] = MappingProxyType({})
+    """Component -> why it is probably None, where that is known."""
 
     @property
     def has_gold(self) -> bool:

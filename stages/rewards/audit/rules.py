@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from stages.job import Finding
 from stages.rewards.audit.baselines import GOLD, HOSTILE
-from stages.rewards.audit.component_rules import absent, constant, disagree, dominated, sparse
+from stages.rewards.audit.component_rules import absent, constant, disagree, dominated, sparse, unscored
 from stages.rewards.audit.facts import EXACT, Audited, Line, Played, warn, warn_of
 
 EXPLOITABLE = 0.4
@@ -227,6 +227,7 @@ RULES: tuple[Callable[[Audited], Iterator[Finding]], ...] = (
     unearned,
     constant,
     absent,
+    unscored,
     sparse,
     dominated,
     disagree,

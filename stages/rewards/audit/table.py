@@ -81,7 +81,7 @@ def _lines(played: Sequence[Played], weights: Mapping[str, float], whole: Range)
             rows=len(group),
             reward=reward,
             share=None if reward is None else whole.share(reward),
-            score=fmean(one.judgement.score for one in group),
+            score=_mean([one.judgement.score for one in group if one.judgement.scored]) or 0.0,
             outcomes=dict(Counter(one.judgement.outcome for one in group)),
             rewards={
                 component: _mean([one.judgement.rewards.get(component) for one in group]) for component in weights

@@ -79,6 +79,7 @@ OTHER: dict[str, Any] = {
     "stage.warmup_steps": 3.0,
     "stage.weight_decay": 0.5,
     "stage.max_grad_norm": 0.5,
+    "stage.drop_overlap": True,
     "stage.trl": {"adam_beta2": 0.5},
     "stage.prompt_loss_weight": 0.7,
     "stage.completion_loss_weight": 0.7,
@@ -92,6 +93,7 @@ OTHER: dict[str, Any] = {
     "stage.epsilon": 0.1,
     "stage.epsilon_high": 0.5,
     "stage.audit": False,
+    "stage.stop_without_signal": 7,
     "stage.samples": 3,
     "kl.beta": 0.5,
     "kl.reference": None,
@@ -162,8 +164,12 @@ def fields() -> list[tuple[str, tuple[Any, ...], str]]:
     return found
 
 
-FIXED = {(("stages", 0), "policy"), (("stages", 0), "data"), (("stages", 3), "rows")}
-"""The warm-up has no earlier stage to read, and distill's rows are its data's."""
+FIXED = {
+    *((("stages", 0), "policy"), (("stages", 0), "data"), (("stages", 3), "rows")),
+    *((("stages", 1), "drop_overlap"), (("stages", 4), "drop_overlap")),
+}
+"""The warm-up has no earlier stage to read, distill's rows are its data's, and a grpo stage without a mix drops
+nothing."""
 
 
 @pytest.mark.parametrize(
@@ -228,10 +234,36 @@ def test_a_field_of_another_kind_of_problem_moves_the_keys_of_what_uses_it(probl
 
 def test_how_user_code_is_run_and_a_short_name_of_a_reward_move_no_key(settings, tmp_path):
     seen = []
-    for change in ({}, {"workers": 3}, {"max_failures": 0.5}, {"gold": "best"}, {"rewards": ["accuracy_reward"]}):
+    for change in ({}, {"workers": 3}, {"max_failures": 0.5}, {"rewards": ["accuracy_reward"]}):
         problem = {"dataset": "org/data", "rewards": ["accuracy"], **change}
         seen.append(keys(settings | {"problem": problem}, tmp_path))
     assert all(found == seen[0] for found in seen)
+
+
+def test_a_gold_column_moves_what_is_trained_on_it_and_nothing_else(settings, tmp_path):
+    settings["stages"] = [
+        {**stage(settings, "rl1"), "policy": "base"},
+        {**stage(settings, "warmup"), "policy": "base"},
+    ]
+    problem = {"dataset": "org/data", "rewards": ["accuracy"]}
+    seen = [keys(settings | {"problem": {**problem, "gold": gold}}, tmp_path) for gold in ("one", "other")]
+    assert [a != b for a, b in zip(*seen, strict=True)] == [False, False, False, True, True]
+
+
+def test_the_normaliser_that_was_revised_moves_the_keys_of_its_users_only(settings, tmp_path):
+    """`identity["revised"]` is there for it, and for no other."""
+    for normaliser in ("weight_sum", "nonzero_count", "completion_count"):
+        stage(settings, "warmup")["normaliser"] = normaliser
+        made = steps_of(recipe.Recipe.model_validate(settings), Registry(tmp_path / "r"))
+        revised = {step.name: step.identity["revised"] for step in made if "revised" in step.identity}
+        assert revised == ({"warmup": {"completion_count": 2}} if normaliser == "completion_count" else {})
+
+
+def test_problems_of_ones_own_have_a_version_in_their_identity(settings, tmp_path):
+    (tmp_path / "mine.py").write_text("")
+    for problem in ({"dataset": "org/data", "rewards": ["accuracy"]}, {"file": str(tmp_path / "mine.py")}):
+        made = steps_of(recipe.Recipe.model_validate(settings | {"problem": problem}), Registry(tmp_path / "r"))
+        assert {step.identity["problem"]["version"] for step in made if step.identity["problem"]} == {"2"}
 
 
 def test_lora_is_a_matter_of_training_and_not_of_evaluating_the_base(tmp_path):

@@ -259,12 +259,12 @@ def test_half_a_surrogate_pair_in_a_file_is_named_by_its_line(tmp_path):
         rows_of(problem, file)
 
 
-def test_demonstrations_of_a_dataset_are_refused_by_check(settings, write, tmp_path):
+def test_demonstrations_of_a_dataset_without_a_gold_column_are_refused_by_check(settings, write, tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}")
     settings["problem"] = {"dataset": str(tmp_path / "rows.jsonl"), "rewards": ["think_format"]}
     done = run_cli("check", write(settings))
     assert done.returncode == 2
-    assert "stages.warmup.data: a dataset problem has no demonstrations" in done.stderr
+    assert "stages.warmup.data: a dataset has no demonstrations without a gold column; name the" in done.stderr
 
 
 def test_an_unknown_reward_is_refused_with_those_there_are(settings, write):

@@ -3,6 +3,8 @@ however rows are batched."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from datasets import Dataset
@@ -13,7 +15,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from stages.errors import BadInput
 from stages.tokens.token_rows import CODES, TokenRow, labelled
-from stages.tokens.weights import normaliser, row_weights, token_weights
+from stages.tokens.weights import answered_a_step, normaliser, row_weights, token_weights
 from stages.trl.sft_loss import WeightedSFTTrainer
 from tests.models import make_model, make_tokenizer, token_rows
 
@@ -250,6 +252,63 @@ def test_a_step_without_what_is_counted_is_no_explosion(kind, tmp_path):
     ids = torch.tensor([[10, 11, 12, 13]])
     batch = {"input_ids": ids, "labels": torch.full_like(ids, CODES["u"]), "attention_mask": torch.ones_like(ids)}
     assert made.compute_loss(made.model, batch).item() < 10
+
+
+def test_a_step_without_a_completion_token_is_divided_by_the_mean_of_the_stage(tmp_path):
+    """Two rows a step, in the order of the rows; the second step has no completion token. Against a loss by hand, and
+    the other steps are as they were."""
+    prompts = [{**data, "labels": [CODES["u"]] * len(data["labels"])} for data in DATA[2:4]]
+    data, weights = [*DATA[:2], *prompts, *DATA[4:6]], by_part(0.1, 1.0)
+    losses = {}
+    for mean in (None, 7.5):
+        made = trainer(
+            tmp_path, weights, data=data, normaliser="completion_count", per_device_train_batch_size=2, max_steps=3,
+            learning_rate=1e-9, train_sampling_strategy="sequential",
+        )  # fmt: skip
+        made.answered_a_step = mean
+        made.train()
+        losses[mean] = [line["loss"] for line in made.state.log_history if "loss" in line]
+    batch = made.data_collator([made.train_dataset[i] for i in (2, 3)])
+    by_hand = 0.0
+    for row in prompts:
+        log_probs = torch.log_softmax(made.model(input_ids=torch.tensor([row["input_ids"]])).logits[0].float(), -1)
+        by_hand -= 0.1 * sum(log_probs[t - 1, id].item() for t, id in enumerate(row["input_ids"]) if t)
+    assert losses[None][1] == pytest.approx(by_hand, rel=1e-4), "what it was: divided by 1"
+    assert losses[7.5][1] == pytest.approx(by_hand / 7.5, rel=1e-4)
+    assert losses[None][::2] == losses[7.5][::2]
+    assert made.compute_loss(made.model, batch).item() == pytest.approx(by_hand / 7.5, rel=1e-4)
+
+
+def test_the_mean_of_a_stage_is_its_completion_tokens_divided_by_its_steps():
+    """Three rows of 2, 3 and 0 completion tokens after their first, four times, in five steps."""
+    rows = [TokenRow("1", list(range(4)), "uupc"), TokenRow("2", list(range(4)), "cccc"), TokenRow("3", [1, 2], "uu")]
+    assert answered_a_step(rows, 4.0, 5) == 4 * 5 / 5
+
+
+def test_gpt2_differs_from_trl_by_the_first_token_that_trl_counts(tmp_path):
+    """As docs/loss.md says: N of TRL is larger by one a row, and only for a class that is named otherwise."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(TOKENIZER), n_embd=32, n_layer=1, n_head=2, n_positions=64,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )
+    )  # fmt: skip
+    losses = {}
+    for name, kind, data, more in (
+        ("theirs", SFTTrainer, FULL_SEQUENCE, {}),
+        ("ours", WeightedSFTTrainer, DATA, {"weights": by_part(1.0, 1.0)}),
+    ):
+        made = trainer(tmp_path, data=data)
+        rows = Dataset.from_list(data[:8])
+        again = copy.deepcopy(model)
+        made = kind(model=again, args=made.args, train_dataset=rows, processing_class=TOKENIZER, **more)
+        made.train()
+        losses[name] = made.state.log_history[0]["loss"]
+    tokens = sum(len(row["input_ids"]) for row in DATA[:8])
+    assert losses["theirs"] == pytest.approx(losses["ours"] * (tokens - 8) / tokens, rel=1e-5)
 
 
 def test_nothing_weighs_where_nothing_is_to_be_learned():

@@ -59,13 +59,16 @@ def score(name: Name, rows: Rows, completions: Completions, overrides: Set = Non
 
 def _print(found: dict[str, Any], built_in: bool) -> None:
     show(outcome_table(found["outcomes"], found["outcome_intervals"]))
-    low, high = found["interval"]
     failed = sum(found["failures"].values())
     note = f"; {failed} of {found['completions']} completions could not be judged and count as 0" if failed else ""
-    print(
-        f"average score {100 * found['average']:.2f} (95 % {100 * low:.1f} - {100 * high:.1f}, over {found['rows']} "
-        f"rows{note})"
-    )
+    if found["unscored"]:
+        note += f"; {found['unscored']} of {found['rows']} rows have no score and are left out"
+    rows = found["rows"] - found["unscored"]
+    if found["average"] is None:
+        print(f"average score - (no row has a score{note})")
+    else:
+        between = " - ".join(f"{100 * end:.1f}" for end in found["interval"])
+        print(f"average score {100 * found['average']:.2f} (95 % {between}, over {rows} rows{note})")
     rewards = ", ".join(f"{name} {_x100(value)}" for name, value in found["rewards"].items())
     print(f"reward {_x100(found['reward'])} {_scale(found['weights'], built_in)}: {rewards}")
     if failed:

@@ -86,11 +86,15 @@ def _scores(found: Comparison) -> Iterator[str]:
 
 
 def _score(evaluation: Evaluation | None, field: str) -> str:
-    return "-" if evaluation is None else f"{100 * getattr(evaluation, field):.1f}"
+    return "-" if evaluation is None else _x100(getattr(evaluation, field))
+
+
+def _x100(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
 
 
 def _interval(evaluation: Evaluation | None) -> str:
-    if evaluation is None:
+    if evaluation is None or evaluation.interval is None:
         return "-"
     low, high = evaluation.interval
     return f"{100 * low:.1f} - {100 * high:.1f}"
@@ -113,7 +117,7 @@ def _answers(name: str, score: Any, answers: tuple[str, ...]) -> Iterator[str]:
         yield f"  {name}  nothing was kept"
     margin = "     | "
     for answer_score, text in zip(scores, answers, strict=True):
-        yield f"  {name}  score {100 * answer_score:.1f}"
+        yield f"  {name}  score {_x100(answer_score)}"
         shown = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
         for line in shown.splitlines():
             yield from textwrap.wrap(printable(line or " "), WIDTH, initial_indent=margin, subsequent_indent=margin)
