@@ -66,7 +66,7 @@ def asked(rows: Mapping[Split, Sequence[Row]], format: Format, tokenizer: PreTra
             as_read = _decoded(tokenizer, ids, roles + COMPLETION)
             for question in (*of_prompt(format, row), *as_read):
                 found.setdefault(question, set()).add(Place(split, number))
-    counts = {split: len(some) for split, some in rows.items()}
+    counts: dict[Split, int] = {split: len(some) for split, some in rows.items()}
     return Asked({text: frozenset(places) for text, places in found.items()}, counts)
 
 
@@ -91,7 +91,8 @@ def of_row(tokenizer: PreTrainedTokenizerBase, row: TokenRow) -> Questions:
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], roles: str) -> Questions:
-    return _distinct([str(tokenizer.decode(ids[run.start() : run.end()])) for run in BEFORE_AN_ANSWER.finditer(roles)])
+    words = [list(ids[run.start() : run.end()]) for run in BEFORE_AN_ANSWER.finditer(roles)]
+    return _distinct([str(tokenizer.decode(some)) for some in words])
 
 
 def _distinct(texts: Sequence[str]) -> Questions:
@@ -109,7 +110,7 @@ def findings(stage: str, sources: Mapping[str, Sequence[Questions]], evaluated: 
     every = frozenset[Place]().union(*hits.values())
     if not every:
         return
-    counts = {split: sum(place.split == split for place in every) for split in evaluated.counts}
+    counts: dict[Split, int] = {split: sum(one.split == split for one in every) for split in evaluated.counts}
     worst = max(counts[split] / count for split, count in evaluated.counts.items() if count)
     holders = [name for name, some in hits.items() if some]
     who = f"{' and '.join(holders)} {'ask' if holders[1:] else 'asks'}"

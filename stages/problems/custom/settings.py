@@ -37,7 +37,7 @@ def by_component(values: Mapping[str, T], components: Collection[str]) -> dict[s
 
 
 def _among(components: Collection[str], name: str) -> str:
-    other = SHORT.get(name) or ALIASES.get(name)
+    other = SHORT.get(name) or ALIASES.get(name, name)
     return other if name not in components and other in components else name
 
 
