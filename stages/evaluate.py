@@ -119,6 +119,7 @@ def summarise(
     """The numbers of one split. Rows without a score are left out of every mean."""
     import numpy as np
 
+    from stages.data.rollouts import has_score
     from stages.estimates import bootstrap_interval, pass_at_k
     from stages.tokens import prefix
 
@@ -153,15 +154,12 @@ def summarise(
     )
 
 
-def has_score(group: Sequence[Rollout]) -> bool:
-    """Whether one of the answers of a row has a score. Where one has and another has not, that one scores 0."""
-    return any(rollout.judgement.scored for rollout in group)
-
-
 def unscored(
     stage: str, split: Split, greedy: Sequence[Rollout], sampled: Sequence[Sequence[Rollout]]
 ) -> Iterator[Finding]:
     """Rows that are left out of every mean, and answers that count as 0 because others of their row have a score."""
+    from stages.data.rollouts import has_score
+
     groups = [(best, *group) for best, group in zip(greedy, sampled, strict=True)]
     left_out = sum(not has_score(group) for group in groups)
     if left_out:

@@ -89,7 +89,7 @@ def _templates() -> Environment:
     environment.filters |= {
         "fenced": fenced,
         "json": lambda value: json.dumps(value, ensure_ascii=False),
-        "x100": lambda share: f"{100 * share:.1f}",
+        "x100": lambda share: "-" if share is None else f"{100 * share:.1f}",
     }
     return environment
 

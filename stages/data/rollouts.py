@@ -44,6 +44,12 @@ class Rollout:
     """It came to its turn end before it was cut."""
 
 
+def has_score(group: Sequence[Rollout]) -> bool:
+    """Whether one of the answers to a row has a score. A row without one is left out of every mean; where only some
+    have none, these count as 0."""
+    return any(rollout.judgement.scored for rollout in group)
+
+
 def line(row: str, sample: int, rollout: Rollout, step: int | None = None) -> RolloutLine:
     """A rollout as a line of `rollouts.jsonl`, which grpo and rejection stages write and rejection reads. `step` is
     the optimiser step that sampled it; None for a policy that stood still."""

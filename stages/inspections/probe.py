@@ -67,9 +67,11 @@ def run(job: Job) -> Result:
 
 
 def _line(player: Player, config: ProbeConfig, variant: Variant) -> dict[str, Any]:
-    """The numbers of one Format; shares are of all samples, intervals 95 % over rows."""
+    """The numbers of one Format; shares are of all samples, those of rows without a score (`unscored`) left out where
+    passing is asked, intervals 95 % over rows."""
     import numpy as np
 
+    from stages.data.rollouts import has_score
     from stages.estimates import bootstrap_interval
     from stages.sampling import Decoding
     from stages.tokens import prefix
@@ -77,7 +79,8 @@ def _line(player: Player, config: ProbeConfig, variant: Variant) -> dict[str, An
     rows = player.rows(RowRange(split="validation", start=0, stop=config.rows, seed=0))
     decoding = Decoding(config.temperature, config.max_completion_length, config.samples)
     groups = player.play(rows, decoding, lambda done: None)
-    passed = np.array([[passes(player.problem, one.judgement) for one in group] for group in groups], dtype=float)
+    scored = [group for group in groups if has_score(group)]
+    passed = np.array([[passes(player.problem, one.judgement) for one in group] for group in scored], dtype=float)
     every = [one for group in groups for one in group]
     rule = re.compile(variant.follow) if variant.follow else None
     followed = (
@@ -89,8 +92,9 @@ def _line(player: Player, config: ProbeConfig, variant: Variant) -> dict[str, An
         "response_prefix": variant.format.response_prefix,
         "rows": len(rows),
         "samples": config.samples,
-        "pass_rate": float(passed.mean()),
-        "interval": bootstrap_interval(passed.mean(axis=1)),
+        "unscored": len(groups) - len(scored),
+        "pass_rate": float(passed.mean()) if scored else None,
+        "interval": bootstrap_interval(passed.mean(axis=1)) if scored else None,
         "format": float(np.mean([one.judgement.well_formed for one in every])),
         "follow": None if followed is None else float(followed.mean()),
         "follow_interval": None if followed is None else bootstrap_interval(followed.mean(axis=1)),

@@ -9,8 +9,8 @@ import pytest
 import trl.rewards
 
 from pipeline.results import evaluations
-from stages.data.rollouts import Rollout
-from stages.evaluate import Evaluate, has_score, summarise, unscored
+from stages.data.rollouts import Rollout, has_score
+from stages.evaluate import Evaluate, summarise, unscored
 from stages.intervals import wilson_interval
 from stages.job import Format, read_evaluation
 from stages.problems import catalog

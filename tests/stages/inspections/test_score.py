@@ -14,7 +14,7 @@ from pipeline.recipe import recipe
 from stages.errors import BadInput
 from stages.inspections.score import summarise
 from stages.problems import catalog
-from stages.problems.base import Answer
+from stages.problems.base import Answer, Judgement
 from stages.problems.catalog import load
 from stages.problems.files import answers
 from stages.problems.files import rows as rows_of
@@ -196,7 +196,7 @@ def scored(tmp_path, completions, *more):
 def test_a_problem_of_ones_own_is_scored_and_says_what_it_could_not_judge(tmp_path):
     command = scored(tmp_path, ["1", "1", "one"])
     found = printed_json(*command, "--json")
-    assert found["outcomes"] == {"failed": 1, "malformed": 0, "wrong": 1, "partial": 0, "passed": 1}
+    assert found["outcomes"] == {"failed": 1, "unscored": 0, "malformed": 0, "wrong": 1, "partial": 0, "passed": 1}
     assert found["average"] == pytest.approx(1 / 3) and found["rewards"] == {"right": 0.5}
     assert found["failures"] == {"exception": 1} and "mine.py:4: ValueError: invalid literal" in found["first_failure"]
     shown = run_cli(*command).stdout
@@ -212,6 +212,21 @@ def test_where_nothing_could_be_judged_the_numbers_are_no_result(tmp_path):
         "switchback: score: none of the 2 completions could be judged; the first said: mine.py:4:"
     )
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_rows_without_a_score_are_left_out_of_the_average_and_counted():
+    """Two completions of each of three rows: both scored, one scored, none scored."""
+    problem = load({"name": "arithmetic"})
+    scored = [1.0, 0.0, 1.0, None, None, None]
+    judgements = [
+        Judgement(score or 0.0, "right" if score else "wrong", score == 1, True, {}, scored=score is not None)
+        for score in scored
+    ]
+    found = summarise(problem, [0, 0, 1, 1, 2, 2], judgements)
+    assert (found["rows"], found["unscored"], found["average"], found["solved"]) == (3, 1, 0.5, 0.5)
+    assert found["pass_rate"] == 0.5 and sum(found["outcomes"].values()) == 6
+    none = summarise(problem, [2, 2], judgements[4:])
+    assert none["unscored"] == 1 and none["average"] is none["interval"] is none["pass_rate"] is None
 
 
 def test_too_many_failures_are_one_line_without_a_class_or_a_log_and_leave_no_directory(tmp_path):

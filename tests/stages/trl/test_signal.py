@@ -16,6 +16,7 @@ from stages.rewards.compose import Rewards
 from stages.trl.prefill import prefilled
 from stages.trl.rewarding import Judging, RewardedGRPOTrainer
 from stages.trl.signal import DROUGHT, Signal, speaks
+from tests.conftest import run_cli, stage
 from tests.models import save
 
 NONE = float("nan")
@@ -126,3 +127,32 @@ def test_a_constant_reward_ends_training_at_the_step_that_was_asked_for_resumed_
     with pytest.raises(NoSignal):
         run(tmp_path / "b", policy, resumed, resume=str(tmp_path / "b" / "checkpoint-3"), save_strategy="no")
     assert resumed.asked == 4
+
+
+SILENT = """
+REWARDS = {"always": 1.0}
+def rows(rng):
+    while True:
+        yield {"prompt": f"{rng.randrange(1000)} + 1?"}
+def rewards(row, completion):
+    return {"always": 0.25}
+def score(row, completion):
+    return 0.0
+"""
+
+
+def test_a_run_whose_rewards_say_nothing_ends_with_3_and_publishes_no_policy(settings, write, tmp_path):
+    """What was made before it stays published."""
+    (tmp_path / "mine.py").write_text(SILENT)
+    settings |= {
+        "problem": {"file": str(tmp_path / "mine.py"), "workers": 1},
+        "evaluate": {"rows": 3, "samples": 1, "max_completion_length": 2},
+        "validation": {"rows": 3},
+        "format": {"prompt": "plain", "response_prefix": ""},
+    }
+    silent = {"steps": 5, "max_completion_length": 4, "audit": False, "stop_without_signal": 2}
+    settings["stages"] = [{**stage(settings, "rl1"), **silent, "policy": "base", "rows": "train[0:8]"}]
+    done = run_cli("run", write(settings), "--registry", tmp_path / "r", "--no-prefect")
+    assert done.returncode == 3 and len(done.stderr.splitlines()) == 1, done
+    assert "switchback: rl1: in the first 2 steps no group had two different rewards" in done.stderr
+    assert [path.name.split("-")[0] for path in (tmp_path / "r" / "artifacts").iterdir()] == ["base.evaluate"]
