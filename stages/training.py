@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 SHARDING = ("FSDP", "DEEPSPEED")
 """What an accelerate config may ask for that must not silently become something else."""
+NO_MIX = "no"
+"""accelerate's word for arithmetic in the weights' own dtype, the only one that trains here."""
 OURS = (
     "output_dir",
     "seed",
@@ -188,8 +190,8 @@ def trl_arguments(job: Job, config: TrainingConfig, device: torch.device, config
         "seed": job.seed,
         "data_seed": job.seed,
         "use_cpu": on_cpu,
-        "bf16": job.dtype == "bfloat16",
-        "fp16": job.dtype == "float16",
+        "bf16": False,  # autocast; weights are in model.dtype, and so is what is computed with them
+        "fp16": False,
         "ddp_backend": "gloo" if on_cpu and job.execution.processes > 1 else None,
         "gradient_checkpointing": not on_cpu,
         "dataloader_pin_memory": not on_cpu,
@@ -226,6 +228,23 @@ def same_world(trainer: Any, job: Job) -> None:
     if wanted in SHARDING and wanted != got:
         raise BadInput(
             f"{job.name}: launch.accelerate asks for {wanted}, but accelerate made it {got} here; {wanted} needs GPUs"
+        )
+
+
+def same_arithmetic(trainer: Any, job: Job) -> None:
+    """Raise BadInput when the trainer computes in another way than the recipe says, as an accelerate config can ask:
+    in mixed precision, which makes float32 masters under FSDP and none elsewhere, or compiled. No key holds either."""
+    state = trainer.accelerator.state
+    if state.mixed_precision != NO_MIX:
+        raise BadInput(
+            f"{job.name}: mixed precision is not supported (found mixed_precision {state.mixed_precision}, expected "
+            f"no). Fix: set it to no in launch.accelerate; model.dtype, {job.dtype} here, is the precision of a stage"
+        )
+    backend = str(state.dynamo_plugin.backend.value).lower()
+    if backend != "no" and not trainer.args.torch_compile:
+        raise BadInput(
+            f"{job.name}: the accelerate config compiles the model (found dynamo_backend {backend}, expected no). "
+            f"Fix: remove it there, and set trl: {{torch_compile: true}} on the stage"
         )
 
 

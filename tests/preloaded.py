@@ -22,6 +22,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from pipeline.launch.serving_worker import FORKED
+from stages.runtime import environment
 from stages.runtime.process import die_with_parent
 
 COMMAND = (
@@ -36,10 +38,13 @@ COMMAND = (
 """What a command and the jobs that need no TRL import, beside what a serving worker does."""
 AT_RUN_TIME = ("SWITCHBACK_", "PREFECT_", "AWS_", "NO_PROXY", "no_proxy", "TMPDIR", "PYTEST_", "TORCHINDUCTOR_")
 """How the names begin of the variables that are read when they are needed, and not while a library is imported."""
+OF_PYTHON = "PYTHON"
+"""How the names begin of the variables that an interpreter reads at its start."""
 
 
 class Preloaded:
-    """The process, from pytest's side."""
+    """The process, from pytest's side. It imports in the environment of a serving worker, so no library has read what
+    a worker does not see."""
 
     def __init__(self, env: Mapping[str, str]) -> None:
         self._env = dict(env)
@@ -52,7 +57,8 @@ class Preloaded:
     def too_late_for(self, env: Mapping[str, str]) -> set[str]:
         """Variables of an environment that a library may have read at its import, and that were otherwise then."""
         differ = {name for name in self._env.keys() | env.keys() if self._env.get(name) != env.get(name)}
-        return {name for name in differ if not name.startswith(AT_RUN_TIME)}
+        seen = {name for name in differ if environment.passes(name) or name.startswith(OF_PYTHON)}
+        return {name for name in seen if not name.startswith(AT_RUN_TIME)}
 
     def run(
         self, arguments: list[str], cwd: Path, env: Mapping[str, str], timeout: float
@@ -63,7 +69,7 @@ class Preloaded:
             self._process = subprocess.Popen(
                 command,
                 cwd=Path(__file__).parent.parent,
-                env=self._env,
+                env={**environment.cleaned(self._env).variables, **FORKED},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

@@ -89,7 +89,8 @@ class Launcher:
                 self._let_it_save(job, on_word)
             self.close()
             raise
-        return _result(job, status, log)
+        result = _result(job, status, log)
+        return result.model_copy(update={"seen": {**result.seen, **_left_out(self._worker.dropped)}})
 
     def _let_it_save(self, job: Job, on_word: OnWord) -> None:
         """Ask the job to stop, and give it its grace time; another Ctrl-C ends that."""
@@ -124,6 +125,11 @@ def _refuse_busy(job: Job) -> None:
 
 def _busy(job: Job) -> StageFailed:
     return StageFailed(f"{job.name}: another job still works in {job.work}; wait for it or stop it")
+
+
+def _left_out(dropped: tuple[str, ...]) -> dict[str, list[str]]:
+    """The variables that the job did not see, for its provenance: names only, since a value may be a secret."""
+    return {"dropped_environment": list(dropped)} if dropped else {}
 
 
 def _next_log(work: Path) -> Path:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StageFailed
+from stages.runtime import environment
 from stages.runtime.process import adopt_orphans, kill_marked, kill_tree
 
 WORKER = [sys.executable, "-P", "-m", "stages"]
@@ -32,14 +33,23 @@ MARK = "SWITCHBACK_LAUNCHER"
 """Environment variable that every process of a launcher carries."""
 
 
+FORKED = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+"""What a worker that forks needs: libraries that are imported ask torch for a GPU, and an answer of the CUDA driver
+would leave every fork without one. NVML answers without it."""
+
+
 class ServingWorker:
-    """The other end of `stages.runtime.server`."""
+    """The other end of `stages.runtime.server`, in a clean environment (`stages.runtime.environment`)."""
+
+    dropped: tuple[str, ...]
+    """Names of the variables that its jobs do not see."""
 
     def __init__(self, threads: int | None, preload: bool) -> None:
         adopt_orphans()
         self._mark = f"{MARK}={uuid.uuid4().hex}"
         name, _, value = self._mark.partition("=")
-        env = {**os.environ, name: value, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        variables, self.dropped = environment.cleaned(os.environ)
+        env = {**variables, name: value, **FORKED}
         if threads:
             env["OMP_NUM_THREADS"] = str(threads)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker

@@ -25,6 +25,7 @@ from stages.kinds import STAGES
 from stages.problems.catalog import PROBLEMS
 from stages.problems.custom.settings import VERSION, RewardSettings
 from stages.stage import BASE
+from stages.training import NO_MIX
 
 EVALUATION_SEED = 0
 """Every policy of every seed is evaluated on the same rows with the same seed."""
@@ -221,7 +222,7 @@ def _payload(work: _Work, plan: _Plan) -> Payload:
         "version": kind.version,
         "config": identity_values(work.config),
         "inputs": {role: {"key": ref.key, "output": ref.output} for role, ref in work.inputs.items()},
-        "model": base.settings if kind.trains else {"dtype": base.settings["dtype"]},
+        "model": _model_identity(base.settings, kind.trains),
         "problem": _problem_of(work, plan) if work.problem else None,
         "rows": work.rows.model_dump() if work.rows else None,
         "format": formats.identity(work.format),
@@ -229,6 +230,13 @@ def _payload(work: _Work, plan: _Plan) -> Payload:
         "seed": work.seed,
         "replicate": work.replicate,
     }
+
+
+def _model_identity(settings: dict[str, Any], trains: bool) -> dict[str, Any]:
+    """A step that trains below float32 says in its key that nothing autocasts: before, everything did."""
+    if not trains:
+        return {"dtype": settings["dtype"]}
+    return settings if settings["dtype"] == "float32" else {**settings, "mixed_precision": NO_MIX}
 
 
 def base_of(recipe: Recipe, registry: Registry) -> Base:

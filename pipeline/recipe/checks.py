@@ -19,6 +19,7 @@ from stages.errors import BadInput
 from stages.kinds import STAGES
 from stages.problems.custom.settings import NAME_GOLD
 from stages.stage import BASE, ROWS
+from stages.training import NO_MIX
 
 ADAPTER = "adapter_config.json"
 """What makes `from_pretrained` load another model first, and its digest would not know that one."""
@@ -33,6 +34,7 @@ def check(recipe: Recipe) -> None:
         _inputs(recipe, i)
         STAGES[stage.kind].check(stage, {earlier.name: earlier for earlier in recipe.stages[:i]}, recipe.seed)
         _batch_divides(stage, recipe)
+    _trainable(recipe)
     _files(recipe)
 
 
@@ -98,7 +100,7 @@ def _files(recipe: Recipe) -> None:
     _problem(recipe)
     if recipe.launch.accelerate:
         _is_file("launch.accelerate", recipe.launch.accelerate)
-        _processes_agree(recipe.launch.processes, Path(recipe.launch.accelerate))
+        _accelerate_agrees(recipe, Path(recipe.launch.accelerate))
 
 
 def _model(path: Path) -> None:
@@ -155,15 +157,31 @@ def _is_file(where: str, path: str) -> None:
         raise BadInput(f"{where}: {path} is not there (paths count from {Path.cwd()})")
 
 
-def _processes_agree(processes: int, path: Path) -> None:
-    """An accelerate config says how many processes there are, and so does the recipe."""
+def _accelerate_agrees(recipe: Recipe, path: Path) -> None:
+    """An accelerate config says how many processes there are and how precisely they compute, and so does the recipe."""
     try:
         config = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInput(f"launch.accelerate: {path} cannot be read: {' '.join(str(error).split())}") from None
     found = config.get("num_processes") if isinstance(config, dict) else None
-    if found != processes:
+    if found != recipe.launch.processes:
         raise BadInput(
-            f"launch.accelerate: {path} is for num_processes: {found}, but launch.processes is {processes}; make "
-            f"them agree"
+            f"launch.accelerate: {path} is for num_processes: {found}, but launch.processes is "
+            f"{recipe.launch.processes}; make them agree"
+        )
+    mixed = config.get("mixed_precision") or NO_MIX  # a bare `no` is False in YAML
+    if mixed != NO_MIX:
+        raise BadInput(
+            f"launch.accelerate: {path} asks for mixed precision (found mixed_precision: {mixed}, expected no). Fix: "
+            f"set it to 'no'; model.dtype, {recipe.model.dtype} here, is the precision of every stage"
+        )
+
+
+def _trainable(recipe: Recipe) -> None:
+    """AdamW's epsilon is 0 in float16, and gradients vanish without a loss scale."""
+    trained = [stage.name for stage in recipe.stages if STAGES[stage.kind].trains]
+    if recipe.model.dtype == "float16" and trained:
+        raise BadInput(
+            f"model.dtype: {trained[0]} cannot be trained in float16 (found float16, expected float32 or bfloat16). "
+            f"Fix: set model.dtype to bfloat16"
         )

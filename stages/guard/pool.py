@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 from stages.errors import BadInput, TooManyFailures
 from stages.guard.redaction import redacted
-from stages.runtime import ranks
+from stages.runtime import environment, ranks
 from stages.runtime.process import descendants, kill_marked, kill_tree
 
 MARK = "SWITCHBACK_GUARD"
@@ -229,7 +229,8 @@ class _Worker:
         self.output, prints = os.pipe2(os.O_CLOEXEC)
         command = [sys.executable, "-P", "-m", "stages", "--guarded", str(os.getpid()), str(reads), str(writes)]
         name, _, value = self.mark.partition("=")
-        env = {**os.environ, name: value, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
+        variables = environment.cleaned(os.environ).variables
+        env = {**variables, name: value, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

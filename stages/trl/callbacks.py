@@ -12,7 +12,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from stages.job import Job
 from stages.runtime.metrics import MetricsLog
-from stages.training import same_world
+from stages.training import same_arithmetic, same_world
 
 
 class MetricsCallback(TrainerCallback):
@@ -43,8 +43,9 @@ class MetricsCallback(TrainerCallback):
 
 def listen(trainer: Trainer, job: Job) -> None:
     """Let the job's metrics log be the trainer's only voice. Raises BadInput when the trainer runs in another world
-    than the job is for."""
+    than the job is for, or computes in another precision."""
     same_world(trainer, job)
+    same_arithmetic(trainer, job)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(MetricsCallback(MetricsLog(Path(job.out))))

@@ -138,6 +138,7 @@ def execution(trainer: Trainer) -> dict[str, Any]:
         "micro-batch": args.per_device_train_batch_size,
         "device": args.device.type,
         "distribution": kind,
+        "mixed precision": str(trainer.accelerator.mixed_precision),
     }
 
 

@@ -45,11 +45,23 @@ STAGE = Stage(config=NoopConfig, run=run, version=1, torch=False, makes=lambda c
               preflight=preflight)
 '''
 ROW = """
+import noop
+from stages.kinds import STAGES
+STAGES["noop"] = noop.STAGE
+"""
+IN_THE_COMMAND = """
 import sys
-if sys.argv[0].endswith("switchback") or "stages" in sys.orig_argv:
-    import noop
-    from stages.kinds import STAGES
-    STAGES["noop"] = noop.STAGE
+if sys.argv[0].endswith("switchback"):
+    import row
+    from pathlib import Path
+    from pipeline.launch import serving_worker
+    serving_worker.WORKER = [sys.executable, str(Path(__file__).with_name("worker.py"))]
+"""
+IN_THE_WORKER = """
+import sys
+import row
+from stages.__main__ import main
+sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -59,7 +71,9 @@ def test_the_configs_that_a_type_checker_sees_are_those_of_the_table():
 
 def test_a_kind_of_one_file_and_one_row_is_planned_checked_run_published_and_reused(settings, tmp_path):
     (tmp_path / "noop.py").write_text(NOOP)
-    (tmp_path / "sitecustomize.py").write_text(ROW)
+    (tmp_path / "row.py").write_text(ROW)
+    (tmp_path / "sitecustomize.py").write_text(IN_THE_COMMAND)
+    (tmp_path / "worker.py").write_text(IN_THE_WORKER)  # a worker has no PYTHONPATH
     settings["stages"] = [{"name": "idle", "kind": "noop", "policy": "base"}]
     recipe, registry = tmp_path / "recipe.yaml", tmp_path / "r"
     recipe.write_text(yaml.safe_dump(settings))

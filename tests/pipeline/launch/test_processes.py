@@ -98,14 +98,28 @@ def run(job):
     time.sleep(600)
 """
 
+WORKER = """
+import sys
+import sleepy
+from stages.__main__ import main
+from stages.config import Config
+from stages.kinds import STAGES, Stage
+from stages.runtime import server
+server.PRELOAD = ()
+STAGES['sleepy'] = Stage(Config, sleepy.run, 1)
+sys.exit(main(sys.argv[1:]))
+"""
+
 LAUNCH = """
 import sys, time
 from pathlib import Path
 from pipeline.errors import StageFailed
+from pipeline.launch import serving_worker
 from pipeline.launch.local import Launcher
 from stages.config import Config
 from stages.job import Execution, Job
 from stages.kinds import STAGES, Stage
+serving_worker.WORKER = [sys.executable, str(Path(__file__).with_name('worker.py'))]
 STAGES['sleepy'] = Stage(Config, print, 1)
 work = Path(sys.argv[1])
 job = Job(kind='sleepy', name='sleepy', config={}, inputs={}, work=str(work), out=str(work / 'out'), problem=None,
@@ -123,19 +137,11 @@ except StageFailed as error:
 def sleepy(tmp_path):
     """A directory whose worker knows one more kind, which starts a grandchild in its own session and sleeps; a
     launcher of it, by deadline."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sys\nif '-m' in sys.orig_argv and 'stages' in sys.orig_argv:\n"
-        "    import sleepy\n"
-        "    from stages.config import Config\n"
-        "    from stages.kinds import STAGES, Stage\n"
-        "    from stages.runtime import server\n"
-        "    server.PRELOAD = ()\n"
-        "    STAGES['sleepy'] = Stage(Config, sleepy.run, 1)\n"
-    )
+    (tmp_path / "worker.py").write_text(WORKER)
     (tmp_path / "sleepy.py").write_text(SLEEPY)
     (tmp_path / "launch.py").write_text(LAUNCH)
     mark = f"{TOKEN}={uuid.uuid4().hex}"
-    env = environment(PYTHONPATH=f"{tmp_path}:{ROOT}", **dict([mark.split("=")]))
+    env = environment(**dict([mark.split("=")]))
 
     def launch(deadline: float) -> subprocess.Popen[str]:
         command = [sys.executable, str(tmp_path / "launch.py"), str(tmp_path / "work"), str(deadline)]
@@ -243,6 +249,10 @@ def test_one_job_runs_from_its_file_alone_in_a_directory_of_its_own(climbed, tmp
         "the job is for 1 processes, but the launcher started 2"
         in json.loads((work / "error.json").read_text())["message"]
     )
+    mixed = environment(ACCELERATE_MIXED_PRECISION="bf16")  # a job by itself has its shell's environment
+    refused = subprocess.run(command, cwd=ROOT, env=mixed, capture_output=True, text=True)
+    error = json.loads((work / "error.json").read_text())["message"]
+    assert refused.returncode == 2 and "found mixed_precision bf16, expected no" in error
     assert not (work / "result.json").exists()
     before = sorted(path.name for path in work.iterdir())
     with (work / "lock").open() as lock:

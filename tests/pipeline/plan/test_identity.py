@@ -11,12 +11,14 @@ import pytest
 
 from pipeline.plan.steps import steps as steps_of
 from pipeline.recipe import recipe
+from pipeline.recipe.checks import check
 from pipeline.registry import Registry
 from pipeline.registry.keys import canonical, changes, key_of
 from stages.config import Config, part_of
+from stages.errors import BadInput
 from stages.inspections.kinds import INSPECTIONS
 from stages.kinds import STAGES
-from tests.conftest import TINY, stage
+from tests.conftest import TINY, TINY_BASE, stage
 
 EVERYTHING: dict[str, Any] = copy.deepcopy(TINY)
 EVERYTHING["model"] |= {"lora": {"r": 32, "alpha": 32.0, "dropout": 0.0, "targets": "all-linear"}}
@@ -399,3 +401,23 @@ def test_changes_names_fields_by_their_path():
         "a.1.b": (3, None),
     }
     assert changes({"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": 1, "c": 3}, "d": (1,), "e": None}) == {"a.c": (2, 3)}
+
+
+def test_the_key_of_training_below_float32_says_that_nothing_autocasts(tmp_path):
+    """What was trained before did; steps that train nothing, and float32, keep their keys."""
+    model = {"hub": "org/name", "revision": "abc"}
+    identities = {}
+    for dtype in ("float32", "bfloat16"):
+        planned = recipe.Recipe.model_validate({**TINY, "model": {**model, "dtype": dtype}})
+        identities[dtype] = {step.name: step.identity["model"] for step in steps_of(planned, Registry(tmp_path / "r"))}
+    assert not [one for one in identities["float32"].values() if "mixed_precision" in one]
+    said = {name for name, one in identities["bfloat16"].items() if one.get("mixed_precision") == "no"}
+    assert said == {"warmup", "rl1", "distill", "rl2"}
+
+
+def test_a_float16_model_is_evaluated_and_not_trained():
+    model = {"path": str(TINY_BASE), "dtype": "float16"}
+    with pytest.raises(BadInput, match=r"model.dtype: warmup cannot be trained in float16 \(found float16, expected"):
+        check(recipe.Recipe.model_validate({**TINY, "model": model}))
+    sampled = {**stage(TINY, "harvest"), "policy": "base", "rows": "train[0:8]"}
+    check(recipe.Recipe.model_validate({**TINY, "model": model, "stages": [sampled]}))

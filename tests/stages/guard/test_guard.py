@@ -374,3 +374,31 @@ def named(mark: str) -> set[int]:
         except OSError:
             pass
     return found
+
+
+WALKS_A_SET = """
+import os
+REWARDS = {"right": 1.0}
+def rows(rng):
+    seen = " ".join(sorted(os.environ))
+    for word in {f"word {i}" for i in range(400)}:
+        yield {"prompt": f"{word} {seen}"}
+def rewards(row, completion):
+    return {"right": 1.0}
+def score(row, completion):
+    return 1.0
+"""
+
+
+def test_a_set_is_walked_in_the_same_order_in_every_process_and_foreign_variables_are_not_seen(tmp_path, monkeypatch):
+    """The rows of an evaluation are asked for again by every policy; a rank has RANK, and user code does not."""
+    foreign = {"PYTHONHASHSEED": "random", "RANK": "1", "PYTHONPATH": "/nowhere", "SOME_API_KEY": "for-a-judge"}
+    for name, value in foreign.items():
+        monkeypatch.setenv(name, value)
+    problems = [own(tmp_path, WALKS_A_SET, workers=1) for _ in range(2)]
+    first, second = ([row.prompt for row in problem.rows("train", 0, 50, 0)] for problem in problems)
+    for problem in problems:
+        problem.guard.close()
+    assert first == second
+    seen = first[0].split()
+    assert "SOME_API_KEY" in seen and not {"RANK", "PYTHONPATH"} & {*seen}

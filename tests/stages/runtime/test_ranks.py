@@ -33,6 +33,15 @@ TORCHRUN = [
     "--nproc-per-node",
     "2",
 ]
+LEFT_OVER = {
+    "RANK": "1",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "203.0.113.7",
+    "PET_NNODES": "2",
+    "TORCHELASTIC_RUN_ID": "another",
+}
+"""What a shell inside another launcher's job has."""
 
 
 @pytest.mark.slow
@@ -48,17 +57,21 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
 
 
 def test_the_climb_in_two_processes_with_adapters(settings, write, tmp_path):
-    """sft, grpo and rejection: what each publishes is whole, and says how many made it."""
+    """sft, grpo and rejection: what each publishes is whole, and says how many made it. What another launcher left in
+    the shell is not taken for ours, and what ours gives its ranks reaches them."""
     settings["model"]["lora"] = {"r": 4, "alpha": 8.0}
     settings["launch"]["processes"] = 2
     stage(settings, "harvest")["samples"] = 64
     settings["launch"]["sampler_tokens"] = 2**15  # several batches, so that both processes sample
     registry = tmp_path / "r"
     for name in ("warmup", "rl1", "harvest"):
-        done = run_cli("run", write(settings), "--registry", registry, "--no-prefect", "--only", name)
+        command = ("run", write(settings), "--registry", registry, "--no-prefect", "--only", name)
+        done = run_cli(*command, env=LEFT_OVER)
         assert done.returncode == 0, done.stderr
     artifacts = {artifact.stage: artifact for artifact in Registry(registry).artifacts()}
     assert {artifact.provenance["processes"] for artifact in artifacts.values()} == {2}
+    for artifact in artifacts.values():
+        assert artifact.provenance["dropped_environment"] == sorted(LEFT_OVER)
     for name in ("warmup", "rl1"):
         files = {file.path for file in artifacts[name].files}
         assert {"model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"} <= files
@@ -105,12 +118,16 @@ def test_rollouts_do_not_depend_on_how_many_processes_sample(settings, write, tm
         ({"accelerate": "nowhere.yaml"}, "launch.accelerate: nowhere.yaml is not there"),
         ({"accelerate": "FILE", "processes": 1}, "is for num_processes: 2, but launch.processes is 1"),
         ({"processes": 3}, "does not divide by processes=3"),
+        ({"accelerate": "BF16", "processes": 2}, "asks for mixed precision (found mixed_precision: bf16, expected no)"),
     ],
 )
 def test_processes_that_do_not_add_up_are_one_line(launch, said, settings, write, tmp_path):
-    (tmp_path / "file.yaml").write_text(yaml.safe_dump({"distributed_type": "MULTI_CPU", "num_processes": 2}))
+    files = {"FILE": tmp_path / "file.yaml", "BF16": tmp_path / "bf16.yaml"}
+    for name, file in files.items():
+        precision = {"mixed_precision": "bf16"} if name == "BF16" else {}
+        file.write_text(yaml.safe_dump({"distributed_type": "MULTI_CPU", "num_processes": 2, **precision}))
     settings["launch"] |= {
-        name: str(tmp_path / "file.yaml") if value == "FILE" else value for name, value in launch.items()
+        name: str(files.get(value, value)) if name == "accelerate" else value for name, value in launch.items()
     }
     done = run_cli("run", write(settings), "--registry", tmp_path / "r")
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
