@@ -6,6 +6,7 @@ template next to it (see `stages.tokens.prefix`).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,8 @@ def refuse_vision(path: str) -> None:
 
 
 def load_tokenizer(path: str, format: Format | None = None) -> PreTrainedTokenizerBase:
-    """A tokenizer that can pad on the left, with the Format's chat template where that names one. Raises BadInput when
-    it has none."""
+    """A tokenizer that can pad on the left, with the Format's chat template where that names one, and whose eos token
+    is what ends the template's turns. Raises BadInput when it has no template."""
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, padding_side="left")
     if format is not None and format.chat_template is not None:
         tokenizer.chat_template = format.chat_template
@@ -87,7 +88,18 @@ def load_tokenizer(path: str, format: Format | None = None) -> PreTrainedTokeniz
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    chat.end_turns_as_the_template(tokenizer, declared_ends(path))
     return tokenizer
+
+
+def declared_ends(path: str) -> list[int]:
+    """Ids that a model's generation settings end a text with; they may be in a file of their own, or in its config."""
+    for name in ("generation_config.json", "config.json"):
+        file = Path(path, name)
+        found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+        if found is not None:
+            return found if isinstance(found, list) else [found]
+    return []
 
 
 KEPT = 0.9

@@ -57,6 +57,8 @@ class TokenRow:
     """A letter a token."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Its origin: columns of PROVENANCE, and `reward_<component>`."""
+    notes: tuple[str, ...] = ()
+    """What the chat template made of its messages (`stages.tokens.conversation`); not kept in a file."""
 
     @property
     def edges(self) -> tuple[int, int]:
