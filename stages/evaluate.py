@@ -122,7 +122,7 @@ def summarise(
     passed = np.array([[passes(player.problem, one.judgement) for one in group] for group in sampled], dtype=float)
     count = Counter(judgement.outcome for judgement in judgements)
     return Evaluation(
-        policy=job.inputs["policy"],
+        policy=job.sources.get("policy", Path(job.inputs["policy"]).name),
         split=split,
         decoding={"temperature": config.temperature, "max_completion_length": config.max_completion_length},
         rows=len(sampled),

@@ -176,6 +176,7 @@ def run(job: Job) -> Result:
     if ranks.first():
         rollouts.write_card(log, rollouts.card(tokenizer, job, config.temperature, config.max_completion_length))
     listen(trainer, job)
+    models.rehearse(trainer, tokenizer, job)
     with own_settings(model):
         resume.train(trainer, job, config, checkpoint, config.steps)
     findings = models.publish(trainer, tokenizer, job)

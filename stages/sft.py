@@ -221,6 +221,7 @@ def run(job: Job) -> Result:
     )
     checkpoint = resume.find(trainer, job, config)
     listen(trainer, job)
+    models.rehearse(trainer, tokenizer, job)
     packed = len(cast(Sized, trainer.train_dataset))
     expected = optimiser_steps(config, packed)
     resume.train(trainer, job, config, checkpoint, expected)

@@ -127,6 +127,8 @@ def _of_rows(
     from stages.inspections import format_rules
 
     yield from inspected.findings
+    if isinstance(config, TrainingConfig):
+        yield from _generation_settings(job, path)
     yield from _positions(job, path, [*inspected.own, *inspected.general])
     if isinstance(config, TrainingConfig) and inspected.steps is not None:
         yield from only_warm_up(job.name, config, inspected.steps)
@@ -151,6 +153,27 @@ def _problem(job: Job, config: Config, problem: Problem) -> None:
             catalog.rows(problem, last)
         except TooFew as error:
             raise BadInput(f"{field}: {error}") from None
+
+
+def _generation_settings(job: Job, path: str) -> Iterator[Finding]:
+    """Those that contradict each other, which could not be saved after training."""
+    from pathlib import Path
+
+    from transformers import GenerationConfig
+
+    from stages.policy.generation_settings import saveable
+
+    if not Path(path, "generation_config.json").is_file():
+        return
+    if left_out := saveable(GenerationConfig.from_pretrained(path)).left_out:
+        yield Finding(
+            rule="generation_settings",
+            severity="warn",
+            stage=job.name,
+            evidence={"left_out": len(left_out)},
+            advice=f"its policy's generation settings contradict each other ({', '.join(left_out)} beside do_sample "
+            f"false) and could not be saved; the new policy is published without {', '.join(left_out)}",
+        )
 
 
 def _positions(job: Job, path: str, rows: Sequence[TokenRow]) -> Iterator[Finding]:
