@@ -140,7 +140,7 @@ def summarise(
             "pass_at_k": {str(k): pass_at_k(passed, k) for k in sorted({1, config.samples})},
         }
     return Evaluation(
-        policy=job.inputs["policy"],
+        policy=job.sources.get("policy", Path(job.inputs["policy"]).name),
         split=split,
         decoding={"temperature": config.temperature, "max_completion_length": config.max_completion_length},
         rows=len(sampled),

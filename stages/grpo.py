@@ -189,6 +189,7 @@ def run(job: Job) -> Result:
     if ranks.first():
         rollouts.write_card(log, rollouts.card(tokenizer, job, config.temperature, config.max_completion_length))
     listen(trainer, job)
+    models.rehearse(trainer, tokenizer, job)
     with own_settings(model):
         resume.train(trainer, job, config, checkpoint, config.steps)
     findings = (*trainer.signal.findings(job.name), *models.publish(trainer, tokenizer, job))

@@ -225,6 +225,7 @@ class Evaluation(Frozen):
     model_config = ConfigDict(protected_namespaces=())
 
     policy: str
+    """Id of the artifact, or the name of the model; no path of a machine."""
     split: Split
     decoding: dict[str, float]
     """Temperature and max_completion_length of the samples; greedy decoding has the same length."""

@@ -33,16 +33,16 @@ VERSIONS = {
     "rows": 1,
 }
 KEYS = {
-    "base.evaluate": "ffeacb5f1224",
-    "warmup": "ff0a6da59718",
-    "warmup.evaluate": "6dce2a47c605",
-    "rl1": "653ed3e641d4",
-    "rl1.evaluate": "e28812252367",
-    "harvest": "e7a5f97150a7",
-    "distill": "9fe5234058fb",
-    "distill.evaluate": "86b555615d20",
-    "rl2": "acd99fdc2e67",
-    "rl2.evaluate": "e8b537372a30",
+    "base.evaluate": "9186a7c5340b",
+    "warmup": "d8de2b588961",
+    "warmup.evaluate": "c07e572dbbe2",
+    "rl1": "ac117e8749fd",
+    "rl1.evaluate": "b0c9fde5558c",
+    "harvest": "5468cc55c3c5",
+    "distill": "4888a31e68c4",
+    "distill.evaluate": "345a4b5b9145",
+    "rl2": "59a75f39527b",
+    "rl2.evaluate": "2dc4816f7275",
 }
 ROWS = {
     "train": ["a1ecee30ad0816a8", "cad011498c5cc972"],

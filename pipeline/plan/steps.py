@@ -9,8 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.plan import user_files
+from pipeline.plan import tokenizers, user_files
 from pipeline.plan.digest_cache import digest_once
+from pipeline.plan.tokenizers import Tokenizer
 from pipeline.plan.user_files import Digest, UserFile
 from pipeline.recipe import formats
 from pipeline.recipe.recipe import Box, DatasetProblem, FileProblem, ProblemSettings, Recipe
@@ -90,6 +91,8 @@ class Base(NamedTuple):
     """What of `model` is identity beside its bytes: dtype, lora."""
     format: Format | None
     """What the model was trained with, where switchback made it."""
+    tokenizer: Tokenizer | None
+    """What decides how its tokens are made; None where it cannot be read here, as on the hub."""
 
 
 def steps(recipe: Recipe, registry: Registry, base: Base | None = None) -> list[Step]:
@@ -217,7 +220,9 @@ def _evaluated(recipe: Recipe) -> Evaluated:
 def _payload(work: _Work, plan: _Plan) -> Payload:
     """Everything that decides what the step makes."""
     kind, base, sampler = STAGES[work.kind], plan.base, plan.recipe.sampler
+    tokens = tokenizers.identity(base.tokenizer, work.format.chat_template, kind, work.config)
     return {
+        **({"tokens": tokens} if tokens else {}),
         "kind": work.kind,
         "version": kind.version,
         "config": identity_values(work.config),
@@ -246,25 +251,17 @@ def base_of(recipe: Recipe, registry: Registry) -> Base:
         artifact = resolve(registry, model.artifact)
         if "policy" not in artifact.outputs:
             raise BadInput(f"model.artifact: {artifact.id} is of kind {artifact.kind} and holds no policy")
-        return Base(
-            InputRef(
-                step=None,
-                output="policy",
-                key=artifact.key,
-                source=registry.location(artifact, "policy"),
-                artifact=artifact.id,
-            ),
-            settings,
-            artifact.format,
-        )
+        place = registry.location(artifact, "policy")
+        ref = InputRef(step=None, output="policy", key=artifact.key, source=place, artifact=artifact.id)
+        return Base(ref, settings, artifact.format, tokenizers.read(Path(place)))
     if model.hub:
         revision = f"@{model.revision}" if model.revision else ""
         identity: Payload = {"hub": model.hub, "revision": model.revision}
         source = f"hf://{model.hub}{revision}"
-        return Base(InputRef(step=None, output="policy", key=key_of(identity), source=source), settings, None)
+        return Base(InputRef(step=None, output="policy", key=key_of(identity), source=source), settings, None, None)
     path = Path(str(model.path)).absolute()
     ref = InputRef(step=None, output="policy", key=digest_model(path, digest_once), source=str(path))
-    return Base(ref, settings, formats.carried_by(path))
+    return Base(ref, settings, formats.carried_by(path), tokenizers.read(path))
 
 
 def _problem_of(work: _Work, plan: _Plan) -> Payload:

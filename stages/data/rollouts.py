@@ -138,7 +138,7 @@ class Player:
         sampled = sampling.sample(self.engine, given, keys, decoding, self.seed, on_progress, self.chunks)
 
         answers = [
-            Answer(row, prefix.completion_text(self.tokenizer, start, ids), ids)
+            Answer(row, prefix.completion_text(self.tokenizer, start, ids, self.engine.ends), ids)
             for row, start, completions in zip(rows, starts, sampled, strict=True)
             for ids in completions
         ]

@@ -5,8 +5,8 @@ general conversations.
 Whatever the source, a row is ids with a role each (`stages.tokens.token_rows`), and every answer in it starts with the
 response prefix. A file has a JSON object a line, as TRL takes them: `{"messages": [...]}`, trained as they are, every
 assistant turn an answer; or `{"prompt": ..., "completion": ...}`, of messages, of which the completion's are answers,
-or of plain text, which the Format dresses. A message has a role and content, both text. A line of which no answer says
-anything beyond the prefix is refused."""
+or of plain text, which the Format dresses. A message has a role and content, both text; a key that is null is missing.
+A line of which no answer says anything beyond the prefix is refused."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ from stages.job import Format, Job
 from stages.problems import catalog
 from stages.problems.files import refuse_half_pairs
 from stages.runtime.workdir import NO_COPIES, Copies, place
-from stages.tokens import chat, prefix, token_rows
+from stages.tokens import chat, conversation, prefix, token_rows
+from stages.tokens.conversation import Conversation
 from stages.tokens.token_rows import TokenRow
+from stages.tokens.turns import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
 SHAPES = '{"messages": [...]} or {"prompt": ..., "completion": ...}'
 Line = tuple[int, str]
 """Its number, from 1, and what it holds."""
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Whose words a message may hold."""
+OTHER_NAMES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "function": "tool"}
+"""What other formats call them."""
 
 
 class Rows(NamedTuple):
@@ -181,10 +187,10 @@ def _rendered(path: Path, lines: Sequence[Line], format: Format, tokenizer: PreT
     for number, line in lines:
         try:
             columns = _object(line)
-            ids, roles = _conversation(columns, format, tokenizer)
+            ids, roles, notes = _conversation(columns, format, tokenizer)
         except BadInput as error:
             raise BadInput(f"{path}, line {number}: {error}") from None
-        rows.append(TokenRow(str(number), ids, roles, questions=_asks(columns, format)))
+        rows.append(TokenRow(str(number), ids, roles, questions=_asks(columns, format), notes=notes))
     return rows
 
 
@@ -223,10 +229,24 @@ def _object(line: str) -> Mapping[str, Any]:
     if not isinstance(found, dict):
         raise BadInput(f"found {type(found).__name__}, expected {SHAPES}")
     refuse_half_pairs(found)
-    return found
+    return _without_nulls(found)
 
 
-def _conversation(columns: Mapping[str, Any], format: Format, tokenizer: PreTrainedTokenizerBase) -> prefix.Rendered:
+def _without_nulls(columns: dict[str, Any]) -> dict[str, Any]:
+    """The columns, and the keys of their messages, that say something: `datasets` writes null for what is missing."""
+
+    def said(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: part for name, part in value.items() if part is not None}
+        return value
+
+    return {
+        name: [said(item) for item in value] if isinstance(value, list) else value
+        for name, value in said(columns).items()
+    }
+
+
+def _conversation(columns: Mapping[str, Any], format: Format, tokenizer: PreTrainedTokenizerBase) -> Conversation:
     _nothing_is_left_out(columns)
     start = prefix.of_row(format, columns)
     if _turns(columns.get("messages")):
@@ -241,15 +261,13 @@ def _conversation(columns: Mapping[str, Any], format: Format, tokenizer: PreTrai
     raise BadInput(f"found {', '.join(columns) or 'nothing'}, expected {SHAPES}")
 
 
-def _trained(
-    tokenizer: PreTrainedTokenizerBase, start: str, turns: Sequence[chat.Message], given: int = 0
-) -> prefix.Rendered:
+def _trained(tokenizer: PreTrainedTokenizerBase, start: str, turns: Sequence[Message], given: int = 0) -> Conversation:
     """The conversation. Raises BadInput where none of its answers says anything: it would teach to end the turn at
     once."""
     answers = [turn["content"] for turn in turns[given:] if turn["role"] == "assistant"]
     if answers and not any(text.removeprefix(start).strip() for text in answers):
         raise BadInput("its answer is empty, so nothing but the end of the turn would be trained; remove the line")
-    return prefix.conversation(tokenizer, start, turns, given)
+    return conversation.rendered(tokenizer, start, turns, given)
 
 
 def _nothing_is_left_out(columns: Mapping[str, Any]) -> None:
@@ -266,13 +284,22 @@ def _nothing_is_left_out(columns: Mapping[str, Any]) -> None:
     for name in ("messages", "prompt", "completion"):
         turns: list[Any] = columns[name] if isinstance(columns.get(name), list) else []
         for i, turn in enumerate(turns, start=1):
-            if not _is_turn(turn):
-                found = turn
-                if isinstance(turn, dict):
-                    found = ", ".join(f"{k}: {type(v).__name__}" for k, v in turn.items())
-                raise BadInput(
-                    f"{name}, turn {i}: found {found!r}, expected role and content, both text, and nothing else"
-                )
+            _refuse_no_turn(f"{name}, turn {i}", turn)
+
+
+def _refuse_no_turn(where: str, turn: Any) -> None:
+    """Raise BadInput for what is not a message, or one of nobody that is known."""
+    if not _is_turn(turn):
+        found = turn
+        if isinstance(turn, dict):
+            found = ", ".join(f"{k}: {type(v).__name__}" for k, v in turn.items())
+        raise BadInput(
+            f"{where}: found {found!r}, expected role and content, both text, and nothing else; write what the turn "
+            f"says into content, and remove the rest"
+        )
+    if (role := turn["role"]) not in ROLES:
+        meant = f"; rename it to {OTHER_NAMES[role]}" if role in OTHER_NAMES else ""
+        raise BadInput(f"{where}: found the role {role!r}, expected one of {', '.join(ROLES)}{meant}")
 
 
 def _turns(value: Any) -> bool:

@@ -62,7 +62,7 @@ def _made_once() -> RowsOf:
 
 def look_at(job: Job, policy_is_there: bool = True, rows_of: RowsOf | None = None) -> list[Finding]:
     """Everything about one step; of an evaluation its rows. `rows_of` makes evaluated rows."""
-    from stages.inspections import format_rules
+    from stages.inspections import format_rules, token_rules
     from stages.policy import lora, models
     from stages.problems import catalog
     from stages.sampling import vllm_engine
@@ -72,11 +72,12 @@ def look_at(job: Job, policy_is_there: bool = True, rows_of: RowsOf | None = Non
     config = stage.config.model_validate(job.config)
     if job.problem is not None:
         _problem(job, config, catalog.load(job.problem, job.copies))
-    if stage.preflight is None:
-        return []
     assert job.format is not None, "the plan gives every stage a Format"
     path = models.local_path(job.inputs["policy"], weights=False)
     tokenizer = models.load_tokenizer(path, job.format)
+    if stage.preflight is None:
+        token_rules.refuse_beyond_embedding(job, tokenizer, path, _prompts(job, config, tokenizer))
+        return []
     models.pick_device(job.execution)
     if job.sampler == "vllm":
         vllm_engine.refuse_what_it_cannot(job.execution.processes)
@@ -89,11 +90,42 @@ def look_at(job: Job, policy_is_there: bool = True, rows_of: RowsOf | None = Non
     if policy_is_there:
         format_rules.refuse_other_formats(job, path, tokenizer)
     inspected = stage.preflight(job, config, tokenizer, path)
-    return [
-        *_of_formats(job, tokenizer, inspected),
-        *_of_rows(job, config, tokenizer, path, inspected),
-        *_of_overlap(job, tokenizer, inspected, rows_of or _made_once()),
-    ]
+    found = [*_of_formats(job, tokenizer, inspected), *_of_rows(job, config, tokenizer, path, inspected)]
+    found += _of_tokens(job, config, tokenizer, path, inspected)
+    return [*found, *_of_overlap(job, tokenizer, inspected, rows_of or _made_once())]
+
+
+def _prompts(job: Job, config: Config, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:
+    """The first prompts that a step samples from, each with its prefix; [] for a step that asks no problem."""
+    from stages.inspections.format_rules import LOOKED_AT
+    from stages.problems import catalog
+    from stages.tokens import prefix
+
+    assert job.format is not None, "the plan gives every stage a Format"
+    range = job.rows or next(iter(STAGES[job.kind].ranges(config).values()), None)
+    if job.problem is None or range is None:
+        return []
+    range = range.model_copy(update={"stop": min(range.stop, range.start + LOOKED_AT)})
+    rows = catalog.rows(catalog.load(job.problem, job.copies), range)
+    made: list[TokenRow] = []
+    for row, (ids, roles) in zip(rows, prefix.prompts(tokenizer, job.format, rows), strict=True):
+        start, letters = prefix.answer(prefix.prefix_ids(tokenizer, prefix.of_row(job.format, row)), [])
+        made.append(TokenRow(row.id, [*ids, *start], roles + letters))
+    return made
+
+
+def _of_tokens(
+    job: Job, config: Config, tokenizer: PreTrainedTokenizerBase, path: str, inspected: Inspected
+) -> Iterator[Finding]:
+    """What the template made of its rows, and what stands in them. Raises BadInput for tokens without an embedding."""
+    from stages.inspections import token_rules
+    from stages.policy import models
+
+    own, declared = inspected.own or _prompts(job, config, tokenizer), models.declared_ends(path)
+    token_rules.refuse_beyond_embedding(job, tokenizer, path, [*own, *inspected.general])
+    for rows, what in ((own, "rows"), (inspected.general, "rows of its mix")):
+        yield from token_rules.as_the_template_writes(job, rows, what)
+        yield from token_rules.control_tokens(job, tokenizer, rows, declared, what)
 
 
 def _of_formats(job: Job, tokenizer: PreTrainedTokenizerBase, inspected: Inspected) -> Iterator[Finding]:
@@ -115,6 +147,8 @@ def _of_rows(
     from stages.inspections import format_rules
 
     yield from inspected.findings
+    if isinstance(config, TrainingConfig):
+        yield from _generation_settings(job, path)
     yield from _positions(job, path, [*inspected.own, *inspected.general])
     if isinstance(config, TrainingConfig) and inspected.steps is not None:
         yield from only_warm_up(job.name, config, inspected.steps)
@@ -162,6 +196,27 @@ def _problem(job: Job, config: Config, problem: Problem) -> None:
             catalog.rows(problem, last)
         except TooFew as error:
             raise BadInput(f"{field}: {error}") from None
+
+
+def _generation_settings(job: Job, path: str) -> Iterator[Finding]:
+    """Those that contradict each other, which could not be saved after training."""
+    from pathlib import Path
+
+    from transformers import GenerationConfig
+
+    from stages.policy.generation_settings import saveable
+
+    if not Path(path, "generation_config.json").is_file():
+        return
+    if left_out := saveable(GenerationConfig.from_pretrained(path)).left_out:
+        yield Finding(
+            rule="generation_settings",
+            severity="warn",
+            stage=job.name,
+            evidence={"left_out": len(left_out)},
+            advice=f"its policy's generation settings contradict each other ({', '.join(left_out)} beside do_sample "
+            f"false) and could not be saved; the new policy is published without {', '.join(left_out)}",
+        )
 
 
 def _positions(job: Job, path: str, rows: Sequence[TokenRow]) -> Iterator[Finding]:

@@ -6,7 +6,10 @@ template next to it (see `stages.tokens.prefix`).
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from stages.errors import BadInput
 from stages.job import HUB, Dtype, Execution, Finding, Format, Job
 from stages.policy import lora
+from stages.policy.generation_settings import saveable
 from stages.runtime import ranks
 from stages.tokens import chat, prefix
 
@@ -54,8 +58,8 @@ def pick_device(execution: Execution) -> torch.device:
 def load_policy(
     path: str, dtype: Dtype, device: torch.device | None = None, adapters: lora.Lora | None = None
 ) -> PreTrainedModel:
-    """A model in the given precision, on the CPU or on `device`; its frozen weights in 4 bits where `adapters` say
-    so."""
+    """A model in the given precision, on the CPU or on `device`, with generation settings that can be saved; its frozen
+    weights in 4 bits where `adapters` say so."""
     options: dict[str, Any] = {}
     quantization = lora.quantization(adapters)
     if quantization is not None:
@@ -63,6 +67,7 @@ def load_policy(
     model: Any = AutoModelForCausalLM.from_pretrained(
         path, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, **options
     )
+    model.generation_config = saveable(model.generation_config).settings
     return model.to(device) if device else model
 
 
@@ -76,8 +81,8 @@ def refuse_vision(path: str) -> None:
 
 
 def load_tokenizer(path: str, format: Format | None = None) -> PreTrainedTokenizerBase:
-    """A tokenizer that can pad on the left, with the Format's chat template where that names one. Raises BadInput when
-    it has none."""
+    """A tokenizer that can pad on the left, with the Format's chat template where that names one, and whose eos token
+    is what ends the template's turns. Raises BadInput when it has no template."""
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, padding_side="left")
     if format is not None and format.chat_template is not None:
         tokenizer.chat_template = format.chat_template
@@ -88,11 +93,46 @@ def load_tokenizer(path: str, format: Format | None = None) -> PreTrainedTokeniz
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    chat.end_turns_as_the_template(tokenizer, declared_ends(path))
     return tokenizer
 
 
+def declared_ends(path: str) -> list[int]:
+    """Ids that a model's generation settings end a text with; they may be in a file of their own, or in its config."""
+    for name in ("generation_config.json", "config.json"):
+        file = Path(path, name)
+        found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+        if found is not None:
+            return found if isinstance(found, list) else [found]
+    return []
+
+
+REHEARSAL = "rehearsal"
+"""Directory in a job's work in which its policy is written once without weights."""
 KEPT = 0.9
 """Share of an adapter's update that has to survive the merge; below it there is a warning."""
+
+
+def rehearse(trainer: Any, tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
+    """Write once, and throw away, what will be published beside the weights: config, generation settings, tokenizer.
+    Raises BadInput where that cannot be written, before anything is trained."""
+    assert job.format is not None, "the plan gives every stage that trains a Format"
+    if not ranks.first():
+        return
+    model, place = trainer.accelerator.unwrap_model(trainer.model), Path(job.work, REHEARSAL)
+    settings = deepcopy(model.generation_config)
+    settings.eos_token_id = tokenizer.eos_token_id  # a trainer aligns it, and changed settings are judged strictly
+    try:
+        settings.save_pretrained(place)
+        model.config.save_pretrained(place)
+        _save_tokenizer(deepcopy(tokenizer), job.format, place)
+    except (ValueError, TypeError, OSError) as error:
+        raise BadInput(
+            f"{job.name}: its policy could not be saved after training ({' '.join(str(error).split())[:200]}); correct "
+            f"the files of {job.sources.get('policy', 'its policy')}"
+        ) from None
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def publish(trainer: Any, tokenizer: PreTrainedTokenizerBase, job: Job) -> tuple[Finding, ...]:
@@ -109,6 +149,7 @@ def publish(trainer: Any, tokenizer: PreTrainedTokenizerBase, job: Job) -> tuple
         return ()
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped if spread else trainer.model)
     if job.lora is None:
+        _cache_as_before(model, local_path(job.inputs["policy"], weights=False))
         save_policy(model, tokenizer, job.format, Path(job.out), state)
         return tuple(_unmoved(job))
     lora.save_adapter(model, Path(job.out, lora.ADAPTER), state, job.inputs["policy"])
@@ -154,6 +195,13 @@ def _equal(ours: Path, theirs: Path, name: str) -> bool:
     return mine.shape == before.shape and torch.equal(mine, before.to(mine.dtype))
 
 
+def _cache_as_before(model: Any, path: str) -> None:
+    """A trainer turns the model's cache off while it trains; what is published is used to generate."""
+    before = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if hasattr(before, "use_cache"):
+        model.config.use_cache = before.use_cache
+
+
 def _end_turns_alike(trained: Any, whole: Any) -> None:
     """A trainer aligns the model's special tokens with the tokenizer's; the policy that was loaded again has its old
     ones."""
@@ -183,6 +231,11 @@ def save_policy(
     """Write a self-contained policy, a PreTrainedModel, whose serving template yields the Format's prefix. Other named
     templates of its tokenizer are left out: they would not yield it."""
     model.save_pretrained(out, state_dict=state)
+    _save_tokenizer(tokenizer, format, out)
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, format: Format, out: Path) -> None:
+    """Write a tokenizer with its training template, and the serving template that follows from it."""
     training = chat.training_template(tokenizer)
     tokenizer.chat_template = {"default": prefix.serving_template(training, format), chat.TRAINING: training}
     tokenizer.save_pretrained(out)

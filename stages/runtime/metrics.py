@@ -25,7 +25,7 @@ class MetricsLog:
 
     def __init__(self, out: Path) -> None:
         path = out / FILE if ranks.first() else Path(os.devnull)
-        self._start = time.monotonic() - _seconds_so_far(path)
+        self._start = time.monotonic() - seconds_so_far(path)
         self._file = path.open("a", buffering=1)
 
     def write(self, step: int, total: int, values: dict[str, float] | None = None) -> None:
@@ -35,8 +35,8 @@ class MetricsLog:
         self._file.write(json.dumps({"step": step, "total": total, "seconds": seconds, **finite}) + "\n")
 
 
-def _seconds_so_far(path: Path) -> float:
-    """Of the log that a resumed stage goes on with."""
+def seconds_so_far(path: Path) -> float:
+    """What the last line of a log says; a stage that was resumed goes on from there."""
     if not path.is_file():
         return 0.0
     lines = path.read_text().splitlines()

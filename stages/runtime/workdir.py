@@ -5,6 +5,7 @@ job.json    what to do                      result.json  what was made, written 
 error.json  what went wrong                 said.jsonl   what the stage has to say while it runs
 lock        held by the job and its children   run.lock  held by the run that makes the step
 out/        what will be published          logs/        one log an attempt
+attempts.json  how long earlier attempts took
 checkpoint-<step>/, set-aside/, chunks/     what a stage resumes from (`checkpoints`, `chunks`)
 files/      copies of the user's small files, as they were planned; the stage reads these
 """
@@ -20,6 +21,8 @@ LOCK = "lock"
 """Held by a job and all its children, from its start to its end."""
 RUN_LOCK = "run.lock"
 """Held by the run that makes a step, from its look into the registry to its publication."""
+ATTEMPTS = "attempts.json"
+"""{"seconds", "started"}: how long the attempts before this one took, and when this one began (seconds since 1970)."""
 WORDS = "said.jsonl"
 """JSON lines {"text"}: what a stage has to say about itself while it runs."""
 BUSY = 75

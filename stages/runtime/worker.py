@@ -24,9 +24,10 @@ from stages.errors import BadInput, NoSignal, StageStopped, TooManyFailures
 from stages.job import Job, Result
 from stages.runtime import checkpoints, chunks, forked_ranks, locks, ranks, stopping
 from stages.runtime.disk import replace
-from stages.runtime.metrics import say
+from stages.runtime.metrics import FILE as METRICS
+from stages.runtime.metrics import say, seconds_so_far
 from stages.runtime.process import die_with_parent
-from stages.runtime.workdir import BUSY, ERROR, LOCK, PATIENCE, RESULT, WORDS
+from stages.runtime.workdir import ATTEMPTS, BUSY, ERROR, LOCK, PATIENCE, RESULT, WORDS
 
 TOLD = (BadInput, TooManyFailures, NoSignal)
 """Errors whose line says all that a user needs; of others the class and the log help, too."""
@@ -107,6 +108,7 @@ def attempt(job: Job, stages: Mapping[str, Runs]) -> int:
         return 2 if bad_input else 1
     if ranks.first():
         _write(Path(job.work) / RESULT, result.model_dump(mode="json"))
+        (Path(job.work) / ATTEMPTS).unlink(missing_ok=True)
     return 0
 
 
@@ -145,7 +147,9 @@ def _run(job: Job, stage: Runs) -> Result:
         _set_up(job)
     start = time.monotonic()
     result = stage.run(job)
-    seen = {"processes": world, "seconds": round(time.monotonic() - start, 3)}
+    logged = seconds_so_far(Path(job.out, METRICS))
+    seconds = max(_seconds_before(Path(job.work)) + time.monotonic() - start, logged)
+    seen = {"processes": world, "seconds": round(seconds, 3)}
     return result.model_copy(update={"seen": seen | (_machinery(job) if stage.torch else {})})
 
 
@@ -181,8 +185,28 @@ def _take(lock: IO[str]) -> bool:
     return True
 
 
+def _count_attempt(job: Job) -> None:
+    """Add what the attempt before this one took, which may have been killed: until its last log or checkpoint."""
+    file = Path(job.work, ATTEMPTS)
+    before = _attempts(file)
+    written = [*Path(job.out).rglob("*.jsonl"), *Path(job.work).glob(f"checkpoint-*/{checkpoints.COMPLETE}")]
+    last = max([before["started"], *(path.stat().st_mtime for path in written)])
+    took = last - before["started"] if before["started"] else 0.0
+    _write(file, {"seconds": before["seconds"] + took, "started": time.time()})
+
+
+def _seconds_before(work: Path) -> float:
+    """How long the attempts before this one took."""
+    return _attempts(work / ATTEMPTS)["seconds"]
+
+
+def _attempts(file: Path) -> dict[str, float]:
+    return json.loads(file.read_text()) if file.is_file() else {"seconds": 0.0, "started": 0.0}
+
+
 def _empty(job: Job) -> None:
     """What an earlier attempt left would be published with it; only what says that it is whole is taken up again."""
+    _count_attempt(job)
     shutil.rmtree(job.out, ignore_errors=True)
     for name in (RESULT, ERROR, WORDS, stopping.FILE):
         Path(job.work, name).unlink(missing_ok=True)

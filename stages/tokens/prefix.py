@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,8 +28,8 @@ from stages.errors import BadInput
 from stages.job import Format
 from stages.problems.base import Row
 from stages.tokens import chat
-from stages.tokens.chat import Message
 from stages.tokens.token_rows import COMPLETION, PREFIX, TokenRow
+from stages.tokens.turns import Message, closing_tag
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -145,11 +145,22 @@ def answer(start: Sequence[int], rest: Sequence[int]) -> Rendered:
 
 def demonstration(tokenizer: PreTrainedTokenizerBase, response_prefix: str, text: str) -> Rendered:
     """Prefix ids + the rest of a completion's text + turn end: the SFT target. Raises BadInput when the text does not
-    start with the prefix."""
-    if str(tokenizer.eos_token) in text:
+    start with the prefix, and when it leaves open what the chat template has opened.
+
+    What the template has opened stands in the prompt, so it is taken from the start of a text that has it too.
+    """
+    opened = chat.opened(tokenizer)
+    refuse_reopened(opened, response_prefix)
+    return target(tokenizer, response_prefix, after_opened(opened, text))
+
+
+def target(tokenizer: PreTrainedTokenizerBase, response_prefix: str, text: str) -> Rendered:
+    """Prefix ids + the rest of what a policy says after its prompt + turn end. Raises BadInput when the text does not
+    start with the prefix, and when it holds the end of a turn."""
+    end = chat.end_token(tokenizer)
+    if end in text:
         raise BadInput(
-            f"an answer holds {tokenizer.eos_token!r}, which ends a turn and is added where it does; remove it: "
-            f"{text[-40:]!r}"
+            f"an answer holds {end!r}, which ends a turn and is added where it does; remove it: {text[-40:]!r}"
         )
     if not text.startswith(response_prefix):
         raise BadInput(
@@ -157,47 +168,33 @@ def demonstration(tokenizer: PreTrainedTokenizerBase, response_prefix: str, text
             "agree"
         )
     rest = encode(tokenizer, text.removeprefix(response_prefix))
-    return answer(prefix_ids(tokenizer, response_prefix), [*rest, chat.turn_end(tokenizer)])
+    return answer(prefix_ids(tokenizer, response_prefix), [*rest, *encode(tokenizer, chat.ending(tokenizer))])
 
 
-def conversation(
-    tokenizer: PreTrainedTokenizerBase, response_prefix: str, turns: Sequence[Message], given: int = 0
-) -> Rendered:
-    """A whole conversation as one row: every assistant turn after the first `given` turns is completion and starts with
-    the prefix.
-
-    Each turn stands where serving would put it: what the template makes of the turns before it must begin with what was
-    trained so far. Raises BadInput where it does not (templates that drop earlier reasoning), and for a conversation
-    that does not end with an assistant turn.
-    """
-    if not turns or turns[-1]["role"] != "assistant":
-        raise BadInput("a conversation does not end with an assistant turn; remove what comes after the last one")
-    ids, roles, context = list[int](), "", ""
-    for i, turn in enumerate(turns):
-        if turn["role"] != "assistant" or i < given:
-            continue
-        text = chat.render(tokenizer, turns[:i])
-        if not text.startswith(context):
-            raise BadInput(
-                "the chat template writes an earlier assistant turn otherwise than it is trained (it drops its "
-                "reasoning, or adds to it), so the conversation cannot be trained as it will be served; give each turn "
-                "a row of its own"
-            )
-        ((prompt, letters),) = chat.with_roles(tokenizer, [_after(len(context), chat.pieces(tokenizer, turns[:i]))])
-        target, target_letters = demonstration(tokenizer, response_prefix, turn["content"])
-        ids, roles = [*ids, *prompt, *target], roles + letters + target_letters
-        context = f"{text}{turn['content']}{tokenizer.eos_token}"
-    return ids, roles
+def refuse_reopened(opened: str, response_prefix: str) -> None:
+    """Raise BadInput for a prefix that starts with the tag that the template has opened."""
+    if opened and response_prefix.strip().startswith(opened.strip()):
+        raise BadInput(
+            f"the chat template already ends its generation prompt in {opened!r}, and the response prefix "
+            f"{response_prefix!r} would open it again; set format.response_prefix to what comes after it, or to ''"
+        )
 
 
-def _after(start: int, pieces: chat.Pieces) -> chat.Pieces:
-    """The pieces of the text after its first `start` characters."""
-    left: chat.Pieces = []
-    for letter, piece in pieces:
-        if start < len(piece):
-            left.append((letter, piece[start:]))
-        start = max(0, start - len(piece))
-    return left
+def after_opened(opened: str, text: str) -> str:
+    """What of an answer comes after the tag that the template has opened; all of it for "". Raises BadInput for an
+    answer that does not close the tag: it would be trained inside it."""
+    if not opened:
+        return text
+    tag, close = opened.strip(), closing_tag(opened)
+    if close not in text:
+        raise BadInput(
+            f"the chat template opens {tag!r} before every answer, and an answer does not close it: {text[:40]!r}; "
+            f"begin the answer with {opened + opened[len(tag) :] + close + 2 * opened[len(tag) :]!r}, or set "
+            f"format.chat_template to one that opens nothing"
+        )
+    if not text.lstrip().startswith(tag):
+        return text
+    return text.lstrip().removeprefix(tag).removeprefix(opened[len(tag) :])
 
 
 def merges_at_boundary(tokenizer: PreTrainedTokenizerBase, row: TokenRow) -> bool:
@@ -208,9 +205,26 @@ def merges_at_boundary(tokenizer: PreTrainedTokenizerBase, row: TokenRow) -> boo
     return not edges <= set(chat.starts(encoded["offset_mapping"]))
 
 
-def completion_text(tokenizer: PreTrainedTokenizerBase, response_prefix: str, sampled: Sequence[int]) -> str:
-    """The text that rewards and scores judge: the prefix, then the sampled tokens."""
-    return response_prefix + cast(str, tokenizer.decode(list(sampled), skip_special_tokens=True))
+def completion_text(
+    tokenizer: PreTrainedTokenizerBase, response_prefix: str, sampled: Sequence[int], ends: Collection[int]
+) -> str:
+    """The text that rewards and scores judge: what the template has opened, the prefix, and the sampled tokens.
+
+    Every token counts, control tokens too: only the end of the turn (one of `ends`) and padding are left out.
+    """
+    said = [id for id in sampled if id not in ends and id != tokenizer.pad_token_id]
+    text = cast(str, tokenizer.decode(said, skip_special_tokens=False))
+    before_end = _before_end(tokenizer, text) if sampled and sampled[-1] in ends else text
+    return chat.opened(tokenizer) + response_prefix + before_end
+
+
+def _before_end(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """Without what the template writes between an answer and its end token (Cohere's <|END_RESPONSE|>)."""
+    try:
+        ending = chat.ending(tokenizer)
+    except BadInput:
+        return text  # a template that ends no turn writes nothing there
+    return text.removesuffix(ending.removesuffix(chat.end_token(tokenizer)))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

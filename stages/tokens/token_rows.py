@@ -60,6 +60,8 @@ class TokenRow:
     questions: tuple[str, ...] = ()
     """The words of the user's turns that it answers, white space folded, where they are known as text. They are
     compared and never written."""
+    notes: tuple[str, ...] = ()
+    """What the chat template made of its messages (`stages.tokens.conversation`); not kept in a file."""
 
     @property
     def edges(self) -> tuple[int, int]:

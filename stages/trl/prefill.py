@@ -12,7 +12,7 @@ from typing import Any
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from stages.tokens import prefix
-from stages.tokens.chat import Message
+from stages.tokens.turns import Message
 from stages.trl.resume import ExactResume
 
 START = "response_prefix"
@@ -47,8 +47,9 @@ class PrefillGRPOTrainer(ExactResume, GRPOTrainer):
         """What rewards and logs see is made from the ids again: a tokenizer with a response template would have put the
         prefix elsewhere."""
         out = list(super()._generate(prompts))
+        ends = frozenset(self.eos_token_ids)
         texts = [
-            prefix.completion_text(self._tokenizer, prompt[-1][START], ids)
+            prefix.completion_text(self._tokenizer, prompt[-1][START], ids, ends)
             for prompt, ids in zip(prompts, out[COMPLETION_IDS], strict=True)
         ]
         out[COMPLETIONS] = [[{"role": "assistant", "content": text}] for text in texts]

@@ -83,11 +83,16 @@ def policy(tmp_path_factory):
     return save(tmp_path_factory.mktemp("policy"))
 
 
+def said(tokenizer, ids):
+    """All that was sampled but the end of the turn and padding: control tokens too."""
+    return tokenizer.decode([id for id in ids if id not in (tokenizer.eos_token_id, tokenizer.pad_token_id)])
+
+
 def test_rewards_see_the_prefix_and_the_loss_does_not(policy, tmp_path):
     trainer, seen, _ = trained(policy, tmp_path)
     tokenizer = trainer.processing_class
     for text, ids in seen:
-        assert text == PREFIX + tokenizer.decode(ids, skip_special_tokens=True)
+        assert text == PREFIX + said(tokenizer, ids)
     batch = trainer._buffered_inputs[0]
     prompt = batch["prompt_ids"][0][batch["prompt_mask"][0].bool()].tolist()
     assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n" + PREFIX)
@@ -293,9 +298,8 @@ def test_the_ids_in_the_loss_are_the_ids_that_were_sampled_for_any_prefix_and_te
             turn, chat_template=template, add_generation_prompt=True, return_dict=True
         )
         assert list(given[: -len(after)]) == list(alone["input_ids"]), name
-        assert (start + tokenizer.decode(chosen, skip_special_tokens=True), list(chosen)) in [
-            (text, list(ids)) for text, ids in seen
-        ]
+        opened = "<think>\n" if rendered.endswith("<think>\n") else ""
+        assert (opened + start + said(tokenizer, chosen), list(chosen)) in [(text, list(ids)) for text, ids in seen]
 
 
 def test_every_row_may_have_a_prefix_of_its_own(policy, tmp_path):
@@ -310,8 +314,7 @@ def test_every_row_may_have_a_prefix_of_its_own(policy, tmp_path):
     what_is_trained_is_what_was_sampled(trainer)
     tokenizer, used = trainer.processing_class, set()
     for text, ids in seen:
-        sampled = tokenizer.decode(ids, skip_special_tokens=True)
-        assert text.removesuffix(sampled) in starts
+        assert text.removesuffix(said(tokenizer, ids)) in starts
     for _, (given, _), *_ in trainer.in_loss:
         row, _, start = tokenizer.decode(given).partition("?<|im_end|>\n<|im_start|>assistant\n")
         assert start == starts[int(row.rpartition("\n")[2]) % 3]
@@ -338,7 +341,7 @@ def test_a_tokenizer_that_parses_responses_does_not_take_the_prefix_away(policy,
     theirs = GRPOTrainer._generate(trainer, turns)
     assert "reasoning_content" in theirs[3][0][0]
     out = trainer._generate(turns)
-    texts = [PREFIX + trainer.processing_class.decode(ids, skip_special_tokens=True) for ids in out[1]]
+    texts = [PREFIX + said(trainer.processing_class, ids) for ids in out[1]]
     assert out[3] == [[{"role": "assistant", "content": text}] for text in texts]
 
 

@@ -100,7 +100,8 @@ def test_four_bits_are_refused_without_a_gpu_and_full_precision_is_the_default()
 
 @pytest.fixture(scope="module")
 def climbed_with_adapters(tmp_path_factory):
-    """(registry, stage -> artifact) of the tiny climb with adapters, from a base whose own end of turn is another."""
+    """(registry, stage -> artifact) of the tiny climb with adapters, from a base whose own end of turn is another, and
+    whose generation settings contradict each other, as Llama 2's did."""
     import copy
 
     import yaml
@@ -111,7 +112,9 @@ def climbed_with_adapters(tmp_path_factory):
     settings = copy.deepcopy(TINY)
     shutil.copytree(TINY_BASE, directory / "base")
     file = directory / "base" / "generation_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": 0, "pad_token_id": None}))
+    contradicting = {"do_sample": False, "temperature": 0.9, "top_p": 0.6}
+    ends = {"eos_token_id": 0, "pad_token_id": None}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **ends, **contradicting}))
     settings["model"] = {"path": str(directory / "base"), "lora": {"r": 4, "alpha": 8.0}}
     stage(settings, "warmup")["learning_rate"] = 2e-2
     (directory / "recipe.yaml").write_text(yaml.safe_dump(settings))

@@ -51,9 +51,30 @@ def test_a_demonstration_that_does_not_start_with_the_prefix_is_refused(tokenize
         prefix.demonstration(tokenizer, "<think>\n", "Okay.")
 
 
-def test_the_problem_sees_the_prefix_and_no_special_token(tokenizer):
-    sampled = [*tokenizer("Okay.")["input_ids"], tokenizer.eos_token_id]
-    assert prefix.completion_text(tokenizer, "<think>\n", sampled) == "<think>\nOkay."
+def test_the_problem_sees_the_prefix_and_every_token_but_turn_ends_and_padding(tokenizer):
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>", "</answer>"]})
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    said = tokenizer("Okay.<answer>3</answer><|im_start|>")["input_ids"]
+    for sampled in (said, [*said, end], [*said, end, pad, pad]):
+        text = prefix.completion_text(tokenizer, "<think>\n", sampled, frozenset({end}))
+        assert text == "<think>\nOkay.<answer>3</answer><|im_start|>"
+
+
+def test_the_problem_sees_what_the_template_has_opened(tokenizer):
+    tokenizer.chat_template = CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif")
+    sampled = [*tokenizer("hm\n</think>\n3")["input_ids"], tokenizer.eos_token_id]
+    ends = frozenset({tokenizer.eos_token_id})
+    assert prefix.completion_text(tokenizer, "", sampled, ends) == "<think>\nhm\n</think>\n3"
+    assert prefix.completion_text(tokenizer, "Ok", sampled, ends) == "<think>\nOkhm\n</think>\n3"
+
+
+def test_what_the_template_writes_between_an_answer_and_its_end_is_no_part_of_its_text(tokenizer):
+    """Cohere's <|END_RESPONSE|>, which is trained and sampled."""
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|done|>"]})
+    tokenizer.chat_template = CHATML.replace("m['content'] +", "m['content'] + '<|done|>' +")
+    ids, _ = prefix.demonstration(tokenizer, "", "Okay.")
+    assert tokenizer.decode(ids) == "Okay.<|done|><|im_end|>"
+    assert prefix.completion_text(tokenizer, "", ids, frozenset({tokenizer.eos_token_id})) == "Okay."
 
 
 @pytest.mark.parametrize("response_prefix", ["<think>\n", "", "{{ 'a' }}", '"quoted" \\ {% x %}\n', "\n\n", "🤔 "])
@@ -100,10 +121,10 @@ def test_a_user_template_cannot_reach_the_machine():
         prefix.messages(format_with(user="{{ prompt.__class__.__mro__ }}"), ROW)
 
 
-def test_a_turn_that_does_not_end_in_the_eos_token_is_refused(tokenizer):
+def test_a_turn_that_no_token_ends_is_refused(tokenizer):
     tokenizer.chat_template = CHATML.replace("<|im_end|>", "</s>")
     with pytest.raises(BadInput, match="eos token"):
-        chat.turn_end(tokenizer)
+        chat.ending(tokenizer)
 
 
 def test_a_prefix_that_the_tokenizer_cannot_write_is_refused():

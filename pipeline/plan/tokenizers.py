@@ -1,0 +1,181 @@
+"""What a base model's tokenizer and chat template decide beyond their bytes, found without transformers.
+
+the files of a model + the template in force -> what of a step's identity says by which rules its tokens were made.
+Versions of these rules differ for some tokenizers only, and only those steps have an entry: what the resolved rule
+found, where it is not what the first version took (the eos token ends a turn, answers are rendered as they are,
+rewards see no control tokens). For a model on the hub nothing can be read here, so its steps have the rules' version.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from stages.config import Config
+from stages.stage import Stage
+from stages.tokens import turns
+from stages.tokens.turns import Message, Render
+
+RULES = 2
+"""Version of the rules, for a tokenizer that cannot be read here."""
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""Special tokens with a name, which templates may write."""
+UNUSABLE = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What a template raises that does not take a probe; a stage says so when it renders with it."""
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """What of a tokenizer its files say."""
+
+    alone: frozenset[str]
+    """Tokens that are never part of another."""
+    special: frozenset[str]
+    """Those of them that are control tokens."""
+    named: tuple[tuple[str, str], ...]
+    """(name, token), of NAMED."""
+    declared: frozenset[str]
+    """Tokens that the model's generation settings end a text with."""
+    template: str
+    """Its chat template; "" for none."""
+
+    @property
+    def eos(self) -> str:
+        """The token that ends a text; "" for none."""
+        return dict(self.named).get("eos_token", "")
+
+
+def read(directory: Path) -> Tokenizer | None:
+    """The tokenizer of a model's directory; None where its files do not say."""
+    try:
+        added = _added_tokens((directory / "tokenizer.json").read_text(encoding="utf-8"))
+        config = {**_json(directory / "special_tokens_map.json"), **_json(directory / "tokenizer_config.json")}
+        ends = _json(directory / "generation_config.json").get("eos_token_id")
+        ends = ends if ends is not None else _json(directory / "config.json").get("eos_token_id")
+        by_id = {token["id"]: token["content"] for token in added}
+        return Tokenizer(
+            alone=frozenset(by_id.values()),
+            special=frozenset(token["content"] for token in added if token["special"]),
+            named=tuple((name, token) for name in NAMED if (token := _content(config.get(name)))),
+            declared=frozenset(by_id[id] for id in (ends if isinstance(ends, list) else [ends]) if id in by_id),
+            template=_template(directory, config.get("chat_template")),
+        )
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def identity(tokenizer: Tokenizer | None, template: str | None, kind: Stage, config: Config) -> dict[str, Any]:
+    """What of a step's identity its tokens add; {} where the first version of the rules gave the same. `template` is
+    that of its Format; None: the tokenizer's own."""
+    if tokenizer is None:
+        return {"rules": RULES}
+    found = _resolved(tokenizer, template or tokenizer.template)
+    asks = kind.samples(config) or kind.rewards(config) is not None
+    concerned = {
+        "turn_end": kind.trains or (asks and found.get("stops_elsewhere", False)),
+        "opened": kind.trains or asks,
+        "control_tokens": asks,
+        "answers": any(read.output is None for read in kind.reads(config)),
+    }
+    return {name: found[name] for name, is_concerned in concerned.items() if is_concerned and name in found}
+
+
+@lru_cache(maxsize=16)
+def _resolved(tokenizer: Tokenizer, template: str) -> dict[str, Any]:
+    """Where the rules differ from their first version: name -> what they found."""
+    return dict(_differences(tokenizer, template)) if template else {}
+
+
+def _differences(tokenizer: Tokenizer, template: str) -> Iterator[tuple[str, Any]]:
+    ends = {tokenizer.eos} | tokenizer.declared
+    known = {token for _, token in tokenizer.named} | ends
+    ending = opened = begins = ""
+    rewrites = False
+    try:
+        render = _renderer(template, dict(tokenizer.named))
+        ending = turns.ending(render, tokenizer.alone, ends)
+        opened, rewrites = turns.opened_by(render), turns.rewrites(render)
+        begins = turns.generation_prompt(render)
+    except UNUSABLE:
+        pass  # a stage says so, where it renders with it
+    if any(token not in known and token not in begins for token in tokenizer.special):
+        yield "control_tokens", "seen"
+    if ending and ending != tokenizer.eos:
+        yield "turn_end", ending
+        yield "stops_elsewhere", turns.last_token(ending, tokenizer.alone) not in ends
+    if opened:
+        yield "opened", opened
+    if rewrites:
+        yield "answers", "as rendered"
+
+
+def _renderer(template: str, named: dict[str, str]) -> Render:
+    """A template as a function, in the environment that transformers gives it."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    compiled = environment.from_string(template)
+
+    def render(messages: Sequence[Message], generation_prompt: bool) -> str:
+        return compiled.render(messages=list(messages), add_generation_prompt=generation_prompt, **named)
+
+    return render
+
+
+class _Generation(Extension):
+    """`{% generation %}`, which marks what the policy says and writes nothing."""
+
+    tags: ClassVar[set[str]] = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """What is inside."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **more: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **more)
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _added_tokens(text: str) -> list[dict[str, Any]]:
+    """The added tokens of a tokenizer.json, whose vocabulary of megabytes is not parsed."""
+    name = '"added_tokens":'
+    start = text.index(name) + len(name)
+    return json.JSONDecoder().raw_decode(text, start + len(text[start:]) - len(text[start:].lstrip()))[0]
+
+
+def _template(directory: Path, configured: Any) -> str:
+    """The template that stages render with: a policy's training template, else the model's own."""
+    for name in ("additional_chat_templates/training.jinja", "chat_template.jinja"):
+        if (file := directory / name).is_file():
+            return file.read_text(encoding="utf-8")
+    if isinstance(configured, list):
+        configured = {one["name"]: one["template"] for one in configured}.get("default")
+    return configured or ""
+
+
+def _content(token: Any) -> str:
+    """A token's text, which may be written with its settings."""
+    return token["content"] if isinstance(token, dict) else token or ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A file of settings; {} for none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
