@@ -5,6 +5,7 @@ digests of files are read: no tokenizer, no problem, no user code."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +20,15 @@ from stages.errors import BadInput
 from stages.evaluate import EVALUATE, EvaluateConfig
 from stages.job import Dtype, Format, Lora, RowRange, Sampler, parse_rows
 from stages.kinds import STAGES
+from stages.policy import positions
 from stages.problems.catalog import PROBLEMS
 from stages.problems.custom.settings import ALIASES, RewardSettings
 from stages.stage import BASE
 
 EVALUATION_SEED = 0
 """Every policy of every seed is evaluated on the same rows with the same seed."""
+CONFIG = "config.json"
+"""Where a model says of what architecture it is."""
 REPLICATE_STRIDE = 10_007
 """How far apart the seeds of two replicates are."""
 
@@ -56,6 +60,7 @@ class Step(Frozen):
     seed: int
     dtype: Dtype
     lora: Lora | None
+    own_positions: bool
     sampler: Sampler
     deadline: float | None
     """Seconds; None for none."""
@@ -82,6 +87,9 @@ class Base(NamedTuple):
     """What of `model` is identity beside its bytes: dtype, lora."""
     format: Format | None
     """What the model was trained with, where switchback made it."""
+    own_positions: bool
+    """Its architecture needs the own positions of rows that are padded on the left. False for a model on the hub,
+    whose config.json is not here: a stage that needs them refuses it."""
 
 
 def steps(recipe: Recipe, registry: Registry, base: Base | None = None) -> list[Step]:
@@ -156,6 +164,7 @@ def _planned(name: str, work: _Work, recipe: Recipe, base: Base, deadline: float
         seed=work.seed + REPLICATE_STRIDE * work.replicate,
         dtype=recipe.model.dtype,
         lora=recipe.model.lora if STAGES[work.kind].trains else None,
+        own_positions=base.own_positions and STAGES[work.kind].pads_left,
         sampler=recipe.sampler,
         deadline=deadline or recipe.deadline,
         identity=payload,
@@ -166,12 +175,15 @@ def _planned(name: str, work: _Work, recipe: Recipe, base: Base, deadline: float
 def _payload(work: _Work, base: Base, sampler: Sampler) -> Payload:
     """Everything that decides what the step makes."""
     kind = STAGES[work.kind]
+    model = base.settings if kind.trains else {"dtype": base.settings["dtype"]}
+    if base.own_positions and kind.pads_left:
+        model = {**model, "own_positions": True}
     return {
         "kind": work.kind,
         "version": kind.version,
         "config": identity_values(work.config),
         "inputs": {role: {"key": ref.key, "output": ref.output} for role, ref in work.inputs.items()},
-        "model": base.settings if kind.trains else {"dtype": base.settings["dtype"]},
+        "model": model,
         "problem": _problem_identity(work.problem) if work.problem else None,
         "rows": work.rows.model_dump() if work.rows else None,
         "format": formats.identity(work.format),
@@ -198,15 +210,29 @@ def base_of(recipe: Recipe, registry: Registry) -> Base:
             ),
             settings,
             artifact.format,
+            _needs_positions(registry.content(artifact, "policy", CONFIG), artifact.id),
         )
     if model.hub:
         revision = f"@{model.revision}" if model.revision else ""
         identity: Payload = {"hub": model.hub, "revision": model.revision}
         source = f"hf://{model.hub}{revision}"
-        return Base(InputRef(step=None, output="policy", key=key_of(identity), source=source), settings, None)
+        return Base(InputRef(step=None, output="policy", key=key_of(identity), source=source), settings, None, False)
     path = Path(str(model.path)).absolute()
     ref = InputRef(step=None, output="policy", key=digest_model(path, digest_once), source=str(path))
-    return Base(ref, settings, formats.carried_by(path))
+    found = (path / CONFIG).read_bytes()
+    return Base(ref, settings, formats.carried_by(path), _needs_positions(found, str(path)))
+
+
+def _needs_positions(config: bytes | None, where: str) -> bool:
+    """Whether the architecture of a config.json needs the own positions of padded rows. Raises BadInput where it is no
+    JSON object."""
+    try:
+        found = json.loads(config) if config is not None else {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise BadInput(f"model: the {CONFIG} of {where} is no JSON object. Fix: save the model again")
+    return positions.needed(found)
 
 
 def _problem_identity(problem: ProblemSettings) -> Payload:

@@ -49,6 +49,7 @@ def job_of(step: Step, made: Mapping[str, Artifact], registry: Registry, executi
         seed=step.seed,
         dtype=step.dtype,
         lora=step.lora,
+        own_positions=step.own_positions,
         sampler=step.sampler,
         execution=_execution(execution),
     )
