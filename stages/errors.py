@@ -51,3 +51,7 @@ class CallFailed(Exception):
 def printable(text: str) -> str:
     """`text` where a terminal shows it as it is; else quoted, escaped and cut to 200 characters."""
     return text if text.isprintable() and 0 < len(text) <= 200 else repr(text[:200])
+
+
+class NoSmallCopy(Exception):
+    """There is no small model of an architecture to try things on."""

@@ -246,6 +246,7 @@ def _trainer(
         processing_class=tokenizer,
         peft_config=lora.peft_config(job.lora) if job.lora else None,
     )
+    trainer.own_positions = job.own_positions
     return trainer, model
 
 
@@ -270,8 +271,32 @@ def _general(job: Job, config: GrpoConfig, tokenizer: PreTrainedTokenizerBase) -
 
 
 def preflight(job: Job, config: GrpoConfig, tokenizer: PreTrainedTokenizerBase, path: str) -> Inspected:
-    """Read the rows of its mix."""
-    return Inspected(general=_general(job, config, tokenizer) if config.mix else (), steps=config.steps)
+    """Read the rows of its mix, and look whether rollouts are scored as they are sampled."""
+    from stages.trl import apart
+
+    _refuse_stretched(job, config, tokenizer, path)
+    general = _general(job, config, tokenizer) if config.mix else ()
+    return Inspected(general=general, steps=config.steps, findings=[*apart.grpo(job, path)])
+
+
+def _refuse_stretched(job: Job, config: GrpoConfig, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Raise BadInput for completions so long that they change the positions of the completions beside them."""
+    from transformers import AutoConfig
+
+    from stages.policy.positions import longest_exact
+    from stages.problems import catalog
+    from stages.tokens import prefix
+    from stages.trl import apart
+
+    assert job.format is not None and job.rows is not None and job.problem is not None, "the plan gives grpo all"
+    if longest_exact(AutoConfig.from_pretrained(path, trust_remote_code=False)) is None:
+        return
+    rows = catalog.rows(catalog.load(job.problem, job.copies), job.rows)
+    prompts = prefix.prompts(tokenizer, job.format, rows)
+    starts = [prefix.prefix_ids(tokenizer, prefix.of_row(job.format, row)) for row in rows]
+    longest = max(len(ids) + len(start) for (ids, _), start in zip(prompts, starts, strict=True))
+    longest += config.max_completion_length
+    apart.refuse_stretched(f"stages.{job.name}", path, longest, "lower max_completion_length, or choose shorter rows")
 
 
 STAGE = Stage(
@@ -280,6 +305,7 @@ STAGE = Stage(
     version=2,
     trains=True,
     saves=True,
+    pads_left=True,
     makes=lambda config: ("policy", ROLLOUTS),
     reads=reads,
     rows=lambda config, earlier: config.rows,

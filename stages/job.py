@@ -171,6 +171,9 @@ class Job(Frozen):
     dtype: Dtype
     lora: Lora | None = None
     """The adapters that a stage trains; None: all weights."""
+    own_positions: bool = False
+    """Score rows that are padded on the left with their own positions: the plan has found that the policy's
+    architecture needs them (`stages.policy.positions`)."""
     sampler: Sampler = "transformers"
     """What generates where a stage samples rollouts to keep or to judge; grpo has TRL's generation."""
     execution: Execution

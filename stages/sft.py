@@ -105,8 +105,8 @@ class SftConfig(TrainingConfig):
     packing: Packing | None = identity(None)
     """Put several rows into one sequence; `rows_per_step` then counts sequences. Off: a row is a sequence."""
     padding_free: bool = execution(False)
-    """Lay the rows of a micro-batch end to end in place of padding them. The gradient is the same; on a GPU it needs
-    FlashAttention."""
+    """Lay the rows of a micro-batch end to end in place of padding them. The gradient is the same: a model whose rows
+    would see each other is refused. On a GPU it is fast with FlashAttention."""
     mix: Mix | None = identity(None)
     """General conversations that are trained on beside the stage's own rows (docs/mix.md). Off: none."""
     epochs: float = identity(3.0, gt=0)
@@ -200,6 +200,7 @@ def run(job: Job) -> Result:
     tokenizer = models.load_tokenizer(path, job.format)
     loaded = sources.load(job, job.format, tokenizer, config.mix, config.drop_overlap)
     trained = loaded.all
+    refuse_stretched(job, config, path, trained)
     micro, steps = accumulation(config.rows_per_step, job)
     arguments = trl_arguments(
         job,
@@ -267,6 +268,24 @@ def sequences(config: SftConfig, rows: Sequence[TokenRow]) -> dict[str, Any]:
     return {**packing, "padding_free": config.padding_free}
 
 
+def laid_end_to_end(config: SftConfig) -> str | None:
+    """The field that lays rows end to end and still keeps them apart; None where no field does."""
+    if config.padding_free:
+        return "padding_free"
+    return "packing" if config.packing and config.packing.strategy != "wrapped" else None
+
+
+def refuse_stretched(job: Job, config: SftConfig, path: str, rows: Sequence[TokenRow]) -> None:
+    """Raise BadInput for rows so long that they change the positions of the rows beside them."""
+    from stages.trl import apart
+
+    field = laid_end_to_end(config)
+    if field is None and job.execution.micro_batch == 1:
+        return
+    advice = f"remove {field}, and set launch.micro_batch to 1" if field else "set launch.micro_batch to 1"
+    apart.refuse_stretched(f"stages.{job.name}", path, max(len(row.ids) for row in rows), advice)
+
+
 def optimiser_steps(config: SftConfig, count: int) -> int:
     """Steps that `count` sequences make; the last of an epoch may be short."""
     return math.ceil(config.epochs * math.ceil(count / config.rows_per_step))
@@ -299,22 +318,26 @@ def preflight(job: Job, config: SftConfig, tokenizer: PreTrainedTokenizerBase, p
     """Read the rows, as far as they are there. Raises BadInput for rows that cannot be trained on."""
     from stages.data import sources
     from stages.policy import models
+    from stages.trl import apart
 
     models.refuse_vision(path)
+    findings = [*apart.sft(job, path, laid_end_to_end(config))]
     assert job.format is not None, "the plan gives every sft step a Format"
     if job.problem is None and "data" not in job.inputs:  # another stage makes them, and has not run
         if config.mix:
             sources.look_at_general(job, job.format, tokenizer)
-        return Inspected()
+        return Inspected(findings=findings)
     loaded = sources.load(job, job.format, tokenizer, config.mix, config.drop_overlap)
     sequences(config, loaded.all)
+    refuse_stretched(job, config, path, loaded.all)
     if not any(weight for row in loaded.all for weight in row_weights(row, config.weights)):
         raise BadInput(
             f"{job.name}: no token of its {len(loaded.all)} rows has a weight above 0, so nothing would be trained; "
             f"look at loss_weights"
         )
     steps = None if config.packing else optimiser_steps(config, len(loaded.all))
-    return Inspected(loaded.own, loaded.general, [*generation_ratio(job.name, config, loaded.all)], steps)
+    findings += generation_ratio(job.name, config, loaded.all)
+    return Inspected(loaded.own, loaded.general, findings, steps)
 
 
 def generation_ratio(stage: str, config: SftConfig, rows: Sequence[TokenRow]) -> Iterator[Finding]:

@@ -77,6 +77,9 @@ class Stage:
     """It makes a policy: an evaluation follows, and the model's dtype and adapters are part of its key."""
     saves: bool = False
     """It writes checkpoints, from which it is resumed."""
+    pads_left: bool = False
+    """It scores rows that are padded on the left. Where an architecture needs their own positions for that, these are
+    part of the key."""
     torch: bool = True
     """It needs torch, which takes seconds to import."""
     makes: Callable[[Any], tuple[str, ...]] = lambda config: ()

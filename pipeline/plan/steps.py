@@ -5,6 +5,7 @@ digests of files are read: no tokenizer, no problem, no user code."""
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,13 +24,16 @@ from stages.errors import BadInput
 from stages.evaluate import EVALUATE, EvaluateConfig
 from stages.job import Dtype, Evaluated, Format, Lora, RowRange, Sampler, parse_rows
 from stages.kinds import STAGES
+from stages.policy import positions
 from stages.problems.catalog import PROBLEMS
 from stages.problems.custom.settings import VERSION, RewardSettings
-from stages.stage import BASE
+from stages.stage import BASE, Stage
 from stages.training import NO_MIX
 
 EVALUATION_SEED = 0
 """Every policy of every seed is evaluated on the same rows with the same seed."""
+CONFIG = "config.json"
+"""Where a model says of what architecture it is."""
 REPLICATE_STRIDE = 10_007
 """How far apart the seeds of two replicates are."""
 
@@ -65,6 +69,7 @@ class Step(Frozen):
     seed: int
     dtype: Dtype
     lora: Lora | None
+    own_positions: bool
     sampler: Sampler
     deadline: float | None
     """Seconds; None for none."""
@@ -93,6 +98,9 @@ class Base(NamedTuple):
     """What the model was trained with, where switchback made it."""
     tokenizer: Tokenizer | None
     """What decides how its tokens are made; None where it cannot be read here, as on the hub."""
+    own_positions: bool
+    """Its architecture needs the own positions of rows that are padded on the left. False for a model on the hub,
+    whose config.json is not here: a stage that needs them refuses it."""
 
 
 def steps(recipe: Recipe, registry: Registry, base: Base | None = None) -> list[Step]:
@@ -203,7 +211,8 @@ def _planned(name: str, work: _Work, plan: _Plan, deadline: float | None) -> Ste
         format=work.format,
         seed=work.seed + REPLICATE_STRIDE * work.replicate,
         dtype=recipe.model.dtype,
-        lora=recipe.model.lora if STAGES[work.kind].trains else None,
+        lora=recipe.model.lora if kind.trains else None,
+        own_positions=plan.base.own_positions and kind.pads_left,
         sampler=recipe.sampler,
         deadline=deadline or recipe.deadline,
         identity=payload,
@@ -227,7 +236,7 @@ def _payload(work: _Work, plan: _Plan) -> Payload:
         "version": kind.version,
         "config": identity_values(work.config),
         "inputs": {role: {"key": ref.key, "output": ref.output} for role, ref in work.inputs.items()},
-        "model": _model_identity(base.settings, kind.trains),
+        "model": _model_identity(base, kind),
         "problem": _problem_of(work, plan) if work.problem else None,
         "rows": work.rows.model_dump() if work.rows else None,
         "format": formats.identity(work.format),
@@ -237,11 +246,17 @@ def _payload(work: _Work, plan: _Plan) -> Payload:
     }
 
 
-def _model_identity(settings: dict[str, Any], trains: bool) -> dict[str, Any]:
-    """A step that trains below float32 says in its key that nothing autocasts: before, everything did."""
-    if not trains:
-        return {"dtype": settings["dtype"]}
-    return settings if settings["dtype"] == "float32" else {**settings, "mixed_precision": NO_MIX}
+def _model_identity(base: Base, kind: Stage) -> dict[str, Any]:
+    """What of the model is part of a step's key. A step that trains below float32 says that nothing autocasts: before,
+    everything did. One that pads an architecture on the left that counts the padding says that it does not any more.
+    """
+    dtype = base.settings["dtype"]
+    model = dict(base.settings) if kind.trains else {"dtype": dtype}
+    if kind.trains and dtype != "float32":
+        model["mixed_precision"] = NO_MIX
+    if base.own_positions and kind.pads_left:
+        model["own_positions"] = True
+    return model
 
 
 def base_of(recipe: Recipe, registry: Registry) -> Base:
@@ -253,15 +268,30 @@ def base_of(recipe: Recipe, registry: Registry) -> Base:
             raise BadInput(f"model.artifact: {artifact.id} is of kind {artifact.kind} and holds no policy")
         place = registry.location(artifact, "policy")
         ref = InputRef(step=None, output="policy", key=artifact.key, source=place, artifact=artifact.id)
-        return Base(ref, settings, artifact.format, tokenizers.read(Path(place)))
+        own_positions = _needs_positions(registry.content(artifact, "policy", CONFIG), artifact.id)
+        return Base(ref, settings, artifact.format, tokenizers.read(Path(place)), own_positions)
     if model.hub:
         revision = f"@{model.revision}" if model.revision else ""
         identity: Payload = {"hub": model.hub, "revision": model.revision}
         source = f"hf://{model.hub}{revision}"
-        return Base(InputRef(step=None, output="policy", key=key_of(identity), source=source), settings, None, None)
+        ref = InputRef(step=None, output="policy", key=key_of(identity), source=source)
+        return Base(ref, settings, None, None, own_positions=False)
     path = Path(str(model.path)).absolute()
     ref = InputRef(step=None, output="policy", key=digest_model(path, digest_once), source=str(path))
-    return Base(ref, settings, formats.carried_by(path), tokenizers.read(path))
+    own_positions = _needs_positions((path / CONFIG).read_bytes(), str(path))
+    return Base(ref, settings, formats.carried_by(path), tokenizers.read(path), own_positions)
+
+
+def _needs_positions(config: bytes | None, where: str) -> bool:
+    """Whether the architecture of a config.json needs the own positions of padded rows. Raises BadInput where it is no
+    JSON object."""
+    try:
+        found = json.loads(config) if config is not None else {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise BadInput(f"model: the {CONFIG} of {where} is no JSON object. Fix: save the model again")
+    return positions.needed(found)
 
 
 def _problem_of(work: _Work, plan: _Plan) -> Payload:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from pipeline.registry.artifact import Artifact, is_id, now, parse
@@ -88,6 +88,11 @@ class Registry:
         artifact first."""
         directory = self.store.fetch(f"artifacts/{artifact.id}", artifact.files, MANIFEST)
         return directory / artifact.outputs[output] if output else directory
+
+    def content(self, artifact: Artifact, output: str, file: str) -> bytes | None:
+        """A small file of one of its outputs, read where it is; None when there is none."""
+        inside = PurePosixPath(artifact.outputs[output], file)
+        return self.store.read(f"artifacts/{artifact.id}/{inside}")
 
     def get(self, artifact_id: str) -> Artifact | None:
         """An artifact by id; None when it is missing or incomplete. Raises BadInput when its manifest is invalid."""

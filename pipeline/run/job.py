@@ -57,6 +57,7 @@ def job_of(
         seed=step.seed,
         dtype=step.dtype,
         lora=step.lora,
+        own_positions=step.own_positions,
         sampler=step.sampler,
         execution=_execution(execution),
     )

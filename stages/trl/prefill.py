@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from trl.trainer.grpo_trainer import GRPOTrainer
-
 from stages.tokens import prefix
 from stages.tokens.turns import Message
+from stages.trl.positions import PositionedGRPOTrainer
 from stages.trl.resume import ExactResume
 
 START = "response_prefix"
@@ -26,7 +25,7 @@ def prefilled(messages: list[Message], response_prefix: str) -> list[Message]:
     return [*messages[:-1], {**messages[-1], START: response_prefix}]
 
 
-class PrefillGRPOTrainer(ExactResume, GRPOTrainer):
+class PrefillGRPOTrainer(ExactResume, PositionedGRPOTrainer):
     """GRPOTrainer that renders with the training template and samples after the prefix. Prompts are made by
     `prefilled`."""
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline.plan.steps import base_of
 from pipeline.plan.steps import steps as steps_of
 from pipeline.recipe import recipe
 from pipeline.recipe.checks import check
@@ -329,6 +331,48 @@ def test_a_hub_model_is_known_by_name_and_revision(tmp_path, settings):
     for change in ({"hub": "org/other"}, {"revision": "abd"}):
         settings["model"] = {"hub": "org/name", "revision": "abc"} | change
         assert not set(keys(settings, tmp_path)) & set(before)
+
+
+def test_positions_of_padded_rows_are_part_of_the_keys_of_rl_alone(tmp_path, settings):
+    """On a base whose architecture needs them, and of what is made from what RL makes."""
+    parsed, registry = recipe.Recipe.model_validate(settings), Registry(tmp_path / "r")
+    base = base_of(parsed, registry)
+    assert not base.own_positions
+    before = steps_of(parsed, registry, base)
+    after = steps_of(parsed, registry, base._replace(own_positions=True))
+    moved = [step.name for step, other in zip(before, after, strict=True) if step.key != other.key]
+    assert moved == ["rl1", "rl1.evaluate", "harvest", "distill", "distill.evaluate", "rl2", "rl2.evaluate"]
+    assert [step.name for step in after if step.own_positions] == ["rl1", "rl2"]
+
+
+@pytest.mark.parametrize(
+    ("config", "needs"),
+    [
+        ({"model_type": "llama"}, False),
+        ({"model_type": "gpt2"}, True),
+        ({"model_type": "gpt_neo", "attention_types": [[["global"], 2]]}, True),
+        ({"model_type": "x", "text_config": {"model_type": "gemma3_text"}}, False),
+        ({"model_type": "x", "text_config": {"model_type": "gpt2"}}, True),
+        ({}, False),
+        ({"model_type": "opt"}, False),
+    ],
+)
+def test_the_plan_sees_in_config_json_whether_a_model_needs_positions(config, needs, tmp_path, settings):
+    directory = tmp_path / "model"
+    shutil.copytree(settings["model"]["path"], directory)
+    (directory / "config.json").write_text(json.dumps(config))
+    settings["model"]["path"] = str(directory)
+    assert base_of(recipe.Recipe.model_validate(settings), Registry(tmp_path / "r")).own_positions == needs
+
+
+def test_a_config_json_that_is_no_object_is_refused(tmp_path, settings):
+    directory = tmp_path / "model"
+    shutil.copytree(settings["model"]["path"], directory)
+    settings["model"]["path"] = str(directory)
+    for text in ("[]", "{", ""):
+        (directory / "config.json").write_text(text)
+        with pytest.raises(BadInput, match="is no JSON object"):
+            keys(settings, tmp_path)
 
 
 @pytest.mark.parametrize("part", ["system", "user"])
