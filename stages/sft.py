@@ -224,7 +224,10 @@ def run(job: Job) -> Result:
     packed = len(cast(Sized, trainer.train_dataset))
     expected = optimiser_steps(config, packed)
     resume.train(trainer, job, config, checkpoint, expected)
-    findings = (*ragged(job, config, packed), *models.publish(trainer, tokenizer, job))
+    findings = (
+        *ragged(job, config, packed),
+        *models.publish(trainer, tokenizer, job, lambda: [row.ids for row in trained]),
+    )
     if ranks.first():
         loss_map.write(out, loss_map.of_row(trained[0], config.weights, tokenizer))
     metrics = {
