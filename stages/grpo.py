@@ -192,7 +192,8 @@ def run(job: Job) -> Result:
     models.rehearse(trainer, tokenizer, job)
     with own_settings(model):
         resume.train(trainer, job, config, checkpoint, config.steps)
-    findings = (*trainer.signal.findings(job.name), *models.publish(trainer, tokenizer, job))
+    published = models.publish(trainer, tokenizer, job, lambda: _last_rollouts(trainer, tokenizer, job, log))
+    findings = (*trainer.signal.findings(job.name), *published)
     if not ranks.first():
         return Result(outputs={}, metrics={})
     return Result(
@@ -201,6 +202,21 @@ def run(job: Job) -> Result:
         findings=(*findings, *failures.found(job.name, problem, (line["failure"] for line in rollouts.read(log)))),
         format=prefix.seen_format(job.format, tokenizer),
     )
+
+
+def _last_rollouts(
+    trainer: RewardedGRPOTrainer, tokenizer: PreTrainedTokenizerBase, job: Job, log: Path
+) -> list[list[int]]:
+    """Ids of prompt and answer of a few."""
+    from stages.data import rollouts
+    from stages.policy.as_trained import SAMPLE
+    from stages.tokens import prefix
+
+    assert job.format is not None, "the plan gives grpo a Format"
+    last = [*rollouts.read(log)][-SAMPLE:]
+    row_of = {row.id: row for row in trainer.judging.rows}
+    prompts = prefix.prompts(tokenizer, job.format, [row_of[line["row"]] for line in last])
+    return [[*ids, *line["ids"]] for (ids, _), line in zip(prompts, last, strict=True)]
 
 
 def _trainer(

@@ -65,8 +65,9 @@ class Lora(Config):
     ] = identity("all-linear")
     """Modules that get an adapter: `all-linear` (all but the LM head), or names such as [q_proj, v_proj]."""
     quantize: Literal["nf4"] | None = identity(None)
-    """Hold the frozen weights in 4 bits while training (QLoRA, arXiv 2305.14314); needs a GPU and bitsandbytes. What
-    is published is the full-precision policy with the adapter merged into it. Off: none."""
+    """Hold the frozen weights in 4 bits while training (QLoRA, arXiv 2305.14314); needs bitsandbytes. What is
+    published is the full-precision policy with the adapter merged into it: a finding says how far it is from the
+    policy that was trained. Off: none."""
 
 
 class Format(Frozen):

@@ -227,7 +227,10 @@ def run(job: Job) -> Result:
     expected = optimiser_steps(config, packed)
     trainer.answered_a_step = answered_a_step(trained, config.epochs, expected)
     resume.train(trainer, job, config, checkpoint, expected)
-    findings = (*ragged(job, config, packed), *models.publish(trainer, tokenizer, job))
+    findings = (
+        *ragged(job, config, packed),
+        *models.publish(trainer, tokenizer, job, lambda: [row.ids for row in trained]),
+    )
     if ranks.first():
         loss_map.write(out, loss_map.of_row(trained[0], config.weights, tokenizer))
     metrics = {

@@ -9,6 +9,7 @@ peft come with the functions.
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,21 +52,22 @@ def quantization(lora: Lora | None) -> BitsAndBytesConfig | None:
 
 
 def refuse_quantization() -> None:
-    """Raise BadInput where there is no GPU or no bitsandbytes."""
-    from importlib.util import find_spec
-
+    """Raise BadInput where bitsandbytes is not installed, or cannot hold a matrix in 4 bits on this machine."""
     import torch
 
-    missing = []
-    if not torch.cuda.is_available():
-        missing.append("a GPU")
-    if find_spec("bitsandbytes") is None:
-        missing.append("bitsandbytes")
-    if missing:
+    what = "model.lora.quantize: nf4 needs bitsandbytes"
+    fix = "Fix: {}, or remove it to train in the model's dtype"
+    try:
+        functional = import_module("bitsandbytes.functional")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        functional.dequantize_4bit(*functional.quantize_4bit(torch.ones(64, 64, device=device), quant_type="nf4"))
+    except ImportError:
+        raise BadInput(f"{what}, which is not installed. {fix.format('pip install bitsandbytes')}") from None
+    except Exception as error:  # a build without kernels for this machine raises anything
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise BadInput(
-            f"model.lora.quantize: nf4 needs {' and '.join(missing)}, which is not here; remove it to train in the "
-            "model's dtype"
-        )
+            f"{what}, which does not work here ({said}). {fix.format('install a build that does')}"
+        ) from None
 
 
 def refuse_targets(path: str, lora: Lora) -> None:

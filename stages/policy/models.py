@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from stages.errors import BadInput
 from stages.job import HUB, Dtype, Execution, Finding, Format, Job
-from stages.policy import lora
+from stages.policy import as_trained, lora
 from stages.policy.generation_settings import saveable
 from stages.runtime import ranks
 from stages.tokens import chat, prefix
@@ -113,6 +113,10 @@ KEPT = 0.9
 """Share of an adapter's update that has to survive the merge; below it there is a warning."""
 
 
+QUANTIZED = 0.01
+"""Nats a token between a policy that was trained in 4 bits and the published one; above it there is a warning."""
+
+
 def rehearse(trainer: Any, tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
     """Write once, and throw away, what will be published beside the weights: config, generation settings, tokenizer.
     Raises BadInput where that cannot be written, before anything is trained."""
@@ -135,12 +139,14 @@ def rehearse(trainer: Any, tokenizer: PreTrainedTokenizerBase, job: Job) -> None
         shutil.rmtree(place, ignore_errors=True)
 
 
-def publish(trainer: Any, tokenizer: PreTrainedTokenizerBase, job: Job) -> tuple[Finding, ...]:
+def publish(
+    trainer: Any, tokenizer: PreTrainedTokenizerBase, job: Job, rows: Callable[[], Sequence[Sequence[int]]]
+) -> tuple[Finding, ...]:
     """Write what a trainer has made to `job.out`, whole: an adapter is merged into the policy it was trained on, and
-    kept next to it.
+    kept next to it. `rows` gives ids of what it was trained on, by which 4 bits are compared with full precision.
 
     All processes call it; the first one writes. Weights that are spread over processes (FSDP, DeepSpeed) are gathered
-    first.
+    first. Raises RuntimeError where what was written has another precision than `model.dtype`.
     """
     assert job.format is not None, "the plan gives every stage that trains a Format"
     spread = trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -150,13 +156,16 @@ def publish(trainer: Any, tokenizer: PreTrainedTokenizerBase, job: Job) -> tuple
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped if spread else trainer.model)
     if job.lora is None:
         _cache_as_before(model, local_path(job.inputs["policy"], weights=False))
+        state = as_trained.without_copies(model, state) if state else None
         save_policy(model, tokenizer, job.format, Path(job.out), state)
+        as_trained.refuse_other_precision(Path(job.out), model, job.dtype)
         return tuple(_unmoved(job))
     lora.save_adapter(model, Path(job.out, lora.ADAPTER), state, job.inputs["policy"])
     whole, kept = lora.merged(load_policy(local_path(job.inputs["policy"]), job.dtype), Path(job.out, lora.ADAPTER))
     _end_turns_alike(model, whole)
     save_policy(whole, tokenizer, job.format, Path(job.out))
-    return (*_lost_in_the_merge(job, kept), *_unmoved(job))
+    as_trained.refuse_other_precision(Path(job.out), whole, job.dtype)
+    return (*_lost_in_the_merge(job, kept), *_lost_with_the_bits(job, model, whole, rows), *_unmoved(job))
 
 
 def _unmoved(job: Job) -> Iterator[Finding]:
@@ -223,6 +232,27 @@ def _lost_in_the_merge(job: Job, kept: float) -> Iterator[Finding]:
             ),
             override="model.dtype=float32",
         )
+
+
+def _lost_with_the_bits(
+    job: Job, trained: Any, whole: Any, rows: Callable[[], Sequence[Sequence[int]]]
+) -> Iterator[Finding]:
+    """How far the published policy is from the one that was trained on 4-bit weights."""
+    if job.lora is None or job.lora.quantize is None:
+        return
+    kl = as_trained.divergence(trained, whole, rows())
+    far = kl > QUANTIZED
+    yield Finding(
+        rule="quantized_merge",
+        severity="warn" if far else "note",
+        stage=job.name,
+        evidence={"kl": kl},
+        advice=(
+            f"the adapter was trained on {job.lora.quantize} weights and is published on full ones; the two policies "
+            f"differ by {kl:.3g} nats a token{'; train without quantize if its evaluation is worse' if far else ''}"
+        ),
+        override="model.lora.quantize=null" if far else None,
+    )
 
 
 def save_policy(

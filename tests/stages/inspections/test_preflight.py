@@ -4,6 +4,7 @@ where it is probably not meant."""
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -246,8 +247,10 @@ def test_rows_of_another_tokenizer_or_template_are_refused(policy, tmp_path):
     assert look_at(job(policy, said, tmp_path, "", template=THINKING, data=tmp_path / "data")) == []
 
 
-def test_four_bits_without_a_gpu_and_vision_models_are_refused(policy, tmp_path):
-    with pytest.raises(BadInput, match="nf4 needs a GPU"):
+def test_four_bits_without_bitsandbytes_and_vision_models_are_refused(policy, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # Python's own way to say that it is not installed
+    monkeypatch.delitem(sys.modules, "bitsandbytes.functional", raising=False)
+    with pytest.raises(BadInput, match="nf4 needs bitsandbytes, which is not installed"):
         look_at(job(policy, GRPO, tmp_path, lora=Lora(quantize="nf4")))
     config = json.loads((policy / "config.json").read_text())
     vision = tmp_path / "vision"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.registry import Registry
 from stages.errors import BadInput
 from stages.job import Lora
-from stages.policy.lora import merged, peft_config, quantization, save_adapter
+from stages.policy.lora import merged, peft_config, quantization, refuse_quantization, save_adapter
 from tests.conftest import printed_json, run_cli, stage
 from tests.models import make_model, make_tokenizer
 
@@ -91,11 +93,31 @@ def test_targets_are_the_modules_that_get_an_adapter(targets, found):
     assert len(names) == found and "lm_head" not in names
 
 
-def test_four_bits_are_refused_without_a_gpu_and_full_precision_is_the_default():
+def test_four_bits_are_asked_of_bitsandbytes_and_full_precision_is_the_default(monkeypatch):
+    """Of no GPU: the library works on a CPU too."""
     assert quantization(None) is None and quantization(Lora()) is None
-    if not torch.cuda.is_available():
-        with pytest.raises(BadInput, match="nf4 needs a GPU"):
-            quantization(Lora(quantize="nf4"))
+    if find_spec("bitsandbytes"):
+        found = quantization(Lora(quantize="nf4"))
+        assert found and found.load_in_4bit
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # Python's own way to say that it is not installed
+    monkeypatch.delitem(sys.modules, "bitsandbytes.functional", raising=False)
+    with pytest.raises(BadInput, match="nf4 needs bitsandbytes, which is not installed"):
+        quantization(Lora(quantize="nf4"))
+
+
+def test_a_bitsandbytes_that_does_not_work_here_is_refused_in_one_line(monkeypatch, tmp_path):
+    """A build for another CUDA has no kernels, and fails where it is first used."""
+    (tmp_path / "bitsandbytes").mkdir()
+    (tmp_path / "bitsandbytes" / "__init__.py").touch()
+    code = "def quantize_4bit(*a, **k):\n    raise RuntimeError('no kernel\\nimage')\ndequantize_4bit = None\n"
+    (tmp_path / "bitsandbytes" / "functional.py").write_text(code)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "bitsandbytes"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(BadInput, match=r"does not work here \(RuntimeError: no kernel image\)\. Fix: install a build"):
+        refuse_quantization()
+    for name in ("bitsandbytes", "bitsandbytes.functional"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from pipeline.launch.serving_worker import ServingWorker
+from pipeline.launch.serving_worker import FORKED, ServingWorker
 from pipeline.registry import Registry
 from stages.runtime.environment import FAMILIES, OURS, cleaned
-from tests.conftest import environment, run_alone, run_cli, stage
+from tests.conftest import PATIENCE, environment, run_alone, run_cli, stage
 
 SECRET = "s3cr3t-value"
 MEMBERS: dict[str, dict[str, bool]] = {
@@ -191,3 +193,29 @@ def test_a_serving_worker_has_the_clean_environment(monkeypatch):
     assert not {name for name in FOREIGN if os.fsencode(name) in seen and name not in OURS}
     assert {name: seen[os.fsencode(name)].decode() for name in OURS} == OURS
     assert seen[b"PYTORCH_NVML_BASED_CUDA_CHECK"] == b"1" and set(worker.dropped) == FOREIGN.keys()
+
+
+ASKED_FOR_A_GPU = """
+import importlib, os
+import torch
+driver = []
+def is_available():
+    driver.append(os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK") != "1")
+    return False
+torch.cuda.is_available = is_available
+from stages.runtime.server import PRELOAD
+for name in PRELOAD:
+    importlib.import_module(name)
+torch.cuda.is_available()
+print(any(driver), torch.cuda.is_initialized())
+"""
+"""The imports of a serving worker, and whether one asked the driver for a GPU. bitsandbytes and vLLM ask while they are
+imported. The suite has neither, so the last line but one asks for them."""
+
+
+def test_a_serving_worker_asks_no_gpu_driver_before_it_forks():
+    """A process that has started the driver cannot use a GPU in its forks."""
+    env = {**cleaned(environment()).variables, **FORKED}
+    command = [sys.executable, "-P", "-c", ASKED_FOR_A_GPU]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.stdout.splitlines()[-1:] == ["False False"], done.stderr
