@@ -71,7 +71,7 @@ def test_the_climb_in_two_processes_with_adapters(settings, write, tmp_path):
     artifacts = {artifact.stage: artifact for artifact in Registry(registry).artifacts()}
     assert {artifact.provenance["processes"] for artifact in artifacts.values()} == {2}
     for artifact in artifacts.values():
-        assert artifact.provenance["dropped_environment"] == sorted(LEFT_OVER)
+        assert set(artifact.provenance["dropped_environment"]) >= set(LEFT_OVER)
     for name in ("warmup", "rl1"):
         files = {file.path for file in artifacts[name].files}
         assert {"model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"} <= files
