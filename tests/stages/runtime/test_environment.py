@@ -14,7 +14,7 @@ import pytest
 from pipeline.launch.serving_worker import FORKED, ServingWorker
 from pipeline.registry import Registry
 from stages.runtime.environment import FAMILIES, OURS, cleaned
-from tests.conftest import PATIENCE, environment, run_alone, run_cli, stage
+from tests.conftest import PATIENCE, ROOT, TINY_BASE, environment, run_alone, run_cli
 
 SECRET = "s3cr3t-value"
 MEMBERS: dict[str, dict[str, bool]] = {
@@ -131,15 +131,48 @@ IN_THE_JOB = {name: value for name, value in FOREIGN.items() if not name.startsw
 """Those for which the preloaded command needs no process of its own."""
 
 
+STARTER = ROOT / "pipeline" / "starter"
+SHORT = {
+    "name": "small",
+    "model": {"path": str(TINY_BASE)},
+    "problem": {"file": str(STARTER / "my_problem.py"), "workers": 1},
+    "format": {"prompt": str(STARTER / "my_prompt.md")},
+    "evaluate": {"rows": 2, "samples": 1, "max_completion_length": 12},
+    "validation": {"rows": 2},
+    "stages": [
+        {
+            "name": "warmup",
+            "kind": "sft",
+            "policy": "base",
+            "rows": "train[0:64]",
+            "epochs": 1,
+            "learning_rate": 1.5e-3,
+        },
+        {
+            "name": "rl1",
+            "kind": "grpo",
+            "policy": "warmup",
+            "rows": "train[64:80]",
+            "steps": 2,
+            "prompts_per_step": 4,
+            "group_size": 4,
+            "max_completion_length": 12,
+            "learning_rate": 5.0e-4,
+            "rewards": {"repetition_penalty": {"ngram": 1}},
+            "audit": False,
+        },
+    ],
+    "launch": {"threads": 1},
+}
+"""A file problem, sft and grpo: guard workers, demonstrations, rollouts and weights, any of which could move."""
+
+
 @pytest.fixture
-def small(settings, write):
-    """A recipe with a short sft stage, whose weights any change of arithmetic moves."""
-    settings["evaluate"] |= {"rows": 2, "samples": 1}
-    settings["stages"] = [{**stage(settings, "warmup"), "rows": "train[0:64]"}]
-    return write(settings)
+def small(write):
+    return write(SHORT)
 
 
-COMPARED = ("model.safetensors", "held_out.jsonl", "validation.jsonl")
+COMPARED = ("model.safetensors", "held_out.jsonl", "validation.jsonl", "rollouts/rollouts.jsonl")
 """Weights, and every answer with its score."""
 
 
@@ -149,16 +182,17 @@ def made(recipe, registry, run, **env):
     assert done.returncode == 0, (env, done.stderr)
     artifacts = {one.stage: one for one in Registry(registry).artifacts()}
     files = {name: {f.path: f.sha256 for f in one.files if f.path in COMPARED} for name, one in artifacts.items()}
-    assert all(files.values()) and len(files) == 3
+    assert all(files.values()) and len(files) == 5
     return files, {name: one.provenance for name, one in artifacts.items()}
 
 
 def test_a_run_ends_with_the_same_bits_whatever_other_launchers_left_and_its_artifacts_name_it(small, tmp_path):
-    """All of it, and two random parts: one variable may hide what another does."""
+    """All of it, and a random part: one variable may hide what another does."""
     expected, plain = made(small, tmp_path / "plain", run_cli)
+    assert expected["warmup"]["model.safetensors"] != expected["rl1"]["model.safetensors"], "both stages train"
     assert not [one for one in plain.values() if "dropped_environment" in one], sorted(environment())
     generator = random.Random(0)
-    parts = [sorted(IN_THE_JOB), *(generator.sample(sorted(IN_THE_JOB), 12) for _ in range(2))]
+    parts = [sorted(IN_THE_JOB), generator.sample(sorted(IN_THE_JOB), 12)]
     for i, names in enumerate(parts):
         given = {name: IN_THE_JOB[name] for name in names} | {"HF_DEBUG_KEY": SECRET}
         found, provenance = made(small, tmp_path / str(i), run_cli, **given)
@@ -170,7 +204,7 @@ def test_a_run_ends_with_the_same_bits_whatever_other_launchers_left_and_its_art
 
 @pytest.mark.full
 def test_sixty_random_environments_change_no_bit(small, tmp_path):
-    """Sft and evaluation, each command a process that imports everything in that environment."""
+    """Each command a process that imports everything in that environment."""
     expected, _ = made(small, tmp_path / "plain", run_alone)
     for seed in range(60):
         generator = random.Random(seed)
