@@ -76,7 +76,7 @@ class SftConfig(TrainingConfig):
         "loss_type": "the weighted loss is nll; remove it",
         "label_smoothing_factor": "the weighted loss has no label smoothing; remove it",
         "chat_template_path": "set the stage's own format.chat_template instead",
-        "eos_token": "rows end in the tokenizer's eos token; remove it",
+        "eos_token": "rows end as the chat template ends a turn; remove it",
         "pad_token": "the tokenizer's is used; remove it",
         "truncation_mode": "rows are never cut; remove it",
         "dataset_text_field": "data says what a line may be; remove it",

@@ -9,12 +9,13 @@ rewards see no control tokens). For a model on the hub nothing can be read here,
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -28,8 +29,6 @@ from stages.tokens.turns import Message, Render
 
 RULES = 2
 """Version of the rules, for a tokenizer that cannot be read here."""
-NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""Special tokens with a name, which templates may write."""
 UNUSABLE = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What a template raises that does not take a probe; a stage says so when it renders with it."""
 
@@ -43,7 +42,7 @@ class Tokenizer:
     special: frozenset[str]
     """Those of them that are control tokens."""
     named: tuple[tuple[str, str], ...]
-    """(name, token), of NAMED."""
+    """(name, token), of `turns.NAMED`; templates may write them."""
     declared: frozenset[str]
     """Tokens that the model's generation settings end a text with."""
     template: str
@@ -66,7 +65,7 @@ def read(directory: Path) -> Tokenizer | None:
         return Tokenizer(
             alone=frozenset(by_id.values()),
             special=frozenset(token["content"] for token in added if token["special"]),
-            named=tuple((name, token) for name in NAMED if (token := _content(config.get(name)))),
+            named=tuple((name, token) for name in turns.NAMED if (token := _content(config.get(name)))),
             declared=frozenset(by_id[id] for id in (ends if isinstance(ends, list) else [ends]) if id in by_id),
             template=_template(directory, config.get("chat_template")),
         )
@@ -82,7 +81,7 @@ def identity(tokenizer: Tokenizer | None, template: str | None, kind: Stage, con
     found = _resolved(tokenizer, template or tokenizer.template)
     asks = kind.samples(config) or kind.rewards(config) is not None
     concerned = {
-        "turn_end": kind.trains or (asks and found.get("stops_elsewhere", False)),
+        "turn_end": kind.trains or (asks and found.get("seen_otherwise", False)),
         "opened": kind.trains or asks,
         "control_tokens": asks,
         "answers": any(read.output is None for read in kind.reads(config)),
@@ -99,24 +98,30 @@ def _resolved(tokenizer: Tokenizer, template: str) -> dict[str, Any]:
 def _differences(tokenizer: Tokenizer, template: str) -> Iterator[tuple[str, Any]]:
     ends = {tokenizer.eos} | tokenizer.declared
     known = {token for _, token in tokenizer.named} | ends
-    ending = opened = begins = ""
-    rewrites = False
+    ending, opened, begins, rewrites = "", "", list[str](), False
     try:
         render = _renderer(template, dict(tokenizer.named))
         ending = turns.ending(render, tokenizer.alone, ends)
         opened, rewrites = turns.opened_by(render), turns.rewrites(render)
-        begins = turns.generation_prompt(render)
+        begins = turns.beginning(render, tokenizer.special)
     except UNUSABLE:
         pass  # a stage says so, where it renders with it
-    if any(token not in known and token not in begins for token in tokenizer.special):
+    if tokenizer.special - known - {*begins} or ends - tokenizer.special - {""}:
         yield "control_tokens", "seen"
     if ending and ending != tokenizer.eos:
         yield "turn_end", ending
-        yield "stops_elsewhere", turns.last_token(ending, tokenizer.alone) not in ends
+        last = turns.last_token(ending, tokenizer.alone)
+        before = [piece for piece in _between(ending.removesuffix(last), tokenizer.special) if piece]
+        yield "seen_otherwise", last not in ends or bool(before)
     if opened:
         yield "opened", opened
     if rewrites:
         yield "answers", "as rendered"
+
+
+def _between(text: str, special: frozenset[str]) -> list[str]:
+    """What stands between control tokens, which rewards never saw."""
+    return re.split("|".join(re.escape(token) for token in special if token), text) if special else [text]
 
 
 def _renderer(template: str, named: dict[str, str]) -> Render:
@@ -138,7 +143,7 @@ def _renderer(template: str, named: dict[str, str]) -> Render:
 class _Generation(Extension):
     """`{% generation %}`, which marks what the policy says and writes nothing."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012, jinja2 has it so
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         """What is inside."""

@@ -41,14 +41,9 @@ def control_tokens(
 ) -> Iterator[Finding]:
     """Tokens in messages that mean something to the model: a second end in an answer, and the template's own tokens in
     the words of others. `declared` are the ends of the model's generation settings."""
-    from stages.tokens import chat, prefix
-
-    named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
-    ends = named | {*declared}
+    ends = {*_named(tokenizer, "bos_token_id", "eos_token_id", "pad_token_id"), *declared}
     control = ends | _of_the_template(tokenizer)
-    answers = [_answers(row) for row in rows]
-    ending = len(prefix.encode(tokenizer, chat.ending(tokenizer))) if any(answers) else 0
-    second = sum(any(ends & {*one[: len(one) - ending]} for one in of_row) for of_row in answers)
+    second = sum(any(ends & {*_before_its_end(one, ends)} for one in _answers(row)) for row in rows)
     yield from _rate(
         job,
         "second_end",
@@ -84,6 +79,16 @@ def _answers(row: TokenRow) -> list[list[int]]:
     return [[id for id, _ in run] for answered, run in runs if answered]
 
 
+def _named(tokenizer: PreTrainedTokenizerBase, *names: str) -> list[int]:
+    """The ids of those that the tokenizer has."""
+    return [id for name in names if isinstance(id := getattr(tokenizer, name), int)]
+
+
+def _before_its_end(answer: list[int], ends: Collection[int]) -> list[int]:
+    """An answer without the end of its turn; one that was cut has none."""
+    return answer[:-1] if answer[-1] in ends else answer
+
+
 def _ids_in_words(row: TokenRow) -> set[int]:
     """The ids of what system and user say."""
     return {id for id, role in zip(row.ids, row.roles, strict=True) if role in (SYSTEM, USER)}
@@ -105,7 +110,7 @@ def refuse_beyond_embedding(job: Job, tokenizer: PreTrainedTokenizerBase, path: 
 
     config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
     size = getattr(config, "vocab_size", None)
-    named = {tokenizer.pad_token_id, tokenizer.eos_token_id} - {None}
+    named = _named(tokenizer, "pad_token_id", "eos_token_id")
     highest = max([*named, *(max(row.ids, default=0) for row in rows)], default=0)
     if size and highest >= size:
         raise BadInput(

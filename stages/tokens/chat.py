@@ -265,6 +265,24 @@ def _opened(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
         return ""
 
 
+def around_words(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of control tokens that are around words and never among them: those with a name (padding, unknown, ...), and
+    those with which the policy's turn begins."""
+    return _around_words(tokenizer, training_template(tokenizer), str(tokenizer.eos_token))
+
+
+@lru_cache(maxsize=16)
+def _around_words(tokenizer: PreTrainedTokenizerBase, template: str, eos: str) -> frozenset[int]:
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    named = {str(token) for name in turns.NAMED if (token := getattr(tokenizer, name, None))}
+    try:
+        begins = turns.beginning(_renderer(tokenizer), special)
+    except TemplateError:
+        begins = []
+    tokens = sorted({*(special & named), *begins})
+    return frozenset(cast(list[int], tokenizer.convert_tokens_to_ids(tokens)))
+
+
 def alone(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """Tokens that are never part of another: those that were added to the vocabulary, control tokens among them."""
     return {token.content for token in tokenizer.added_tokens_decoder.values()}

@@ -115,7 +115,8 @@ def _said(
 ) -> tuple[str, str]:
     """What the template writes as answer `i`, which its prompt and its turn end enclose in the whole text, and the
     note of it ("" for none)."""
-    words, tag, last = turns[i]["content"], opened(prompt), i == len(turns) - 1
+    words, last = turns[i]["content"], i == len(turns) - 1
+    tag = opened(prompt) if chat.opened(tokenizer) else ""
     if chat.end_token(tokenizer) in words:
         return words, ""  # `prefix.target` refuses it
     if not whole.startswith(prompt):

@@ -10,6 +10,9 @@ in SFT, RL, rejection sampling and evaluation. SFT trains prefix + sampled as th
 prompt + prefix; rewards, saved rollouts and scores see prefix + sampled as text. Serving needs none of this: the
 *serving template* ends its generation prompt with the prefix.
 
+Where the template's own generation prompt opens a tag such as <think>, that tag is prompt too, and the start of what
+rewards and scores see; a prefix comes after it.
+
 A Format has one prefix, or says which column gives each row its own (`per_row`); the serving template then adds none.
 """
 
@@ -210,9 +213,11 @@ def completion_text(
 ) -> str:
     """The text that rewards and scores judge: what the template has opened, the prefix, and the sampled tokens.
 
-    Every token counts, control tokens too: only the end of the turn (one of `ends`) and padding are left out.
+    Every token counts, special tokens too, such as tags that a vocabulary holds. Left out is what stands around words:
+    the end of the turn (one of `ends`), padding, and what begins a turn.
     """
-    said = [id for id in sampled if id not in ends and id != tokenizer.pad_token_id]
+    around = chat.around_words(tokenizer).union(ends)
+    said = [id for id in sampled if id not in around]
     text = cast(str, tokenizer.decode(said, skip_special_tokens=False))
     before_end = _before_end(tokenizer, text) if sampled and sampled[-1] in ends else text
     return chat.opened(tokenizer) + response_prefix + before_end

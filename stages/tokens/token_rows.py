@@ -5,7 +5,7 @@ A row says what every token is, so that weights are decided by role and nothing 
 time:
 
     s  system      words of the system prompt
-    u  user        words of a user's (or tool's) turn
+    u  user        words of a user's (or tool's) turn, and of an answer that is only prompt
     t  template    what the chat template puts around them, up to and including the generation prompt
     p  prefix      the response prefix
     c  completion  what was sampled or demonstrated, and the token that ends the turn

@@ -17,6 +17,8 @@ OPEN, CLOSE = "\ue000", "\ue001"
 PROBE = f"{OPEN}0{CLOSE}"
 """Words that no template looks into."""
 TAG = re.compile(r"(?:<(?P<angle>[A-Za-z][\w:-]*)>|\[(?P<square>[A-Za-z]\w*)\])\s*\Z")
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""Special tokens that a tokenizer has a name for."""
 QUESTION: Message = {"role": "user", "content": "?"}
 ANSWERS = ("3", " 3\n", "<think>\n3\n</think>\n\n4", "<think>3</think>4")
 """Words that templates are known to change: blanks around them, and reasoning."""
@@ -68,6 +70,16 @@ def closing_tag(opened: str) -> str:
 def generation_prompt(render: Render) -> str:
     """What begins the policy's turn after a question."""
     return render([QUESTION], True).removeprefix(render([QUESTION], False))
+
+
+def beginning(render: Render, special: Collection[str]) -> list[str]:
+    """The control tokens with which the policy's turn begins, such as <|im_start|>; not a tag that is left open."""
+    prompt = generation_prompt(render)
+    left, found = prompt.removesuffix(opened(prompt)), list[str]()
+    while token := max((token for token in special if token and left.startswith(token)), key=len, default=""):
+        found.append(token)
+        left = left.removeprefix(token)
+    return found
 
 
 def opened_by(render: Render) -> str:

@@ -84,8 +84,8 @@ def policy(tmp_path_factory):
 
 
 def said(tokenizer, ids):
-    """All that was sampled but the end of the turn and padding: control tokens too."""
-    return tokenizer.decode([id for id in ids if id not in (tokenizer.eos_token_id, tokenizer.pad_token_id)])
+    """This tokenizer has no special tokens but those that end a turn, begin one, or pad."""
+    return tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def test_rewards_see_the_prefix_and_the_loss_does_not(policy, tmp_path):

@@ -51,6 +51,21 @@ def test_messages_prompt_and_completion_and_plain_text_are_the_same_row(tokenize
     assert [row.row for row in (one, two, three)] == ["1", "2", "3"]
 
 
+def test_a_key_that_is_null_is_a_missing_key(tokenizer, tmp_path):
+    """As `datasets` writes what a line lacks and another has."""
+    with_nulls = [{**turn, "name": None, "tool_calls": None} for turn in CONVERSATION]
+    one, two, three = read(
+        [
+            {"messages": CONVERSATION},
+            {"messages": with_nulls, "tools": None, "prompt": None, "completion": None},
+            {"messages": None, "prompt": with_nulls[:4], "completion": with_nulls[4:], "source": "x"},
+        ],
+        tmp_path,
+        tokenizer,
+    )
+    assert one.ids == two.ids == three.ids and one.roles == two.roles
+
+
 def test_every_assistant_turn_is_completion_and_starts_with_the_prefix(tokenizer, tmp_path):
     (row,) = read([{"messages": CONVERSATION}], tmp_path, tokenizer)
     answers = "".join(
@@ -96,6 +111,17 @@ def test_a_column_may_give_each_row_its_prefix(tokenizer, tmp_path):
         ([1], "line 1: found list, expected"),
         ({"messages": CONVERSATION[2:3]}, "line 1: a conversation starts with an assistant turn"),
         ({"messages": [CONVERSATION[1], {**CONVERSATION[2], "tool_calls": []}]}, "line 1: messages, turn 2: found"),
+        (
+            {"messages": [{"role": "human", "content": "1?"}, {"role": "gpt", "content": "2"}]},
+            "line 1: messages, turn 1: found the role 'human', expected one of system, developer, user, assistant, "
+            "tool; rename it to user",
+        ),
+        (
+            {"prompt": CONVERSATION[:2], "completion": [{"role": "gpt", "content": "2"}]},
+            "line 1: completion, turn 1: found the role 'gpt', expected one of system, developer, user, assistant, "
+            "tool; rename it to assistant",
+        ),
+        ({"messages": [{"role": "user", "content": None}, CONVERSATION[2]]}, "turn 1: found 'role: str', expected"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named(line, said, tokenizer, tmp_path):

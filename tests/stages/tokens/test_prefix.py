@@ -51,13 +51,20 @@ def test_a_demonstration_that_does_not_start_with_the_prefix_is_refused(tokenize
         prefix.demonstration(tokenizer, "<think>\n", "Okay.")
 
 
-def test_the_problem_sees_the_prefix_and_every_token_but_turn_ends_and_padding(tokenizer):
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>", "</answer>"]})
+def test_the_problem_sees_the_prefix_and_special_tokens_but_not_what_stands_around_a_turn(tokenizer):
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>", "</answer>", "<|tool|>"]})
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    said = tokenizer("Okay.<answer>3</answer><|im_start|>")["input_ids"]
+    said = tokenizer("<|im_start|>Okay.<answer>3</answer><|tool|>")["input_ids"]
     for sampled in (said, [*said, end], [*said, end, pad, pad]):
         text = prefix.completion_text(tokenizer, "<think>\n", sampled, frozenset({end}))
-        assert text == "<think>\nOkay.<answer>3</answer><|im_start|>"
+        assert text == "<think>\nOkay.<answer>3</answer><|tool|>"
+
+
+def test_a_special_tag_that_the_template_opens_is_still_seen(tokenizer):
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    tokenizer.chat_template = CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif")
+    sampled = tokenizer("hm<think></think>3")["input_ids"]
+    assert prefix.completion_text(tokenizer, "", sampled, frozenset()) == "<think>\nhm<think></think>3"
 
 
 def test_the_problem_sees_what_the_template_has_opened(tokenizer):
