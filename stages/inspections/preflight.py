@@ -43,7 +43,7 @@ def run(job: Job) -> Result:
 
 def look_at(job: Job, policy_is_there: bool = True) -> list[Finding]:
     """Everything about one step; of an evaluation its rows."""
-    from stages.inspections import format_rules
+    from stages.inspections import format_rules, rehearsal
     from stages.policy import lora, models
     from stages.problems import catalog
     from stages.sampling import vllm_engine
@@ -70,7 +70,8 @@ def look_at(job: Job, policy_is_there: bool = True) -> list[Finding]:
     if policy_is_there:
         format_rules.refuse_other_formats(job, path, tokenizer)
     inspected = stage.preflight(job, config, tokenizer, path)
-    return [*_of_formats(job, tokenizer, inspected), *_of_rows(job, config, tokenizer, path, inspected)]
+    found = [*_of_formats(job, tokenizer, inspected), *_of_rows(job, config, tokenizer, path, inspected)]
+    return [*found, *rehearsal.rehearse(job, config, path)] if isinstance(config, TrainingConfig) else found
 
 
 def _of_formats(job: Job, tokenizer: PreTrainedTokenizerBase, inspected: Inspected) -> Iterator[Finding]:

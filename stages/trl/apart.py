@@ -112,8 +112,8 @@ def refuse_stretched(where: str, path: str, longest: int, advice: str) -> None:
 
 
 def tried(way: Way, config: Any, device: torch.device) -> Apart:
-    """What came out for a PreTrainedConfig, tried once in a process. Raises NoSmallCopy for an architecture of which there
-    is no small model, and whatever a model raises that does not take what TRL gives it."""
+    """What came out for a PreTrainedConfig, tried once in a process. Raises NoSmallCopy for an architecture of which
+    there is no small model, and whatever a model raises that does not take what TRL gives it."""
     asked = way, config.to_json_string(use_diff=False), str(device)
     if asked not in _KNOWN:
         try:
