@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import model_validator
 
+from stages import trl_settings
 from stages.config import Config, execution, identity, resolved
 from stages.data.mix import Mix, count_of_step
 from stages.errors import BadInput
@@ -87,8 +88,34 @@ class GrpoConfig(TrainingConfig):
             ("top_p", "top_k", "min_p", "repetition_penalty"),
             "what is sampled has to be the policy that is trained; remove it",
         ),
-        "sync_ref_model": "the KL reference is the policy this stage starts from; remove it",
+        **dict.fromkeys(
+            ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
+            "the KL reference is the policy this stage starts from; remove it",
+        ),
         "reward_weights": "the problem's rewards have their weights; remove it",
+        "neftune_noise_alpha": "what is sampled has to be the policy that is trained; remove it",
+        "max_tool_calling_iterations": "a completion calls no tools; remove it",
+        "train_sampling_strategy": "TRL draws the rows of GRPO in its own way; remove it",
+        "length_column_name": "rows have no such column; remove it",
+        "dataloader_persistent_workers": "a stage with it does not resume exactly; remove it",
+        **dict.fromkeys(
+            (
+                "entropy_coef",
+                "entropy_coef_delta",
+                "entropy_coef_max",
+                "entropy_coef_min",
+                "entropy_target",
+                "top_entropy_quantile",
+                "use_adaptive_entropy",
+            ),
+            trl_settings.BY_MICRO_BATCH,
+        ),
+    }
+    WORDS: ClassVar[dict[str, tuple[str | bool, ...]]] = {
+        "loss_type": ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
+        "importance_sampling_level": ("token", "sequence"),
+        "scale_rewards": ("group", "batch", "none", True, False),
+        "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
     }
 
     kind: Literal["grpo"] = resolved("grpo")
@@ -132,6 +159,18 @@ class GrpoConfig(TrainingConfig):
             raise ValueError(
                 "drop_overlap has no effect without mix, because train rows are never evaluated rows; remove it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _losses_have_their_numbers(self) -> GrpoConfig:
+        loss = self.trl.get("loss_type")
+        if loss == "cispo" and self.epsilon_high <= 1:
+            raise ValueError(
+                f"trl.loss_type: cispo takes epsilon_high as the cap of the ratio itself, so {self.epsilon_high:g} "
+                f"would scale every gradient by it. Fix: set the stage's epsilon_high above 1, such as 5.0"
+            )
+        if loss == "bnpo":
+            raise ValueError(f"trl.loss_type: bnpo: {trl_settings.BY_MICRO_BATCH}, or take dapo")
         return self
 
     @property

@@ -71,17 +71,18 @@ class SftConfig(TrainingConfig):
         "packing": "set the stage's own packing instead",
         "packing_strategy": "set the stage's own packing instead",
         "padding_free": "set the stage's own padding_free instead",
-        "parallelism_config": "token weights do not work with context parallelism; remove it",
-        "dataloader_drop_last": "every row is trained; remove it",
         "loss_type": "the weighted loss is nll; remove it",
-        "label_smoothing_factor": "the weighted loss has no label smoothing; remove it",
         "chat_template_path": "set the stage's own format.chat_template instead",
         "eos_token": "rows end as the chat template ends a turn; remove it",
         "pad_token": "the tokenizer's is used; remove it",
         "truncation_mode": "rows are never cut; remove it",
+        "length_column_name": "rows have no such column; remove it",
         "dataset_text_field": "data says what a line may be; remove it",
-        "average_tokens_across_devices": "the loss is normalised over all processes; remove it",
         "dataset_kwargs": "switchback prepares the rows; remove it",
+        "dataset_num_proc": "switchback prepares the rows; remove it",
+    }
+    WORDS: ClassVar[dict[str, tuple[str | bool, ...]]] = {
+        "train_sampling_strategy": ("random", "sequential", "group_by_length"),
     }
 
     kind: Literal["sft"] = resolved("sft")

@@ -3,7 +3,6 @@ place."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import AfterValidator, model_validator
 
+from stages import trl_settings
 from stages.config import StageConfig, execution, identity, identity_if_set, seconds
 from stages.errors import BadInput
 from stages.job import Finding, Job
@@ -23,36 +23,6 @@ SHARDING = ("FSDP", "DEEPSPEED")
 """What an accelerate config may ask for that must not silently become something else."""
 NO_MIX = "no"
 """accelerate's word for arithmetic in the weights' own dtype, the only one that trains here."""
-OURS = (
-    "output_dir",
-    "seed",
-    "data_seed",
-    "report_to",
-    "use_cpu",
-    "bf16",
-    "fp16",
-    "disable_tqdm",
-    "logging_steps",
-    "logging_strategy",
-    "save_strategy",
-    "save_steps",
-    "save_only_model",
-    "save_total_limit",
-    "load_best_model_at_end",
-    "ignore_data_skip",
-    "enable_jit_checkpoint",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "max_steps",
-    "resume_from_checkpoint",
-    "trust_remote_code",
-    "ddp_backend",
-    "push_to_hub",
-    "hub_token",
-    "model_init_kwargs",
-    "chat_template_kwargs",
-)
-"""TRL settings that follow from the job; a recipe cannot pass them."""
 
 
 def _steps_or_time(value: int | str | None) -> int | str | None:
@@ -81,7 +51,11 @@ class TrainingConfig(StageConfig):
     """The class of TRL that takes the settings."""
 
     REFUSED: ClassVar[dict[str, str]] = {}
-    """Further names of TRL that cannot be passed, and what to do instead."""
+    """Names of TRL that cannot be passed to this kind of stage, beside those of `trl_settings`, and what to do
+    instead."""
+
+    WORDS: ClassVar[dict[str, tuple[str | bool, ...]]] = {}
+    """Name of TRL -> all that it may be."""
 
     learning_rate: float = identity(gt=0)
     """Peak learning rate of AdamW."""
@@ -102,38 +76,14 @@ class TrainingConfig(StageConfig):
     """Leave out rows that ask what policies are evaluated on (`stages.data.overlap`). Off: they are counted before the
     stage runs, and it is refused where they ask more than 5 % of the evaluated rows."""
     trl: dict[str, Any] = identity({})
-    """Further settings, passed unchanged to SFTConfig or GRPOConfig."""
+    """Further settings, passed unchanged to SFTConfig or GRPOConfig (docs/trl.md says which may be). Off: none."""
 
     @model_validator(mode="after")
     def _trl_names_are_free(self) -> TrainingConfig:
         ours = {trl_name: f"set the stage's own {field} instead" for field, trl_name in self.TRANSLATED.items()}
-        refused = {**dict.fromkeys(OURS, "switchback sets it; remove it"), **ours, **self.REFUSED}
-        for name, value in self.trl.items():
-            if name in refused:
-                raise ValueError(f"trl.{name}: {refused[name]}")
-            if name in MAPPINGS and isinstance(value, str):
-                raise ValueError(
-                    f"trl.{name}: found {value!r}, expected a mapping, since no key knows what a file holds. Fix: "
-                    "write the mapping out"
-                )
-            if not _is_json(value):
-                raise ValueError(
-                    f"trl.{name}: found {value!r}, expected a number, a string, true, false, null, or lists and "
-                    f"mappings of them"
-                )
+        for refusal in trl_settings.refusals(self.trl, {**ours, **self.REFUSED}, self.WORDS):
+            raise ValueError(refusal)
         return self
-
-
-MAPPINGS = ("accelerator_config", "deepspeed", "fsdp_config")
-"""Settings that the Trainer also takes as the path of a JSON file."""
-
-
-def _is_json(value: Any) -> bool:
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def accumulation(batch: int, job: Job) -> tuple[int, int]:

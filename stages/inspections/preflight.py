@@ -62,7 +62,7 @@ def _made_once() -> RowsOf:
 
 def look_at(job: Job, policy_is_there: bool = True, rows_of: RowsOf | None = None) -> list[Finding]:
     """Everything about one step; of an evaluation its rows. `rows_of` makes evaluated rows."""
-    from stages.inspections import format_rules, token_rules
+    from stages.inspections import format_rules, rehearsal, token_rules
     from stages.policy import lora, models
     from stages.problems import catalog
     from stages.sampling import vllm_engine
@@ -92,7 +92,8 @@ def look_at(job: Job, policy_is_there: bool = True, rows_of: RowsOf | None = Non
     inspected = stage.preflight(job, config, tokenizer, path)
     found = [*_of_formats(job, tokenizer, inspected), *_of_rows(job, config, tokenizer, path, inspected)]
     found += _of_tokens(job, config, tokenizer, path, inspected)
-    return [*found, *_of_overlap(job, tokenizer, inspected, rows_of or _made_once())]
+    found += _of_overlap(job, tokenizer, inspected, rows_of or _made_once())
+    return [*found, *rehearsal.rehearse(job, config, path)] if isinstance(config, TrainingConfig) else found
 
 
 def _prompts(job: Job, config: Config, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:

@@ -74,9 +74,9 @@ def test_a_flow_has_a_task_a_step_and_says_what_was_reused(server, settings, wri
 
 
 def test_a_failed_stage_is_a_failed_task_and_still_one_line(server, settings, write, tmp_path):
-    settings["stages"][0]["trl"] = {"optim": "none"}
+    settings["stages"][0]["deadline"] = 0.05
     done = run_cli("run", write(settings), "--registry", tmp_path / "r", "--only", "warmup", env={API_URL: server})
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "refuses its settings" in done.stderr
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "killed after its deadline" in done.stderr
     (flow,) = ask(server, "flow_runs", flow_runs={"name": {"any_": [run_of(tmp_path / "r")]}})
     assert flow["state_type"] == "FAILED"
 

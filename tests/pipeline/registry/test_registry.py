@@ -67,6 +67,12 @@ def test_what_is_published_is_found_by_key_and_by_id_and_leaves_where_it_was(reg
     assert artifact.id.startswith("warmup-") and len(artifact.id) == len("warmup-") + 8
 
 
+def test_a_small_file_of_an_output_is_read_where_it_is(registry, tmp_path):
+    artifact = registry.publish(finished(tmp_path / "out"), draft(), OWNER).artifact
+    assert registry.content(artifact, "data", "rows.jsonl") == b"{}\n"
+    assert registry.content(artifact, "policy", "rows.jsonl") is None
+
+
 def test_without_a_manifest_a_directory_is_no_artifact(registry, tmp_path):
     artifact = registry.publish(finished(tmp_path / "out"), draft(), OWNER).artifact
     (registry.path(artifact) / "artifact.json").unlink()

@@ -276,11 +276,11 @@ def test_a_harvest_that_kept_nothing_is_said_by_the_stage_that_reads_it(settings
 
 
 def test_after_a_failure_the_same_command_goes_on_from_what_is_done(settings, write, tmp_path):
-    stage(settings, "rl1")["trl"] = {"optim": "none"}
+    stage(settings, "rl1")["deadline"] = 0.05
     assert (
-        run_cli("run", write(settings), "--registry", tmp_path / "r", "--no-prefect", "--until", "rl1").returncode == 2
+        run_cli("run", write(settings), "--registry", tmp_path / "r", "--no-prefect", "--until", "rl1").returncode == 1
     )
-    del stage(settings, "rl1")["trl"]
+    del stage(settings, "rl1")["deadline"]
     assert (
         run_cli("run", write(settings), "--registry", tmp_path / "r", "--no-prefect", "--until", "rl1").returncode == 0
     )
