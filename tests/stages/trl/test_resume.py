@@ -190,6 +190,7 @@ def test_two_processes_stop_at_one_step_go_on_exactly_and_not_as_one(jobs, quick
         with pytest.raises(KeyboardInterrupt):
             launch(quick / "stopped", 2, at=4)
         (checkpoint,) = (quick / "stopped").glob("checkpoint-*")
+        assert json.loads((checkpoint / "complete.json").read_text())["execution"]["mixed precision"] == "no"
         resumed, words = launch(quick / "stopped", 2)
         assert words == [f"resumed from {checkpoint.name}"] and digests(resumed) == digests(whole)
         _, words = launch(quick / "stopped", 1)
