@@ -15,7 +15,8 @@ from stages.job import Execution, Format, Job
 from stages.policy import models
 from stages.policy.generation_settings import saveable
 from tests.conftest import TINY_BASE, run_cli
-from tests.models import save
+from tests.models import make_model, save
+from tests.templates import save_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -119,3 +120,20 @@ def test_a_whole_policy_keeps_its_cache_and_an_evaluation_names_no_path(climbed)
         for name in ("base", "rl2")
     }
     assert said == {"base": "tiny-base", "rl2": ids["rl2"]}
+
+
+def test_a_policy_is_published_with_the_end_of_its_turns_and_stops_at_all_its_ends(data, tmp_path):
+    """Phi-3.5's tokenizer names the end of a text, and its template ends a turn with another token."""
+    directory = save_tokenizer(tmp_path / "phi", "phi3_5")
+    ends = json.loads((directory / "generation_config.json").read_text())
+    make_model(AutoTokenizer.from_pretrained(directory)).save_pretrained(directory)
+    (directory / "generation_config.json").write_text(json.dumps(ends))
+    made = job(directory, data, tmp_path)
+    sft.run(made)
+    tokenizer, settings = AutoTokenizer.from_pretrained(made.out), GenerationConfig.from_pretrained(made.out)
+    assert tokenizer.eos_token == "<|end|>" and tokenizer.pad_token == "<|endoftext|>"
+    assert settings.eos_token_id[0] == tokenizer.eos_token_id and set(settings.eos_token_id) == set(
+        ends["eos_token_id"]
+    )
+    last = json.loads(Path(made.out, "loss_map.json").read_text())["tokens"][-1]
+    assert last["text"] == "<|end|>" and last["weight"] == 1.0
