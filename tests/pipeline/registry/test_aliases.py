@@ -152,7 +152,7 @@ def evaluate(registry: Registry, policy: Artifact, scores: list[float], out: Pat
     (out / "x").mkdir(parents=True)
     out = out / "x"
     said = [
-        {"row": f"row-{i}", "samples": [{"score": score - 0.05}, {"score": score + 0.05}]}
+        {"row": f"row-{i}", "greedy": {"score": score}, "samples": [{"score": score - 0.05}, {"score": score + 0.05}]}
         for i, score in enumerate(scores)
     ]
     (out / "validation.jsonl").write_text("\n".join(map(json.dumps, said)) + "\n")
@@ -207,7 +207,9 @@ def test_a_policy_that_is_not_credibly_worse_is_promoted_with_its_numbers(regist
     assert promote(registry, a, "prod").evidence == {}, "there was nothing to compare with"
     evidence = promote(registry, b, "prod", reason="up").evidence
     assert resolve(registry, "prod") == b and evidence["against"] == a.id and evidence["rows"] == 100
-    assert evidence["difference"] == pytest.approx(0.1) and evidence["interval"] == pytest.approx([0.1, 0.1])
+    unseen = 1.959964**2 / (100 + 1.959964**2)  # every row says 0.1, and there were 100 of them
+    between = [0.1 - unseen * 1.1, 0.1 + unseen * 0.9]
+    assert evidence["difference"] == pytest.approx(0.1) and evidence["interval"] == pytest.approx(between)
 
 
 def test_a_policy_that_is_credibly_worse_is_promoted_only_by_force_which_is_remembered(registry, policies, tmp_path):
