@@ -1,8 +1,8 @@
 """A rank that shards a policy on a CPU.
 
 `accelerate launch ... -m tests.sharded JOB...` runs jobs one after another, and with `--again` the last of them a
-second time, from its newest checkpoint. accelerate makes FSDP only of processes that have GPUs. What is changed here is
-that decision alone: the wrapping, the gathering and the checkpoints are accelerate's, torch's and ours."""
+second time, from its newest checkpoint. accelerate makes FSDP and DeepSpeed only of processes that have GPUs. What is
+changed here is that decision alone: the wrapping, the gathering and the checkpoints are the libraries' and ours."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 from accelerate import state
 from accelerate.utils import DistributedType
+from transformers import TrainingArguments
 
 from stages.job import Job
 from stages.kinds import STAGES
@@ -24,8 +25,8 @@ FIRST = "out-of-the-first"
 """Where the output of an attempt lies once it was made again."""
 
 
-def allow_sharding_on_a_cpu() -> None:
-    """FSDP for processes without GPUs."""
+def allow_fsdp_on_a_cpu() -> None:
+    """FSDP for them."""
     made = state.AcceleratorState.__init__
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -36,6 +37,17 @@ def allow_sharding_on_a_cpu() -> None:
             state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     state.AcceleratorState.__init__ = init
+
+
+def allow_deepspeed_on_a_cpu() -> None:
+    """DeepSpeed has a device of its own for a CPU (DS_ACCELERATOR), which `use_cpu` would keep it from."""
+    checked = TrainingArguments.__post_init__
+
+    def post_init(self: Any) -> None:
+        self.use_cpu = False
+        checked(self)
+
+    TrainingArguments.__post_init__ = post_init
 
 
 def main(paths: list[str], again: bool) -> int:
@@ -54,5 +66,8 @@ def main(paths: list[str], again: bool) -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    allow_sharding_on_a_cpu()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        allow_deepspeed_on_a_cpu()
+    else:
+        allow_fsdp_on_a_cpu()
     sys.exit(main([path for path in sys.argv[1:] if path != "--again"], "--again" in sys.argv))

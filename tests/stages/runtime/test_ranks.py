@@ -119,16 +119,20 @@ def test_rollouts_do_not_depend_on_how_many_processes_sample(settings, write, tm
         ({"accelerate": "FILE", "processes": 1}, "is for num_processes: 2, but launch.processes is 1"),
         ({"processes": 3}, "does not divide by processes=3"),
         ({"accelerate": "BF16", "processes": 2}, "asks for mixed precision (found mixed_precision: bf16, expected no)"),
+        ({"accelerate": "ZERO", "processes": 2}, "(found model.dtype bfloat16, expected float32)"),
     ],
 )
 def test_processes_that_do_not_add_up_are_one_line(launch, said, settings, write, tmp_path):
-    files = {"FILE": tmp_path / "file.yaml", "BF16": tmp_path / "bf16.yaml"}
-    for name, file in files.items():
-        precision = {"mixed_precision": "bf16"} if name == "BF16" else {}
-        file.write_text(yaml.safe_dump({"distributed_type": "MULTI_CPU", "num_processes": 2, **precision}))
-    settings["launch"] |= {
-        name: str(files.get(value, value)) if name == "accelerate" else value for name, value in launch.items()
-    }
+    files = {"FILE": {}, "BF16": {"mixed_precision": "bf16"}, "ZERO": {"distributed_type": "DEEPSPEED"}}
+    for name, content in files.items():
+        config = {"distributed_type": "MULTI_CPU", "num_processes": 2, **content}
+        (tmp_path / name).write_text(yaml.safe_dump(config))
+    settings["launch"] |= launch
+    asked = launch.get("accelerate")
+    if asked in files:
+        settings["launch"]["accelerate"] = str(tmp_path / asked)
+    if asked == "ZERO":
+        settings["model"]["dtype"] = "bfloat16"
     done = run_cli("run", write(settings), "--registry", tmp_path / "r")
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
 

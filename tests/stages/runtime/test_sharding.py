@@ -5,8 +5,10 @@ On a CPU, by `tests.sharded`: NCCL, real memory and attention kernels are not se
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,23 @@ from tests.conftest import ROOT, TINY, TINY_BASE, environment, run_cli, stage
 from tests.pipeline.launch.test_processes import STARTED
 from tests.sharded import FIRST
 
-FSDP = {
+TWO = {
     "compute_environment": "LOCAL_MACHINE",
-    "distributed_type": "FSDP",
     "use_cpu": False,
     "num_processes": 2,
     "num_machines": 1,
     "machine_rank": 0,
     "main_process_ip": "127.0.0.1",
     "mixed_precision": "no",
+}
+ZERO_3 = {
+    **TWO,
+    "distributed_type": "DEEPSPEED",
+    "deepspeed_config": {"zero_stage": 3, "zero3_init_flag": False, "zero3_save_16bit_model": True},
+}
+FSDP = {
+    **TWO,
+    "distributed_type": "FSDP",
     "fsdp_config": {
         "fsdp_version": 2,
         "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
@@ -64,7 +74,8 @@ def in_two(job: Job, work: Path, accelerate: Path | None) -> Path:
 
 def run_ranks(launcher: list[str], *arguments: str | Path) -> None:
     command = [sys.executable, "-m", *launcher, sys.executable, "-P", "-m", "tests.sharded", *map(str, arguments)]
-    env = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", PYTHONPATH=str(ROOT))
+    ours = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu"}
+    env = environment(**ours, PYTHONPATH=os.pathsep.join([str(ROOT), *sys.path]))  # wherever DeepSpeed was found
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=STARTED)
     assert done.returncode == 0, "\n".join(line for line in done.stderr.splitlines() if "Error" in line)
 
@@ -127,3 +138,18 @@ def test_rl_in_two_processes_that_shard_a_policy_is_that_of_two_that_do_not(fsdp
     run_ranks(PLAIN, plain)
     two, shards = policy(plain.parent / "out"), policy(sharded.parent / "out")
     assert farthest(two, shards) < 2e-6 < 1e-4 < farthest(two, BASE), "what learns nothing is equal, too"
+
+
+@pytest.mark.full
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="pip install deepspeed, with DS_BUILD_OPS=0")
+def test_two_processes_under_zero_3_train_resume_and_publish_what_one_does(tmp_path):
+    """As under FSDP, in float32: transformers refuses DeepSpeed in bfloat16 on a CPU."""
+    exact, one = published(tmp_path / "float32", {**stage(TINY, "warmup"), "rows": "train[0:128]"})
+    file = tmp_path / "zero3.yaml"
+    file.write_text(yaml.safe_dump(ZERO_3))
+    sft = in_two(exact, tmp_path / "a", file)
+    run_ranks(sharding(file), sft, "--again")
+    sharded, first = policy(sft.parent / "out"), policy(sft.parent / FIRST)
+    assert farthest(policy(one), sharded) < 2e-6 < 1e-3 < farthest(sharded, BASE)
+    assert "resumed from checkpoint-2" in (sft.parent / "said.jsonl").read_text()
+    assert all(torch.equal(first[name], sharded[name]) for name in first)
