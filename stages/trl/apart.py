@@ -135,7 +135,8 @@ def _line(error: Exception) -> str:
 @torch.no_grad()
 def _tried(way: Way, model: PreTrainedModel) -> Apart:
     model.train()  # as trainers have it; the copy has no dropout
-    logits = [model(input_ids=torch.tensor([row], device=model.device)).logits[0] for row in ROWS]
+    there = [torch.tensor([row], device=model.device) for row in ROWS]
+    logits = [model(input_ids=ids, use_cache=False).logits[0] for ids in there]
     add_fused_lm_head(model)
     alone = [own_scores(one, row) for one, row in zip(logits, ROWS, strict=True)]
     if way == "end to end":
