@@ -7,7 +7,6 @@ policy's own code on the job's device."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,6 +29,8 @@ WIDTHS = (
 WINDOW = 4
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 """Tokens that a layer looks back. A short row does not fill a real window."""
+LOGIT = 4.0
+"""Standard deviation of a logit."""
 KINDS = ("layer_types", "mlp_layer_types", "layers_block_type", "attention_layers", "no_rope_layers")
 """What may say of each layer which kind it is."""
 
@@ -97,19 +98,15 @@ def _built(config: Any, device: torch.device, dtype: torch.dtype) -> PreTrainedM
 
 @torch.no_grad()
 def _filled(model: PreTrainedModel) -> PreTrainedModel:
-    """With weights that keep the size of what they are applied to."""
+    """With weights that keep the size of what they are applied to, and logits so large that a cap on them shows."""
     generator = torch.Generator(model.device).manual_seed(0)
-    embeddings = {id(weight) for weight in _embeddings(model)}
+    head = model.get_output_embeddings()
+    end = None if head is None else head.weight
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for weight in model.parameters():
-        if weight.dim() > 1:
+        if weight is end:
+            weight.normal_(std=LOGIT * weight.shape[-1] ** -0.5, generator=generator)
+        elif weight.dim() > 1:
             size = 1.0 if id(weight) in embeddings else (weight.shape[-2] * weight.shape[-1]) ** -0.25
             weight.normal_(std=size, generator=generator)
     return model
-
-
-def _embeddings(model: PreTrainedModel) -> Iterator[torch.Tensor]:
-    ends = model.get_output_embeddings()
-    tied = None if ends is None else ends.weight
-    for module in model.modules():
-        if isinstance(module, nn.Embedding) and module.weight is not tied:
-            yield module.weight
