@@ -110,6 +110,13 @@ ARCHITECTURES: dict[str, Mapping[str, Any]] = {
         "no_rope_layers": [1, 0],
         "layer_types": ["chunked_attention", "full_attention"],
     },
+    "recurrent_gemma": {
+        "model_type": "recurrent_gemma",
+        **USUAL,
+        "num_hidden_layers": 3,
+        "lru_width": 32,
+        "attention_window_size": 16,
+    },
     "lfm2": {"model_type": "lfm2", **USUAL, "block_multiple_of": 8, "layer_types": ["conv", "full_attention"]},
     "qwen3_next": {
         "model_type": "qwen3_next",

@@ -1,13 +1,12 @@
 """A small model of a policy's architecture with random weights, for questions whose answer does not depend on them.
 
-config -> a copy with the first layers that show one of each kind, a vocabulary of 256, narrow MLPs, short windows and
+config -> a copy with one layer of each kind, a vocabulary of 256, narrow MLPs, short windows and
 no dropout -> a model. Attention has the policy's own width, heads and implementation, so whatever mixes tokens is the
 policy's own code on the job's device."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,7 +29,9 @@ WIDTHS = (
 WINDOW = 4
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 """Tokens that a layer looks back. A short row does not fill a real window."""
-KINDS = ("layer_types", "mlp_layer_types", "layers_block_type", "attention_layers")
+LOGIT = 4.0
+"""Standard deviation of a logit."""
+KINDS = ("layer_types", "mlp_layer_types", "layers_block_type", "attention_layers", "no_rope_layers")
 """What may say of each layer which kind it is."""
 
 
@@ -38,28 +39,29 @@ def small_copy(config: Any) -> Any:
     """A small config of the same architecture. `config` is a PreTrainedConfig; of a model with several parts, the copy
     is of the one that reads text."""
     small = copy.deepcopy(config.get_text_config())
-    layers = _layers(small)
+    kept = _layers(small)
     for name, value in list(vars(small).items()):
         if isinstance(value, (list, tuple)) and "layer" in name and len(value) == small.num_hidden_layers:
-            setattr(small, name, value[:layers])
+            setattr(small, name, type(value)(value[i] for i in kept))
         elif isinstance(value, float) and ("drop" in name or "jitter" in name):
             setattr(small, name, 0.0)
         elif name in WINDOWS and value:
             setattr(small, name, min(value, WINDOW))
-    small.num_hidden_layers = layers
+    small.num_hidden_layers = len(kept)
     small.vocab_size = VOCABULARY
     for name, id in SPECIAL.items():
         setattr(small, name, id)
     return small
 
 
-def _layers(config: Any) -> int:
-    """How many of the first layers show one of each kind."""
-    count = 1
+def _layers(config: Any) -> list[int]:
+    """One layer of each kind. Where the config works the kinds out from numbers, all layers up to the last of them."""
+    found = {0}
     for name in KINDS:
         kinds = [repr(kind) for kind in getattr(config, name, None) or ()][: config.num_hidden_layers]
-        count = max([count, *(1 + kinds.index(kind) for kind in set(kinds))])
-    return count
+        found |= {kinds.index(kind) for kind in set(kinds)}
+    follow = any(name not in vars(config) and getattr(config, name, None) for name in KINDS)
+    return list(range(max(found) + 1)) if follow else sorted(found)
 
 
 def narrowed(small: Any) -> Any:
@@ -90,25 +92,21 @@ def _built(config: Any, device: torch.device, dtype: torch.dtype) -> PreTrainedM
     model: Any
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-        model(input_ids=torch.tensor([[3, 4, 5]]))
+        model(input_ids=torch.tensor([[3, 4, 5]]), use_cache=False)
     return model
 
 
 @torch.no_grad()
 def _filled(model: PreTrainedModel) -> PreTrainedModel:
-    """With weights that keep the size of what they are applied to."""
+    """With weights that keep the size of what they are applied to, and logits so large that a cap on them shows."""
     generator = torch.Generator(model.device).manual_seed(0)
-    embeddings = {id(weight) for weight in _embeddings(model)}
+    head = model.get_output_embeddings()
+    end = None if head is None else head.weight
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for weight in model.parameters():
-        if weight.dim() > 1:
+        if weight is end:
+            weight.normal_(std=LOGIT * weight.shape[-1] ** -0.5, generator=generator)
+        elif weight.dim() > 1:
             size = 1.0 if id(weight) in embeddings else (weight.shape[-2] * weight.shape[-1]) ** -0.25
             weight.normal_(std=size, generator=generator)
     return model
-
-
-def _embeddings(model: PreTrainedModel) -> Iterator[torch.Tensor]:
-    ends = model.get_output_embeddings()
-    tied = None if ends is None else ends.weight
-    for module in model.modules():
-        if isinstance(module, nn.Embedding) and module.weight is not tied:
-            yield module.weight
