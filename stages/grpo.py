@@ -209,7 +209,7 @@ def run(job: Job) -> Result:
 
     from stages.data import rollouts
     from stages.guard import failures
-    from stages.policy import models
+    from stages.policy import models, publishing
     from stages.problems import catalog
     from stages.runtime import ranks
     from stages.runtime.metrics import latest
@@ -228,10 +228,10 @@ def run(job: Job) -> Result:
     if ranks.first():
         rollouts.write_card(log, rollouts.card(tokenizer, job, config.temperature, config.max_completion_length))
     listen(trainer, job)
-    models.rehearse(trainer, tokenizer, job)
+    publishing.rehearse(trainer, tokenizer, job)
     with own_settings(model):
         resume.train(trainer, job, config, checkpoint, config.steps)
-    published = models.publish(trainer, tokenizer, job, lambda: _last_rollouts(trainer, tokenizer, job, log))
+    published = publishing.publish(trainer, tokenizer, job, lambda: _last_rollouts(trainer, tokenizer, job, log))
     findings = (*trainer.signal.findings(job.name), *published)
     if not ranks.first():
         return Result(outputs={}, metrics={})

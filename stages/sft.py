@@ -185,7 +185,7 @@ def run(job: Job) -> Result:
     from trl.trainer.sft_config import SFTConfig
 
     from stages.data import sources
-    from stages.policy import lora, models
+    from stages.policy import lora, models, publishing
     from stages.runtime import ranks
     from stages.runtime.metrics import latest
     from stages.tokens import loss_map, prefix, token_rows
@@ -223,14 +223,14 @@ def run(job: Job) -> Result:
     )
     checkpoint = resume.find(trainer, job, config)
     listen(trainer, job)
-    models.rehearse(trainer, tokenizer, job)
+    publishing.rehearse(trainer, tokenizer, job)
     packed = len(cast(Sized, trainer.train_dataset))
     expected = optimiser_steps(config, packed)
     trainer.answered_a_step = answered_a_step(trained, config.epochs, expected)
     resume.train(trainer, job, config, checkpoint, expected)
     findings = (
         *ragged(job, config, packed),
-        *models.publish(trainer, tokenizer, job, lambda: [row.ids for row in trained]),
+        *publishing.publish(trainer, tokenizer, job, lambda: [row.ids for row in trained]),
     )
     if ranks.first():
         loss_map.write(out, loss_map.of_row(trained[0], config.weights, tokenizer))

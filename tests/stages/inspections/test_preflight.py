@@ -13,7 +13,7 @@ from stages.errors import BadInput
 from stages.inspections.format_rules import opened
 from stages.inspections.preflight import look_at
 from stages.job import Execution, Format, Job, Lora
-from stages.policy import models
+from stages.policy import models, publishing
 from stages.tokens import prefix, token_rows
 from stages.tokens.token_rows import TokenRow
 from tests.conftest import TINY_BASE, printed_json, run_cli, stage
@@ -160,7 +160,7 @@ def test_a_published_policy_without_its_manifest_still_shows_its_prefix(policy, 
     format = Format(
         prompt="p", prompt_digest="", system_prompt="", user_template="{{ prompt }}", response_prefix="<think>\n"
     )
-    models.save_policy(make_model(tokenizer), tokenizer, format, tmp_path / "published")
+    publishing.save_policy(make_model(tokenizer), tokenizer, format, tmp_path / "published")
     assert look_at(job(tmp_path / "published", GRPO, tmp_path)) == []
     with pytest.raises(BadInput, match="was trained with another response prefix than ''"):
         look_at(job(tmp_path / "published", GRPO, tmp_path, ""))

@@ -12,7 +12,7 @@ from pipeline.registry import Registry
 from stages import sft
 from stages.errors import BadInput
 from stages.job import Execution, Format, Job
-from stages.policy import models
+from stages.policy import models, publishing
 from stages.policy.generation_settings import saveable
 from tests.conftest import TINY_BASE, run_cli
 from tests.models import make_model, save
@@ -88,7 +88,7 @@ def test_a_policy_with_such_settings_is_trained_and_published_as_it_was(policy, 
     )
     assert after["use_cache"] is True is before["use_cache"]
     assert after.keys() - before.keys() <= {"bos_token_id"}, "nothing of the loader or the trainer is left in it"
-    assert not Path(made.work, models.REHEARSAL).exists()
+    assert not Path(made.work, publishing.REHEARSAL).exists()
 
 
 def test_what_cannot_be_written_is_refused_before_the_first_step(policy, data, tmp_path, monkeypatch):

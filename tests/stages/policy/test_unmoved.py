@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages.job import Execution, Format, Job
-from stages.policy.models import _unmoved
+from stages.policy.publishing import _unmoved
 from tests.models import save
 
 FORMAT = Format(prompt="p", prompt_digest="", system_prompt="", user_template="{{ prompt }}", response_prefix="")

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from stages.errors import BadInput
 from stages.job import Format
-from stages.policy import models
+from stages.policy import models, publishing
 from stages.problems.base import Row
 from stages.tokens import chat, prefix
 from tests.models import CHATML, make_model, make_tokenizer
@@ -92,7 +92,7 @@ def test_serving_yields_prompt_and_prefix_and_training_does_not(response_prefix,
     tokenizer.chat_template = template
     turn = prefix.messages(format_with(response_prefix), ROW)
     training = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-    models.save_policy(make_model(tokenizer), tokenizer, format_with(response_prefix), tmp_path)
+    publishing.save_policy(make_model(tokenizer), tokenizer, format_with(response_prefix), tmp_path)
     served = AutoTokenizer.from_pretrained(tmp_path)
     assert served.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) == training + response_prefix
     assert served.apply_chat_template(turn, add_generation_prompt=False, tokenize=False).count("assistant") == 0
@@ -102,7 +102,7 @@ def test_serving_yields_prompt_and_prefix_and_training_does_not(response_prefix,
 
 def test_the_prefix_is_not_doubled_when_a_policy_is_published_again(tmp_path, tokenizer):
     for generation in range(3):
-        models.save_policy(make_model(tokenizer), tokenizer, format_with(), tmp_path / str(generation))
+        publishing.save_policy(make_model(tokenizer), tokenizer, format_with(), tmp_path / str(generation))
         tokenizer = models.load_tokenizer(str(tmp_path / str(generation)))
     text = tokenizer.apply_chat_template(
         prefix.messages(format_with(), ROW), add_generation_prompt=True, tokenize=False
