@@ -269,7 +269,8 @@ def base_of(recipe: Recipe, registry: Registry) -> Base:
         place = registry.location(artifact, "policy")
         ref = InputRef(step=None, output="policy", key=artifact.key, source=place, artifact=artifact.id)
         own_positions = _needs_positions(registry.content(artifact, "policy", CONFIG), artifact.id)
-        return Base(ref, settings, artifact.format, tokenizers.read(Path(place)), own_positions)
+        tokenizer = tokenizers.read(lambda name: registry.content(artifact, "policy", name))
+        return Base(ref, settings, artifact.format, tokenizer, own_positions)
     if model.hub:
         revision = f"@{model.revision}" if model.revision else ""
         identity: Payload = {"hub": model.hub, "revision": model.revision}
@@ -279,7 +280,7 @@ def base_of(recipe: Recipe, registry: Registry) -> Base:
     path = Path(str(model.path)).absolute()
     ref = InputRef(step=None, output="policy", key=digest_model(path, digest_once), source=str(path))
     own_positions = _needs_positions((path / CONFIG).read_bytes(), str(path))
-    return Base(ref, settings, formats.carried_by(path), tokenizers.read(path), own_positions)
+    return Base(ref, settings, formats.carried_by(path), tokenizers.of_directory(path), own_positions)
 
 
 def _needs_positions(config: bytes | None, where: str) -> bool:

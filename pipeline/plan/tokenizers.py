@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -54,20 +54,29 @@ class Tokenizer:
         return dict(self.named).get("eos_token", "")
 
 
-def read(directory: Path) -> Tokenizer | None:
-    """The tokenizer of a model's directory; None where its files do not say."""
+Files = Callable[[str], bytes | None]
+"""The bytes of a model's file by its name; None for no such file."""
+
+
+def of_directory(directory: Path) -> Tokenizer | None:
+    """`read` of a model's directory."""
+    return read(lambda name: (directory / name).read_bytes() if (directory / name).is_file() else None)
+
+
+def read(files: Files) -> Tokenizer | None:
+    """The tokenizer of a model; None where its files do not say."""
     try:
-        added = _added_tokens((directory / "tokenizer.json").read_text(encoding="utf-8"))
-        config = {**_json(directory / "special_tokens_map.json"), **_json(directory / "tokenizer_config.json")}
-        ends = _json(directory / "generation_config.json").get("eos_token_id")
-        ends = ends if ends is not None else _json(directory / "config.json").get("eos_token_id")
+        added = _added_tokens((files("tokenizer.json") or b"").decode())
+        config = {**_json(files("special_tokens_map.json")), **_json(files("tokenizer_config.json"))}
+        ends = _json(files("generation_config.json")).get("eos_token_id")
+        ends = ends if ends is not None else _json(files("config.json")).get("eos_token_id")
         by_id = {token["id"]: token["content"] for token in added}
         return Tokenizer(
             alone=frozenset(by_id.values()),
             special=frozenset(token["content"] for token in added if token["special"]),
             named=tuple((name, token) for name in turns.NAMED if (token := _content(config.get(name)))),
             declared=frozenset(by_id[id] for id in (ends if isinstance(ends, list) else [ends]) if id in by_id),
-            template=_template(directory, config.get("chat_template")),
+            template=_template(files, config.get("chat_template")),
         )
     except (OSError, ValueError, TypeError, KeyError):
         return None
@@ -166,11 +175,12 @@ def _added_tokens(text: str) -> list[dict[str, Any]]:
     return json.JSONDecoder().raw_decode(text, start + len(text[start:]) - len(text[start:].lstrip()))[0]
 
 
-def _template(directory: Path, configured: Any) -> str:
+def _template(files: Files, configured: Any) -> str:
     """The template that stages render with: a policy's training template, else the model's own."""
     for name in ("additional_chat_templates/training.jinja", "chat_template.jinja"):
-        if (file := directory / name).is_file():
-            return file.read_text(encoding="utf-8")
+        content = files(name)
+        if content is not None:
+            return content.decode()
     if isinstance(configured, list):
         configured = {one["name"]: one["template"] for one in configured}.get("default")
     return configured or ""
@@ -181,6 +191,6 @@ def _content(token: Any) -> str:
     return token["content"] if isinstance(token, dict) else token or ""
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(content: bytes | None) -> dict[str, Any]:
     """A file of settings; {} for none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return json.loads(content) if content is not None else {}

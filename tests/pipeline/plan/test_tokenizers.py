@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from transformers import AutoTokenizer
@@ -83,7 +84,7 @@ def test_an_opened_tag_moves_all_and_answers_that_are_rewritten_only_the_readers
 def test_a_plan_finds_what_the_stages_find(name, tmp_path):
     """It renders templates without transformers."""
     directory = save_tokenizer(tmp_path, name)
-    read = tokenizers.read(directory)
+    read = tokenizers.of_directory(directory)
     assert read is not None
     sft = SftConfig(name="w", policy="base", data="rows.jsonl")
     found = tokenizers.identity(read, None, STAGES["sft"], sft)
@@ -103,3 +104,15 @@ def test_a_tokenizer_that_cannot_be_read_has_the_version_of_the_rules(directory,
 )
 def test_a_template_that_takes_no_probe_does_not_stop_a_plan(template, directory, tmp_path):
     assert tokens_of(directory, tmp_path, template)["warmup"] is None
+
+
+def test_a_policy_in_an_object_store_is_read_as_one_on_a_disk(server, climbed, tmp_path):
+    """So that a recipe with `model.artifact` has one key wherever its registry lies."""
+    local = Registry(climbed[1])
+    artifact = next(one for one in local.artifacts() if one.kind == "sft")
+    remote = Registry("s3://bucket/registry")
+    shutil.copytree(local.path(artifact), tmp_path / "out")
+    (tmp_path / "out" / "artifact.json").unlink()
+    there = remote.publish(tmp_path / "out", artifact.model_copy(update={"id": ""}), "a run").artifact
+    found = tokenizers.read(lambda name: remote.content(there, "policy", name))
+    assert found is not None and found == tokenizers.of_directory(local.path(artifact))
