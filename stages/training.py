@@ -191,10 +191,10 @@ def same_arithmetic(trainer: Any, job: Job) -> None:
             f"no). Fix: set it to no in launch.accelerate; model.dtype, {job.dtype} here, is the precision of a stage"
         )
     backend = str(state.dynamo_plugin.backend.value).lower()
-    if backend != "no" and not trainer.args.torch_compile:
+    if backend != "no":
         raise BadInput(
             f"{job.name}: the accelerate config compiles the model (found dynamo_backend {backend}, expected no). "
-            f"Fix: remove it there, and set trl: {{torch_compile: true}} on the stage"
+            "Fix: remove it there"
         )
 
 
