@@ -67,6 +67,7 @@ def test_every_box_made_what_it_says(climbed):
                 "pass_at_k",
                 "rows",
                 "samples",
+                "unscored",
             }
             assert (one["evaluation"]["rows"], one["evaluation"]["samples"], set(one["evaluation"]["pass_at_k"])) == (
                 8,
