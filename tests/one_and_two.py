@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from stages.runtime import forked_ranks, ranks
+from stages.runtime.server import load_for_forks
 from tests.conftest import ROOT, environment
 
 Main = Callable[[Path], None]
@@ -29,6 +30,7 @@ def one_and_two(module: str, directory: Path) -> None:
 
 
 def main(module: str, directory: Path) -> int:
+    load_for_forks()
     work: Main = importlib.import_module(module).main
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as meeting:

@@ -96,9 +96,10 @@ def main(parent: int) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a library prints is no answer, and nothing here is a terminal
     from pipeline.launch import serving_worker
-    from stages.runtime.server import PRELOAD
+    from stages.runtime.server import load_for_forks
 
-    for name in (*PRELOAD, *COMMAND):
+    load_for_forks()
+    for name in COMMAND:
         importlib.import_module(name)
     serving_worker.subprocess = SimpleNamespace(Popen=ForkedWorker, PIPE=subprocess.PIPE)
     gc.collect()

@@ -7,7 +7,7 @@ differs, what was said, what was logged."""
 from __future__ import annotations
 
 import contextlib
-import importlib
+import gc
 import json
 import os
 import re
@@ -22,7 +22,7 @@ from stages.kinds import STAGES
 from stages.runtime import checkpoints, worker
 from stages.runtime.disk import digest_file
 from stages.runtime.metrics import FILE
-from stages.runtime.server import PRELOAD
+from stages.runtime.server import load_for_forks
 from stages.runtime.workdir import WORDS
 from tests.crashes import crash_at, is_write, points
 
@@ -33,8 +33,9 @@ last one of it), "every", or "torn"."""
 
 def main(directory: Path, scenarios: list[Scenario]) -> None:
     """Answer scenarios, a line each crash."""
-    for name in PRELOAD:
-        importlib.import_module(name)
+    load_for_forks()
+    gc.collect()
+    gc.freeze()
     for scenario in scenarios:
         place = directory / scenario["name"]
         alone = job_of(scenario, place / "alone")

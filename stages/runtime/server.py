@@ -39,8 +39,8 @@ def serve(launcher: int, stages: Mapping[str, worker.Runs], preload: bool = True
     adopt_orphans()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints must not be taken for an answer
-    for name in PRELOAD if preload else ():
-        importlib.import_module(name)
+    if preload:
+        load_for_forks()
     gc.collect()
     gc.freeze()  # the garbage collector of a job leaves these pages shared
     outlive_parent()  # to kill what is below it
@@ -49,6 +49,14 @@ def serve(launcher: int, stages: Mapping[str, worker.Runs], preload: bool = True
             _answer_orders(answers, stages)
     finally:
         kill_tree(os.getpid())
+
+
+def load_for_forks() -> None:
+    """Import what jobs need. transformers also compiles a thousand patterns at the first load of a model; done here,
+    that half second is spent once, and not by every job."""
+    for name in PRELOAD:
+        importlib.import_module(name)
+    importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("")
 
 
 def _answer_orders(answers: IO[str], stages: Mapping[str, worker.Runs]) -> None:

@@ -230,16 +230,15 @@ def test_a_serving_worker_has_the_clean_environment(monkeypatch):
 
 
 ASKED_FOR_A_GPU = """
-import importlib, os
+import os
 import torch
 driver = []
 def is_available():
     driver.append(os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK") != "1")
     return False
 torch.cuda.is_available = is_available
-from stages.runtime.server import PRELOAD
-for name in PRELOAD:
-    importlib.import_module(name)
+from stages.runtime.server import load_for_forks
+load_for_forks()
 torch.cuda.is_available()
 print(any(driver), torch.cuda.is_initialized())
 """
