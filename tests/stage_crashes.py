@@ -87,6 +87,7 @@ def crashed(
 def job_of(scenario: Scenario, place: Path) -> Job:
     """The scenario's job, in a place of its own."""
     base = json.loads(Path(scenario["job"]).read_text())
+    base |= {"copies": {}}  # they are gone with the publication
     base |= {"work": str(place), "out": str(place / "out"), "config": {**base["config"], **scenario["config"]}}
     if rows := scenario["config"].get("rows"):
         base["rows"] = parse_rows(rows, 0).model_dump()

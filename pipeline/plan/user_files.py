@@ -1,11 +1,12 @@
 """The user's files that a step reads: which there are, and the digests with which it was planned.
 
 Problem, rewards, their local modules, rows, `problem.files` -> UserFiles, and what of them is in the step's key. A plan
-asks for each digest once, so the key and the UserFile of a file always agree. `pipeline.run.copies` holds a step to
+asks for each digest once, so the key and the UserFile of a file always agree. `pipeline.run.user_files` holds a step to
 them."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ class UserFile(Frozen):
 
     @property
     def path(self) -> Path:
-        """Its absolute path."""
-        return Path(self.folder, self.name)
+        """Its absolute path, without `..`."""
+        return Path(os.path.normpath(Path(self.folder, self.name)))
 
 
 def of_rows(path: str, digest: Digest) -> UserFile:
@@ -64,15 +65,29 @@ def opened_identity(problem: FileProblem | DatasetProblem, digest: Digest) -> di
 
 
 def opened(problem: FileProblem | DatasetProblem, digest: Digest) -> Iterator[UserFile]:
-    """The files of `problem.files`, in its order; a folder stands for all files below it."""
-    for given in problem.opened:
-        path = Path(given)
-        paths = sorted(below for below in path.rglob("*") if below.is_file()) if path.is_dir() else [path]
-        for file in paths:
-            if "__pycache__" not in file.parts:
-                name = str(file.relative_to(path.parent))
-                sha256 = _digested(file, digest)
-                yield UserFile(folder=str(path.parent), name=name, sha256=sha256, copied=False)
+    """The files of `problem.files`, in its order, named by their path from the problem's folder."""
+    folder = next((path.absolute().parent for path in (*_data(problem), *_code(problem))), Path.cwd())
+    for path in paths_opened(problem):
+        sha256 = _digested(path, digest)
+        yield UserFile(folder=str(folder), name=os.path.relpath(path, folder), sha256=sha256, copied=False)
+
+
+def paths_opened(problem: FileProblem | DatasetProblem) -> Iterator[Path]:
+    """The files of `problem.files`, without `..`; a folder stands for all files below it, links to folders followed."""
+    for given in map(os.path.normpath, problem.opened):
+        yield from sorted(_below(Path(given), set())) if Path(given).is_dir() else [Path(given)]
+
+
+def _below(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """Files below a folder. One that a link leads to twice is looked at once."""
+    if folder.resolve() in seen or folder.name == "__pycache__":
+        return
+    seen.add(folder.resolve())
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _below(path, seen)
+        elif path.is_file():
+            yield path
 
 
 def _data(problem: FileProblem | DatasetProblem) -> Iterator[Path]:

@@ -175,6 +175,11 @@ def _accelerate_agrees(recipe: Recipe, path: Path) -> None:
             f"launch.accelerate: {path} asks for mixed precision (found mixed_precision: {mixed}, expected no). Fix: "
             f"set it to 'no'; model.dtype, {recipe.model.dtype} here, is the precision of every stage"
         )
+    if (config.get("deepspeed_config") or {}).get("deepspeed_config_file"):
+        raise BadInput(
+            f"launch.accelerate: {path} names a DeepSpeed file, which could choose another optimiser or schedule than "
+            f"the stage (found deepspeed_config_file, expected zero_stage and its like). Fix: write the settings out"
+        )
     if config.get("distributed_type") == "DEEPSPEED" and recipe.model.dtype != "float32":
         raise BadInput(
             f"launch.accelerate: DeepSpeed trains a {recipe.model.dtype} policy with float32 masters only, which is "

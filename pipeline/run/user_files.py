@@ -16,11 +16,12 @@ from pathlib import Path
 from pipeline.errors import StageFailed
 from pipeline.plan.digest_cache import digest_once
 from pipeline.plan.steps import Step
-from pipeline.plan.user_files import UserFile
+from pipeline.plan.user_files import UserFile, paths_opened
 from pipeline.registry import Artifact
 from pipeline.registry.keys import digest_model
 from stages.errors import BadInput
 from stages.job import HUB, Result
+from stages.problems.catalog import DatasetProblem, FileProblem, settings_of
 from stages.runtime.workdir import FILES, Copies
 
 COMMIT = "commit"
@@ -81,6 +82,8 @@ def _change(step: Step, copies: Copies) -> BadInput | None:
     for file in step.files:
         if str(file.path) not in copies and _digest(file.path) != file.sha256:
             return _changed(step, str(file.path))
+    for path in sorted(_listed(step) ^ {file.path for file in step.files if not file.copied}):
+        return _changed(step, str(path))
     base = step.inputs["policy"]
     if base.step is None and base.artifact is None and not base.source.startswith(HUB):
         try:
@@ -90,6 +93,14 @@ def _change(step: Step, copies: Copies) -> BadInput | None:
         if found != base.key:
             return _changed(step, base.source)
     return None
+
+
+def _listed(step: Step) -> set[Path]:
+    """The files that there are now of `problem.files`, where the step reads the problem."""
+    opens = any(not file.copied for file in step.files)
+    problem = step.problem or (step.evaluated.problem if step.evaluated and opens else None)
+    settings = settings_of(problem) if problem else None
+    return set(paths_opened(settings)) if isinstance(settings, (FileProblem, DatasetProblem)) else set()
 
 
 def commit_of(source: str) -> str | None:
@@ -111,20 +122,25 @@ def commit_of(source: str) -> str | None:
 
 
 def with_commit(step: Step, result: Result, made: Mapping[str, Artifact]) -> Result:
-    """The result of a step that read a model on the hub, with the model's commit. Raises StageFailed where an earlier
-    step of the run, one of `made`, read another commit of it."""
+    """The result of a step that read a model on the hub, with the model's commit. Raises StageFailed as
+    `refuse_another_commit` does."""
+    refuse_another_commit(step, made)
+    commit = commit_of(step.inputs["policy"].source)
+    return result.model_copy(update={"seen": {**result.seen, COMMIT: commit}}) if commit else result
+
+
+def refuse_another_commit(step: Step, made: Mapping[str, Artifact]) -> None:
+    """Raise StageFailed where an earlier step of the run, one of `made`, read another commit of the model on the hub
+    that this step reads."""
     policy = step.inputs["policy"]
     commit = commit_of(policy.source)
-    if commit is None:
-        return result
-    for name, artifact in made.items():
+    for name, artifact in made.items() if commit else ():
         source, before = artifact.inputs.get("policy"), artifact.provenance.get(COMMIT)
         if source and source.key == policy.key and before not in (None, commit):
             raise StageFailed(
                 f"{step.name}: {policy.source} has moved on the hub (found commit {commit}, expected {before}, which "
                 f"{name} read). Fix: set model.revision to one of the two"
             )
-    return result.model_copy(update={"seen": {**result.seen, COMMIT: commit}})
 
 
 def _digest(path: Path) -> str | None:

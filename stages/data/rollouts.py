@@ -173,5 +173,5 @@ def player(job: Job) -> Player:
     path = models.local_path(job.inputs["policy"])
     tokenizer = models.load_tokenizer(path, job.format)
     engine = backends.opened(job, path, tokenizer)
-    chunks = Chunks(Path(job.work), job.inputs["policy"])
+    chunks = Chunks(Path(job.work), path)
     return Player(engine, tokenizer, job.format, catalog.load(job.problem, job.copies), job.seed, chunks)

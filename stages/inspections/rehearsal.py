@@ -28,7 +28,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
 SMALL: Mapping[str, Mapping[str, Any]] = {
-    "sft": {"data": "rows.jsonl", "rows": None, "mix": None, "rows_per_step": 4, "epochs": 1.0},
+    "sft": {"data": "rows.jsonl", "rows": None, "mix": None, "rows_per_step": 4, "epochs": 1.0, "drop_overlap": False},
     "grpo": {
         "rows": "train[0:4]",
         "steps": 2,
@@ -37,6 +37,8 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
         "max_completion_length": 2,
         "rewards": {},
         "mix": None,
+        "drop_overlap": False,
+        "stop_without_signal": None,
     },
 }
 """Kind -> settings of the rehearsal in place of the stage's."""

@@ -21,13 +21,13 @@ from pydantic import AfterValidator, ValidationError
 from stages.config import Frozen
 from stages.runtime import chunks
 from stages.runtime.disk import HashedFile, digest_files, replace, sync_tree
-from stages.runtime.workdir import FILES
+from stages.runtime.workdir import FILES, MEETING
 
 COMPLETE = "complete.json"
 LOGS = "logs"
 """Directory of the stage's logs inside a checkpoint."""
 SET_ASIDE = "set-aside"
-TEMPORARY = (chunks.DIRECTORY, SET_ASIDE, FILES)
+TEMPORARY = (chunks.DIRECTORY, SET_ASIDE, FILES, MEETING)
 """Other directories in `work` until a stage is published."""
 
 

@@ -47,9 +47,19 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     # libraries of the hub
     "HF_*": ("HF_TOKEN", "HF_HOME", "HF_ENDPOINT", "HF_HUB_*", "HF_DATASETS_*"),
     "TOKENIZERS_*": (),
-    # Python itself
-    "PYTHONHASHSEED": (),
-    "PYTHONPATH": (),
+    # Python itself: PYTHONOPTIMIZE takes the asserts out of user code
+    "PYTHON*": (
+        "PYTHONCOERCECLOCALE",
+        "PYTHONDONTWRITEBYTECODE",
+        "PYTHONFAULTHANDLER",
+        "PYTHONHOME",
+        "PYTHONIOENCODING",
+        "PYTHONNOUSERSITE",
+        "PYTHONPYCACHEPREFIX",
+        "PYTHONUNBUFFERED",
+        "PYTHONUSERBASE",
+        "PYTHONUTF8",
+    ),
 }
 """Family -> its members that pass. `*` stands for any end of a name."""
 OURS = {

@@ -5,6 +5,7 @@ job.json    what to do                      result.json  what was made, written 
 error.json  what went wrong                 said.jsonl   what the stage has to say while it runs
 lock        held by the job and its children   run.lock  held by the run that makes the step
 out/        what will be published          logs/        one log an attempt
+meeting/    where the processes of a job meet
 attempts.json  how long earlier attempts took
 checkpoint-<step>/, set-aside/, chunks/     what a stage resumes from (`checkpoints`, `chunks`)
 files/      copies of the user's small files, as they were planned; the stage reads these
@@ -25,6 +26,8 @@ ATTEMPTS = "attempts.json"
 """{"seconds", "started"}: how long the attempts before this one took, and when this one began (seconds since 1970)."""
 WORDS = "said.jsonl"
 """JSON lines {"text"}: what a stage has to say about itself while it runs."""
+MEETING = "meeting"
+"""Directory through which the processes of a job meet."""
 BUSY = 75
 """Exit code of a job that found another one in its directory. It touched nothing there."""
 PATIENCE = 10.0

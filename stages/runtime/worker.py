@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -27,7 +26,7 @@ from stages.runtime.disk import replace
 from stages.runtime.metrics import FILE as METRICS
 from stages.runtime.metrics import say, seconds_so_far
 from stages.runtime.process import die_with_parent
-from stages.runtime.workdir import ATTEMPTS, BUSY, ERROR, LOCK, PATIENCE, RESULT, WORDS
+from stages.runtime.workdir import ATTEMPTS, BUSY, ERROR, LOCK, MEETING, PATIENCE, RESULT, WORDS
 
 TOLD = (BadInput, TooManyFailures, NoSignal)
 """Errors whose line says all that a user needs; of others the class and the log help, too."""
@@ -117,8 +116,9 @@ def _share_out(job: Job, path: str, stages: Mapping[str, Runs]) -> int:
     if job.execution.accelerate:
         code = _accelerate(job, path)
     else:
-        with tempfile.TemporaryDirectory(prefix="switchback-meeting-") as meeting:
-            code = forked_ranks.run(job.execution.processes, meeting, lambda: _attempt_of_rank(job, stages))
+        meeting = Path(job.work, MEETING)
+        meeting.mkdir()
+        code = forked_ranks.run(job.execution.processes, str(meeting), lambda: _attempt_of_rank(job, stages))
     if code and (Path(job.work) / ERROR).exists():
         return 2 if json.loads((Path(job.work) / ERROR).read_text())["bad_input"] else 1
     if code and stopping.asked(job):
@@ -210,6 +210,7 @@ def _empty(job: Job) -> None:
     shutil.rmtree(job.out, ignore_errors=True)
     for name in (RESULT, ERROR, WORDS, stopping.FILE):
         Path(job.work, name).unlink(missing_ok=True)
+    shutil.rmtree(Path(job.work, MEETING), ignore_errors=True)
     checkpoints.sweep(Path(job.work))
     Path(job.out).mkdir(parents=True)
 

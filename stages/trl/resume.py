@@ -26,6 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from stages.config import Config, identity_values, seconds
 from stages.errors import StageStopped
 from stages.job import Job
+from stages.policy import models
 from stages.problems import catalog
 from stages.runtime import checkpoints, ranks, stopping
 from stages.runtime.metrics import say
@@ -122,7 +123,7 @@ def _file_of_rank() -> str:
 def asked(job: Job, config: Config) -> str:
     """SHA-256 of what is to be done, wherever it lies and however it is run. `config` is the job's. A second look only:
     checkpoints lie below their step's key, which also knows the bytes of files that are only named here."""
-    inputs = {role: Path(path).parts[-2:] for role, path in job.inputs.items()}
+    inputs = {role: Path(models.local_path(path, weights=False)).parts[-2:] for role, path in job.inputs.items()}
     what = job.model_dump(mode="json", include={"kind", "rows", "format", "seed", "dtype", "lora"})
     problem = identity_values(catalog.settings_of(job.problem)) if job.problem else None
     what |= {"config": identity_values(config), "problem": problem, "inputs": inputs}

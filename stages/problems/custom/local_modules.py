@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 BY_CALL = ("import_module", "__import__")
@@ -73,5 +74,11 @@ def _files(folder: Path, name: str) -> Iterator[tuple[str, Path]]:
         elif (file := within / f"{part}.py").is_file():
             yield module, file
             return
-        elif not (within / part).is_dir():
+        elif not (within / part).is_dir() or (i == 1 and _is_installed(part)):
             return
+
+
+def _is_installed(name: str) -> bool:
+    """Whether Python finds a package or module of that name, which comes before a folder without an __init__.py."""
+    spec = PathFinder.find_spec(name)
+    return spec is not None and spec.origin is not None

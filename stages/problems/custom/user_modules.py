@@ -12,7 +12,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder, SourceLoader
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,21 +45,30 @@ class UserModules(MetaPathFinder):
     def __init__(self, files: Sequence[str] = ()) -> None:
         """`files` is problem.files: files and folders whose bytes are in the key."""
         self._modules: dict[str, tuple[str, str]] = {}
-        self._known = (*_installed(), *OURS, *files)
+        self._files, self._known = files, (*_installed(), *OURS, *files)
         self._seen = set(sys.modules)
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
-        """Where Python asks for a module. None for one that is not local."""
-        if fullname not in self._modules:
-            return None
-        shown, copy = self._modules[fullname]
-        return _spec(fullname, shown, FromCopy(shown, copy))
+        """Where Python asks for a module. None for one that is neither local nor below problem.files."""
+        if fullname in self._modules:
+            shown, copy = self._modules[fullname]
+            return _spec(fullname, shown, FromCopy(shown, copy))
+        found = PathFinder.find_spec(fullname, path) if self._files else None
+        if found and found.origin and found.origin.endswith(".py") and _below(found.origin, self._files):
+            return _spec(fullname, found.origin, FromCopy(found.origin, found.origin))
+        return None
 
     def add(self, path: str, copy: str) -> ModuleType:
         """The module of a user's file, not executed yet; its local modules are found from now on."""
         folder, copies = Path(path).parent, Path(copy).parent
         for name, module in local_modules(Path(copy)).items():
-            self._modules.setdefault(name, (str(folder / module.relative_to(copies)), str(module)))
+            shown = str(folder / module.relative_to(copies))
+            known, _ = self._modules.setdefault(name, (shown, str(module)))
+            if known != shown:
+                raise CodeRefused(
+                    f"{Path(path).name}: it imports {name} of its own folder, but another file has one of that name "
+                    f"(found {known}, expected {shown}). Fix: rename one"
+                )
         self._modules.setdefault(Path(path).stem, (path, copy))
         if self not in sys.meta_path:
             sys.meta_path.insert(0, self)

@@ -238,3 +238,33 @@ def test_a_setting_of_trl_that_names_a_file_is_refused(name, folder):
     changed["stages"][0]["trl"] = {name: "settings.json"}
     with pytest.raises(BadInput, match=f"trl.{name}: "):
         recipe.parse(yaml.safe_dump(changed), "r")
+
+
+def test_a_linked_folder_of_problem_files_is_in_the_key(folder):
+    (folder / "real").mkdir()
+    (folder / "real" / "v.txt").write_text("1")
+    (folder / "words").mkdir()
+    (folder / "words" / "link").symlink_to(folder / "real")
+    (folder / "words" / "loop").symlink_to(folder / "words")
+    before = problem_identity(folder, files=[str(folder / "words")])["files"]
+    assert [name for name, _ in before] == ["words/link/v.txt"]
+    (folder / "real" / "v.txt").write_text("2")
+    assert problem_identity(folder, files=[str(folder / "words")])["files"] != before
+
+
+def test_a_file_that_is_added_to_a_folder_of_problem_files_is_a_change(folder):
+    (folder / "words").mkdir()
+    step = planned(folder, "one.evaluate", files=[str(folder / "words")])
+    (folder / "words" / "new.txt").write_text("")
+    changed = pytest.raises(BadInput, match=r"new\.txt was changed after the run was planned")
+    with changed, as_planned(step, folder / "work", fail):
+        raise AssertionError("the step was started")
+
+
+def test_files_of_one_name_in_two_folders_do_not_change_places_unseen(folder):
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+        (folder / name / "w.txt").write_text(name)
+    files = [str(folder / "a" / "w.txt"), str(folder / "b" / "w.txt")]
+    found = problem_identity(folder, files=files)["files"]
+    assert [name for name, _ in found] == ["a/w.txt", "b/w.txt"]

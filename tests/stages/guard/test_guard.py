@@ -75,7 +75,7 @@ def boom():
 ACTS = {
     "sleep": lambda: time.sleep(1000), "fork": lambda: 0.5 if os.fork() else 1.0, "fork_and_sleep": fork_and_sleep,
     "fork_and_exit": fork_and_exit,
-    "exit": lambda: os._exit(3), "sys_exit": lambda: sys.exit(0), "none": lambda: None, "nan": lambda: float("nan"),
+    "exit": lambda: os._exit(3), "sys_exit": lambda: sys.exit(0), "nan": lambda: float("nan"),
     "inf": lambda: float("inf"),
     "str": lambda: "1", "two": lambda: 2.0, "raise": boom, "kill_parent": kill_parent,
     "close": lambda: os.closerange(0, 1000),
@@ -98,7 +98,6 @@ HOSTILE = {
     "fork_and_exit": "crash",
     "exit": "crash",
     "sys_exit": "exception",
-    "none": "not_a_number",
     "nan": "not_a_number",
     "inf": "not_a_number",
     "str": "not_a_number",
@@ -273,7 +272,9 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_line(tmp_path, code, says)
 def test_an_import_that_hangs_is_refused(tmp_path):
     (tmp_path / "mine.py").write_text("import time\ntime.sleep(1000)\n")
     guard = Guard(
-        "file", {"name": "mine.py", "path": str(tmp_path / "mine.py")}, Limits(1.0, 1.0, 1, import_seconds=1.0)
+        "file",
+        {"name": "mine.py", **dict.fromkeys(("path", "copy"), str(tmp_path / "mine.py")), "files": []},
+        Limits(1.0, 1.0, 1, import_seconds=1.0),
     )
     with pytest.raises(BadInput, match=r"mine.py: its import did not end within 1 s"):
         guard.about()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -179,3 +180,32 @@ def test_rewards_import_the_modules_of_their_own_folder(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": str(i)}) + "\n" for i in range(50)))
     rewards = [f"{tmp_path / 'mine.py'}:one"]
     assert judged({"dataset": str(tmp_path / "rows.jsonl"), "rewards": rewards}) == [0.5, 0.5]
+
+
+def test_two_files_with_modules_of_one_name_are_refused(tmp_path):
+    """Python would give the second file the first one's."""
+    for folder, value in (("a", 1.0), ("b", 0.25)):
+        code = f"import helper\ndef {folder}(completions, **kwargs): return [helper.v] * len(completions)\n"
+        write(tmp_path / folder, {"mine.py": code, "helper.py": f"v = {value}"})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": str(i)}) + "\n" for i in range(50)))
+    rewards = [f"{tmp_path / folder / 'mine.py'}:{folder}" for folder in ("a", "b")]
+    with pytest.raises(BadInput, match=r"mine.py: it imports helper of its own folder, but another file has one"):
+        judged({"dataset": str(tmp_path / "rows.jsonl"), "rewards": rewards})
+
+
+def test_a_folder_of_data_does_not_take_the_place_of_an_installed_package(tmp_path):
+    file = problem(tmp_path, "from yaml.loader import SafeLoader", **{"yaml/loader.py": "raise RuntimeError"})
+    assert names(file) == [] and judged({"file": str(file)}) == [1.0, 1.0]
+
+
+def test_no_bytecode_stands_for_a_module_below_problem_files(tmp_path):
+    """A copy that keeps times and size leaves bytecode of other source in place."""
+    lib, cached = tmp_path / "lib", "import py_compile, sys; py_compile.compile(sys.argv[1])"
+    imports = f"import sys; sys.path.append({str(lib)!r}); import shared"
+    file = problem(tmp_path / "mine", imports, "return shared.value")
+    write(lib, {"shared.py": "value = 0.5"})
+    subprocess.run([sys.executable, "-c", cached, str(lib / "shared.py")], check=True)
+    before = (lib / "shared.py").stat()
+    (lib / "shared.py").write_text("value = 0.9")
+    os.utime(lib / "shared.py", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert judged({"file": str(file), "files": [str(lib)]}) == [0.9, 0.9]

@@ -52,8 +52,14 @@ MEMBERS: dict[str, dict[str, bool]] = {
         "HF_DATASETS_CACHE": True,
     },
     "TOKENIZERS_*": {"TOKENIZERS_PARALLELISM": False},
-    "PYTHONHASHSEED": {"PYTHONHASHSEED": False},
-    "PYTHONPATH": {"PYTHONPATH": False, "PYTHONUNBUFFERED": True},
+    "PYTHON*": {
+        "PYTHONHASHSEED": False,
+        "PYTHONPATH": False,
+        "PYTHONOPTIMIZE": False,
+        "PYTHONWARNINGS": False,
+        "PYTHONUNBUFFERED": True,
+        "PYTHONUTF8": True,
+    },
 }
 """Family -> names, and whether a job sees the user's value."""
 OUTSIDE = (
@@ -125,6 +131,7 @@ FOREIGN = {
     "HF_DEBUG": "1",
     "TOKENIZERS_PARALLELISM": "true",
     "PYTHONHASHSEED": "7",
+    "PYTHONOPTIMIZE": "1",
 }
 """What other launchers, notebooks and job systems leave in a shell."""
 IN_THE_JOB = {name: value for name, value in FOREIGN.items() if not name.startswith("PYTHON")}
