@@ -27,6 +27,7 @@ if (
 import pytest
 import yaml
 
+from stages.runtime.environment import passes
 from tests.preloaded import Preloaded
 
 ROOT = Path(__file__).parent.parent
@@ -191,7 +192,7 @@ def environment(**more: str) -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(foreign) and (name in STARTED_WITH or name.startswith(SET_BY_TESTS))
+        if not name.startswith(foreign) and passes(name) and (name in STARTED_WITH or name.startswith(SET_BY_TESTS))
     }
     return {**kept, **more}
 

@@ -19,7 +19,7 @@ ONLY_IN = {
     "obstore": {"pipeline/registry/stores/objects.py"},
     "fcntl": {"stages/runtime/locks.py"},
     "peft": {"stages/policy/lora.py"},
-    "accelerate": {"stages/policy/models.py", "stages/trl/"},
+    "accelerate": {"stages/policy/publishing.py", "stages/trl/"},
     "pyarrow": {"stages/tokens/token_rows.py"},
     "datasets": {"stages/sft.py", "stages/grpo.py", "stages/problems/custom/dataset.py"},
     "torch": {

@@ -17,6 +17,7 @@ from stages.problems import catalog
 from stages.problems.base import Answer, Judgement, passes
 from stages.problems.custom import rewards_worker
 from stages.problems.custom.rewards_worker import as_text
+from stages.problems.custom.user_modules import UserModules
 from stages.rewards.audit import baselines
 from stages.rewards.audit.audit import audit
 from tests.conftest import run_cli
@@ -86,7 +87,7 @@ def summarised(greedy, sampled):
         problem=SimpleNamespace(passed=lambda score: score >= 1, outcomes=("x", "unscored")),
         seen_format=lambda: FORMAT,
     )
-    job = SimpleNamespace(inputs={"policy": "p"}, seed=0)
+    job = SimpleNamespace(inputs={"policy": "p"}, sources={"policy": "p"}, seed=0)
     groups = [[rollout(score) for score in group] for group in sampled]
     return summarise(job, Evaluate(samples=2), "held_out", player, [rollout(score) for score in greedy], groups)
 
@@ -159,7 +160,8 @@ def test_a_reward_of_trl_is_given_text_and_one_of_ones_own_what_the_file_has():
     asked = {"prompts": [], "completion_ids": [], "completions": ["a", "b"], "columns": {"solution": [148, "148"]}}
     assert rewards_worker._judge({"own": exact}, asked) == [{"own": 0.0}, {"own": 1.0}]
     assert rewards_worker._judge({"text": rewards_worker._given_text(exact)}, asked) == [{"text": 1.0}, {"text": 1.0}]
-    theirs = rewards_worker._load({"path": None, "name": "think_format", "component": "think_format", "arguments": {}})
+    named = {"path": None, "name": "think_format", "component": "think_format", "arguments": {}}
+    theirs = rewards_worker._load(named, UserModules())
     assert theirs.__wrapped__ is trl.rewards.think_format_reward, "each of TRL's is given text"
     assert rewards_worker._needs(rewards_worker._given_text(exact)) == ["solution"]
 

@@ -184,8 +184,8 @@ def test_another_kl_runs_rl2_and_its_evaluation_alone(climbed):
     assert [one["stage"] for one in new] == ["rl2", "rl2.evaluate"]
 
 
-def test_only_and_fresh_make_one_stage_again(climbed):
-    recipe, registry = climbed
+def test_only_and_fresh_make_one_stage_again(climbed, tmp_path):
+    recipe, registry = climbed[0], Path(shutil.copytree(climbed[1], tmp_path / "r"))
     done = run_cli("run", recipe, "--registry", registry, "--no-prefect", "--only", "harvest", "--fresh", "harvest")
     assert done.returncode == 0, done.stderr
     assert "harvest: replicate 1" in done.stdout
