@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from stages.errors import BadInput, TooFew
-from stages.guard.pool import Guard, Reply
+from stages.guard.pool import Guard
+from stages.guard.worker import Reply
 from stages.job import SPLITS, Split
 from stages.problems import files
 from stages.problems.base import Answer, Judgement, Row, allotted, folded

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import BadInput, TooFew
-from stages.guard.pool import Guard, Reply
+from stages.guard.pool import Guard
+from stages.guard.worker import Reply
 from stages.job import Split
 from stages.problems.base import Answer, Judgement, Row
 from stages.problems.custom.row import own_row

@@ -15,7 +15,8 @@ import pytest
 
 from stages.errors import BadInput, TooManyFailures
 from stages.guard import failures
-from stages.guard.pool import MARK, Guard, Limits
+from stages.guard.pool import Guard, Limits
+from stages.guard.worker import MARK
 from stages.problems import catalog
 from stages.problems.base import Answer, passes
 from tests.conftest import environment
