@@ -228,7 +228,7 @@ def run(job: Job) -> Result:
     if ranks.first():
         rollouts.write_card(log, rollouts.card(tokenizer, job, config.temperature, config.max_completion_length))
     listen(trainer, job)
-    publishing.rehearse(trainer, tokenizer, job)
+    publishing.refuse_unsaveable(trainer, tokenizer, job)
     with own_settings(model):
         resume.train(trainer, job, config, checkpoint, config.steps)
     published = publishing.publish(trainer, tokenizer, job, lambda: _last_rollouts(trainer, tokenizer, job, log))

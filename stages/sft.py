@@ -223,7 +223,7 @@ def run(job: Job) -> Result:
     )
     checkpoint = resume.find(trainer, job, config)
     listen(trainer, job)
-    publishing.rehearse(trainer, tokenizer, job)
+    publishing.refuse_unsaveable(trainer, tokenizer, job)
     packed = len(cast(Sized, trainer.train_dataset))
     expected = optimiser_steps(config, packed)
     trainer.answered_a_step = answered_a_step(trained, config.epochs, expected)

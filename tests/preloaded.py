@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +23,7 @@ from typing import Any
 
 from pipeline.launch.serving_worker import FORKED
 from stages.runtime import environment
-from stages.runtime.process import die_with_parent
+from stages.runtime.process import die_with_parent, forked
 
 COMMAND = (
     "torch",
@@ -152,8 +151,6 @@ class ForkedWorker:
         assert (stdin, stdout, start_new_session) == (subprocess.PIPE, subprocess.PIPE, True)
         orders, ours = os.pipe()
         theirs, answers = os.pipe()
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
 
         def serve() -> None:
             os.setsid()
@@ -183,21 +180,15 @@ class ForkedWorker:
 
 def _forked(life: Callable[[], None]) -> int:
     """The pid of a child that lives so, and ends as a Python program does."""
-    if pid := os.fork():
-        return pid
-    code = 1
+    return forked(lambda: _exit_code(life))
+
+
+def _exit_code(life: Callable[[], None]) -> int:
     try:
         life()
-        code = 0
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(code)
-    raise AssertionError("a child never comes here")
+        return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    return 0
 
 
 if __name__ == "__main__":

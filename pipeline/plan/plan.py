@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
-from pipeline.plan.steps import Step, base_of, steps
+from pipeline.plan.base import base_of
+from pipeline.plan.steps import Step, steps
 from pipeline.recipe import checks
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.validation_errors import nearest

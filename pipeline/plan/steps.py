@@ -5,26 +5,22 @@ digests of files are read: no tokenizer, no problem, no user code."""
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.plan import tokenizers, user_files
+from pipeline.plan.base import Base, InputRef, base_of
 from pipeline.plan.digest_cache import digest_once
-from pipeline.plan.tokenizers import Tokenizer
 from pipeline.plan.user_files import Digest, UserFile
 from pipeline.recipe import formats
 from pipeline.recipe.recipe import Box, DatasetProblem, FileProblem, ProblemSettings, Recipe
 from pipeline.registry import Registry
-from pipeline.registry.aliases import resolve
-from pipeline.registry.keys import Payload, digest_model, key_of
+from pipeline.registry.keys import Payload, key_of
 from stages.config import Config, Frozen, identity_values
-from stages.errors import BadInput
 from stages.evaluate import EVALUATE, EvaluateConfig
 from stages.job import Dtype, Evaluated, Format, Lora, RowRange, Sampler, parse_rows
 from stages.kinds import STAGES
-from stages.policy import positions
 from stages.problems.catalog import PROBLEMS
 from stages.problems.custom.settings import VERSION, RewardSettings
 from stages.stage import BASE, Stage
@@ -32,24 +28,8 @@ from stages.training import NO_MIX
 
 EVALUATION_SEED = 0
 """Every policy of every seed is evaluated on the same rows with the same seed."""
-CONFIG = "config.json"
-"""Where a model says of what architecture it is."""
 REPLICATE_STRIDE = 10_007
 """How far apart the seeds of two replicates are."""
-
-
-class InputRef(Frozen):
-    """What a step reads: an output of an earlier step, the base model, or a file of rows."""
-
-    step: str | None
-    """Name of the step; None for a base model or a file of rows."""
-    output: str
-    key: str
-    """The step's key, or what identifies the base model or the file."""
-    source: str
-    """Where a base model or a file is from; the step's name otherwise."""
-    artifact: str | None = None
-    """Id of a base model that is an artifact; None for any other."""
 
 
 class Step(Frozen):
@@ -86,21 +66,6 @@ class Step(Frozen):
     def evaluates(self) -> bool:
         """Whether it is the evaluation of a policy."""
         return self.kind == EVALUATE
-
-
-class Base(NamedTuple):
-    """The recipe's model as an input."""
-
-    ref: InputRef
-    settings: dict[str, Any]
-    """What of `model` is identity beside its bytes: dtype, lora."""
-    format: Format | None
-    """What the model was trained with, where switchback made it."""
-    tokenizer: Tokenizer | None
-    """What decides how its tokens are made; None where it cannot be read here, as on the hub."""
-    own_positions: bool
-    """Its architecture needs the own positions of rows that are padded on the left. False for a model on the hub,
-    whose config.json is not here: a stage that needs them refuses it."""
 
 
 def steps(recipe: Recipe, registry: Registry, base: Base | None = None) -> list[Step]:
@@ -257,42 +222,6 @@ def _model_identity(base: Base, kind: Stage) -> dict[str, Any]:
     if base.own_positions and kind.pads_left:
         model["own_positions"] = True
     return model
-
-
-def base_of(recipe: Recipe, registry: Registry) -> Base:
-    """What identifies the base model, and where it is from."""
-    model, settings = recipe.model, identity_values(recipe.model)
-    if model.artifact:
-        artifact = resolve(registry, model.artifact)
-        if "policy" not in artifact.outputs:
-            raise BadInput(f"model.artifact: {artifact.id} is of kind {artifact.kind} and holds no policy")
-        place = registry.location(artifact, "policy")
-        ref = InputRef(step=None, output="policy", key=artifact.key, source=place, artifact=artifact.id)
-        own_positions = _needs_positions(registry.content(artifact, "policy", CONFIG), artifact.id)
-        tokenizer = tokenizers.read(lambda name: registry.content(artifact, "policy", name))
-        return Base(ref, settings, artifact.format, tokenizer, own_positions)
-    if model.hub:
-        revision = f"@{model.revision}" if model.revision else ""
-        identity: Payload = {"hub": model.hub, "revision": model.revision}
-        source = f"hf://{model.hub}{revision}"
-        ref = InputRef(step=None, output="policy", key=key_of(identity), source=source)
-        return Base(ref, settings, None, None, own_positions=False)
-    path = Path(str(model.path)).absolute()
-    ref = InputRef(step=None, output="policy", key=digest_model(path, digest_once), source=str(path))
-    own_positions = _needs_positions((path / CONFIG).read_bytes(), str(path))
-    return Base(ref, settings, formats.carried_by(path), tokenizers.of_directory(path), own_positions)
-
-
-def _needs_positions(config: bytes | None, where: str) -> bool:
-    """Whether the architecture of a config.json needs the own positions of padded rows. Raises BadInput where it is no
-    JSON object."""
-    try:
-        found = json.loads(config) if config is not None else {}
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise BadInput(f"model: the {CONFIG} of {where} is no JSON object. Fix: save the model again")
-    return positions.needed(found)
 
 
 def _problem_of(work: _Work, plan: _Plan) -> Payload:

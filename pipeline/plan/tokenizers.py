@@ -68,14 +68,13 @@ def read(files: Files) -> Tokenizer | None:
     try:
         added = _added_tokens((files("tokenizer.json") or b"").decode())
         config = {**_json(files("special_tokens_map.json")), **_json(files("tokenizer_config.json"))}
-        ends = _json(files("generation_config.json")).get("eos_token_id")
-        ends = ends if ends is not None else _json(files("config.json")).get("eos_token_id")
+        ends = turns.declared_ends(_json(files("generation_config.json")), _json(files("config.json")))
         by_id = {token["id"]: token["content"] for token in added}
         return Tokenizer(
             alone=frozenset(by_id.values()),
             special=frozenset(token["content"] for token in added if token["special"]),
             named=tuple((name, token) for name in turns.NAMED if (token := _content(config.get(name)))),
-            declared=frozenset(by_id[id] for id in (ends if isinstance(ends, list) else [ends]) if id in by_id),
+            declared=frozenset(by_id[id] for id in ends if id in by_id),
             template=_template(files, config.get("chat_template")),
         )
     except (OSError, ValueError, TypeError, KeyError):

@@ -175,7 +175,8 @@ def _accelerate_agrees(recipe: Recipe, path: Path) -> None:
             f"launch.accelerate: {path} asks for mixed precision (found mixed_precision: {mixed}, expected no). Fix: "
             f"set it to 'no'; model.dtype, {recipe.model.dtype} here, is the precision of every stage"
         )
-    if (config.get("deepspeed_config") or {}).get("deepspeed_config_file"):
+    deepspeed = config.get("deepspeed_config")
+    if isinstance(deepspeed, dict) and deepspeed.get("deepspeed_config_file"):
         raise BadInput(
             f"launch.accelerate: {path} names a DeepSpeed file, which could choose another optimiser or schedule than "
             f"the stage (found deepspeed_config_file, expected zero_stage and its like). Fix: write the settings out"

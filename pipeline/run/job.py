@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.plan.steps import InputRef, Step
+from pipeline.plan.base import InputRef
+from pipeline.plan.steps import Step
 from pipeline.registry import Artifact, Registry, Source
 from pipeline.registry.workdir import work_root
 from stages.job import Execution, Job

@@ -21,7 +21,7 @@ from pipeline.registry.workdir import alone
 from pipeline.run.job import job_of, sources_of, work_of
 from pipeline.run.mirror import forget, mirrored
 from pipeline.run.run import Run
-from pipeline.run.user_files import as_planned, refuse_another_commit, with_commit
+from pipeline.run.user_files import COMMIT, as_planned, checked_commit
 from stages.job import Finding, Job, Result
 from stages.runtime import checkpoints
 from stages.runtime.metrics import FILE as METRICS
@@ -82,10 +82,12 @@ def _run_and_publish(planned: Planned, work: Path, run: Run) -> Published:
         say(f"its checkpoints are removed: {why}")
         _clear(work, run, say)
 
-    refuse_another_commit(step, run.made)
+    at_start = checked_commit(step, run.made)
     with as_planned(step, work, drop_checkpoints) as copies:
         job = job_of(step, run.made, run.registry, run.execution, copies)
-        result = with_commit(step, _launched(step, job, work, run, say), run.made)
+        result = _launched(step, job, work, run, say)
+    if commit := checked_commit(step, run.made, at_start):
+        result = result.model_copy(update={"seen": {**result.seen, COMMIT: commit}})
     for finding in result.findings:
         run.observer.found(finding)
     published = publish(step, job, result, sources, run)

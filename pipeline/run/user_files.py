@@ -7,20 +7,20 @@ A file that differs from its digest in the plan ends the step in one line, and n
 from __future__ import annotations
 
 import hashlib
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.errors import StageFailed
+from pipeline.plan.base import CONFIG
 from pipeline.plan.digest_cache import digest_once
 from pipeline.plan.steps import Step
 from pipeline.plan.user_files import UserFile, paths_opened
 from pipeline.registry import Artifact
 from pipeline.registry.keys import digest_model
 from stages.errors import BadInput
-from stages.job import HUB, Result
+from stages.job import HUB
 from stages.problems.catalog import DatasetProblem, FileProblem, settings_of
 from stages.runtime.workdir import FILES, Copies
 
@@ -82,8 +82,8 @@ def _change(step: Step, copies: Copies) -> BadInput | None:
     for file in step.files:
         if str(file.path) not in copies and _digest(file.path) != file.sha256:
             return _changed(step, str(file.path))
-    for path in sorted(_listed(step) ^ {file.path for file in step.files if not file.copied}):
-        return _changed(step, str(path))
+    if added_or_gone := sorted(_listed(step) ^ {file.path for file in step.files if not file.copied}):
+        return _changed(step, str(added_or_gone[0]))
     base = step.inputs["policy"]
     if base.step is None and base.artifact is None and not base.source.startswith(HUB):
         try:
@@ -108,39 +108,33 @@ def commit_of(source: str) -> str | None:
     this machine."""
     if not source.startswith(HUB):
         return None
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
+    from huggingface_hub import try_to_load_from_cache
 
     repo, _, revision = source.removeprefix(HUB).partition("@")
-    if re.fullmatch("[0-9a-f]{40}", revision):
-        return revision
-    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"))
-    try:
-        return (folder / "refs" / (revision or "main")).read_text().strip()
-    except OSError:
-        return None
+    found = try_to_load_from_cache(repo, CONFIG, revision=revision or None)
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
-def with_commit(step: Step, result: Result, made: Mapping[str, Artifact]) -> Result:
-    """The result of a step that read a model on the hub, with the model's commit. Raises StageFailed as
-    `refuse_another_commit` does."""
-    refuse_another_commit(step, made)
-    commit = commit_of(step.inputs["policy"].source)
-    return result.model_copy(update={"seen": {**result.seen, COMMIT: commit}}) if commit else result
+def checked_commit(step: Step, made: Mapping[str, Artifact], at_start: str | None = None) -> str | None:
+    """The commit of the model on the hub that the step reads; None for any other model.
 
-
-def refuse_another_commit(step: Step, made: Mapping[str, Artifact]) -> None:
-    """Raise StageFailed where an earlier step of the run, one of `made`, read another commit of the model on the hub
-    that this step reads."""
+    Raises StageFailed where an earlier step of the run, one of `made`, read another commit of it, or the step itself
+    when it started.
+    """
     policy = step.inputs["policy"]
     commit = commit_of(policy.source)
-    for name, artifact in made.items() if commit else ():
-        source, before = artifact.inputs.get("policy"), artifact.provenance.get(COMMIT)
-        if source and source.key == policy.key and before not in (None, commit):
+    read = {
+        name: artifact.provenance.get(COMMIT)
+        for name, artifact in made.items()
+        if "policy" in artifact.inputs and artifact.inputs["policy"].key == policy.key
+    }
+    for name, other in {**read, f"{step.name} at its start": at_start}.items():
+        if commit and other not in (None, commit):
             raise StageFailed(
-                f"{step.name}: {policy.source} has moved on the hub (found commit {commit}, expected {before}, which "
+                f"{step.name}: {policy.source} has moved on the hub (found commit {commit}, expected {other}, which "
                 f"{name} read). Fix: set model.revision to one of the two"
             )
+    return commit
 
 
 def _digest(path: Path) -> str | None:

@@ -201,8 +201,6 @@ def _problem(job: Job, config: Config, problem: Problem) -> None:
 
 def _generation_settings(job: Job, path: str) -> Iterator[Finding]:
     """Those that contradict each other, which could not be saved after training."""
-    from pathlib import Path
-
     from transformers import GenerationConfig
 
     from stages.policy.generation_settings import saveable

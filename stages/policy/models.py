@@ -14,7 +14,7 @@ from stages.job import HUB, Dtype, Execution, Format
 from stages.policy import lora
 from stages.policy.generation_settings import saveable
 from stages.runtime import ranks
-from stages.tokens import chat
+from stages.tokens import chat, turns
 
 SAFE_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja"]
 
@@ -89,10 +89,10 @@ def load_tokenizer(path: str, format: Format | None = None) -> PreTrainedTokeniz
 
 
 def declared_ends(path: str) -> list[int]:
-    """Ids that a model's generation settings end a text with; they may be in a file of their own, or in its config."""
-    for name in ("generation_config.json", "config.json"):
+    """Ids that a model's settings end a text with."""
+
+    def settings(name: str) -> dict[str, Any]:
         file = Path(path, name)
-        found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
-        if found is not None:
-            return found if isinstance(found, list) else [found]
-    return []
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+    return turns.declared_ends(settings("generation_config.json"), settings("config.json"))

@@ -1,4 +1,4 @@
-"""From a trainer to the directory of a policy that `from_pretrained` loads: rehearsed before training, written after.
+"""From a trainer to the directory of a policy that `from_pretrained` loads: tried before training, written after.
 
 A published policy carries two chat templates: the serving template, which yields the response prefix, and the training
 template next to it (see `stages.tokens.prefix`). It has the precision of `model.dtype`."""
@@ -23,7 +23,7 @@ from stages.policy.models import load_policy, local_path
 from stages.runtime import ranks
 from stages.tokens import chat, prefix
 
-REHEARSAL = "rehearsal"
+TRIAL = "trial"
 """Directory in a job's work in which its policy is written once without weights."""
 KEPT = 0.9
 """Share of an adapter's update that has to survive the merge; below it there is a warning."""
@@ -31,13 +31,13 @@ QUANTIZED = 0.01
 """Nats a token between a policy that was trained in 4 bits and the published one; above it there is a warning."""
 
 
-def rehearse(trainer: Any, tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
+def refuse_unsaveable(trainer: Any, tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
     """Write once, and throw away, what will be published beside the weights: config, generation settings, tokenizer.
     Raises BadInput where that cannot be written, before anything is trained."""
     assert job.format is not None, "the plan gives every stage that trains a Format"
     if not ranks.first():
         return
-    model, place = trainer.accelerator.unwrap_model(trainer.model), Path(job.work, REHEARSAL)
+    model, place = trainer.accelerator.unwrap_model(trainer.model), Path(job.work, TRIAL)
     settings = deepcopy(model.generation_config)
     settings.eos_token_id = tokenizer.eos_token_id  # a trainer aligns it, and changed settings are judged strictly
     try:

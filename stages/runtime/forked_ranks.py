@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 
 from stages.runtime import ranks
-from stages.runtime.process import die_with_parent
+from stages.runtime.process import die_with_parent, forked
 from stages.runtime.stopping import SIGNALS, STOPPED
 
 
@@ -39,24 +37,15 @@ def run(processes: int, meeting: str, rank: Callable[[], int]) -> int:
 def _fork(number: int, processes: int, meeting: str, rank: Callable[[], int]) -> int:
     """The pid of a rank."""
     job = os.getpid()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    if pid := os.fork():
-        return pid
-    code = 1
-    try:
+
+    def life() -> int:
         die_with_parent(job)
         for each in SIGNALS:  # the job's process hears them, and leaves a file for all ranks
             signal.signal(each, lambda number, frame: None)
         os.environ |= ranks.variables(number, processes, meeting)
-        code = rank()
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(code)
-    raise AssertionError("a child never comes here")
+        return rank()
+
+    return forked(life)
 
 
 def _kill(pids: set[int]) -> None:

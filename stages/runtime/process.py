@@ -10,13 +10,33 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import sys
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+def forked(life: Callable[[], int]) -> int:
+    """The pid of a child that runs `life` and ends with the exit code it returns, or with 1 where it raises."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()  # or the child would write it, too
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        code = life()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+    raise AssertionError("a child never comes here")
 
 
 def adopt_orphans() -> None:

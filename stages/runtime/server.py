@@ -13,14 +13,12 @@ import importlib
 import json
 import os
 import select
-import sys
-import traceback
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import IO, Any
 
 from stages.runtime import worker
-from stages.runtime.process import adopt_orphans, die_with_parent, kill_tree, outlive_parent
+from stages.runtime.process import adopt_orphans, die_with_parent, forked, kill_tree, outlive_parent
 
 PRELOAD = (
     "trl.trainer.sft_trainer",
@@ -82,12 +80,10 @@ def _read_line() -> bytes:
 
 
 def _fork(order: dict[str, Any], answers: int, stages: Mapping[str, worker.Runs]) -> int:
-    """Start the job; returns its pid. In the child this never returns."""
+    """Start the job; returns its pid."""
     server = os.getpid()
-    if pid := os.fork():
-        return pid
-    code = 1
-    try:
+
+    def life() -> int:
         os.setsid()
         die_with_parent(server)
         os.close(answers)  # or the launcher would wait for its end as long as anything of the job lives
@@ -95,13 +91,9 @@ def _fork(order: dict[str, Any], answers: int, stages: Mapping[str, worker.Runs]
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), STDIN)
-        code = worker.main(order["job"], stages)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        return worker.main(order["job"], stages)
+
+    return forked(life)
 
 
 def _wait(pid: int) -> bool:

@@ -8,7 +8,8 @@ the tokenizer's.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 Message = dict[str, str]
 Render = Callable[[Sequence[Message], bool], str]
@@ -22,6 +23,13 @@ NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 QUESTION: Message = {"role": "user", "content": "?"}
 ANSWERS = ("3", " 3\n", "<think>\n3\n</think>\n\n4", "<think>3</think>4")
 """Words that templates are known to change: blanks around them, and reasoning."""
+
+
+def declared_ends(generation: Mapping[str, Any], config: Mapping[str, Any]) -> list[int]:
+    """Ids that a model ends a text with, from its generation settings or, where these do not say, its config."""
+    found = generation.get("eos_token_id")
+    found = config.get("eos_token_id") if found is None else found
+    return found if isinstance(found, list) else [] if found is None else [found]
 
 
 def ending(render: Render, alone: Collection[str], declared: Collection[str]) -> str:

@@ -199,6 +199,25 @@ def test_what_fails_only_in_training_fails_in_the_preflight_and_is_named(kind, t
         look_at(small(kind, policy, tmp_path, trl))
 
 
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("grpo", {"mix": {"data": "general.jsonl", "share": 0.1}, "drop_overlap": True}),
+        ("sft", {"drop_overlap": True}),
+    ],
+)
+def test_a_rehearsal_drops_no_overlap(kind, more, policy, tmp_path):
+    """It would end for another reason than the setting, and blame none."""
+    one = small(kind, policy, tmp_path, {"optim": "adamw_8bit"}, **more)
+    with pytest.raises(BadInput, match=f"stages.{kind}.trl.optim"):
+        rehearsal.rehearse(one, STAGES[kind].config.model_validate(one.config), str(policy))
+
+
+def test_a_rehearsal_without_different_rewards_does_not_stop(policy, tmp_path):
+    one = small("grpo", policy, tmp_path, {"adam_beta2": 0.95}, stop_without_signal=1)
+    assert rehearsal.rehearse(one, GrpoConfig.model_validate(one.config), str(policy)) == []
+
+
 def test_settings_that_fail_only_together_are_named_together(policy, tmp_path):
     with pytest.raises(BadInput, match=r"stages.sft.trl: a rehearsal .* fails with its settings together"):
         look_at(small("sft", policy, tmp_path, {"adam_beta1": 2.0, "adam_beta2": 2.0}))

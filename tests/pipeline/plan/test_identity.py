@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.plan.steps import base_of
+from pipeline.plan.base import base_of
 from pipeline.plan.steps import steps as steps_of
 from pipeline.recipe import recipe
 from pipeline.recipe.checks import check

@@ -18,10 +18,9 @@ from pipeline.recipe import recipe
 from pipeline.registry import Artifact, Registry, Source
 from pipeline.registry.keys import digest_model
 from pipeline.run import user_files
-from pipeline.run.user_files import as_planned, with_commit
+from pipeline.run.user_files import as_planned, checked_commit
 from stages.config import identity_values
 from stages.errors import BadInput
-from stages.job import Result
 from stages.problems.catalog import settings_of
 from stages.problems.custom.settings import VERSION
 from stages.runtime.disk import digest_file
@@ -207,37 +206,51 @@ def test_a_model_that_is_an_adapter_is_refused(folder):
     assert done.returncode == 2 and "is an adapter" in done.stderr
 
 
-def test_a_hub_model_that_moves_during_a_run_is_refused(folder, monkeypatch):
+@pytest.fixture
+def hub(folder, monkeypatch):
+    """A cache of the hub with one model, whose main branch is put at a commit."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+    model = folder / "hub" / "models--org--tiny"
+
+    def move(commit: str) -> None:
+        for name, content in {"refs/main": commit, f"snapshots/{commit}/config.json": "{}"}.items():
+            (model / name).parent.mkdir(parents=True, exist_ok=True)
+            (model / name).write_text(content)
+
+    return move
+
+
+def test_a_hub_model_that_moves_between_two_steps_is_refused_before_the_second(folder, hub):
     text = yaml.safe_dump({**settings(folder), "model": {"hub": "org/tiny"}})
     first, second, _, third, _ = steps_of(recipe.parse(text, "r"), Registry(folder / "registry"))
-    ref = folder / "hub" / "models--org--tiny" / "refs" / "main"
-    ref.parent.mkdir(parents=True)
-    ref.write_text("a" * 40)
-    result = with_commit(first, Result(outputs={}, metrics={}), {})
-    assert result.seen == {"commit": "a" * 40}
-    made = {first.name: artifact_of(first, result)}
-    assert with_commit(second, Result(outputs={}, metrics={}), made).seen == {"commit": "a" * 40}
-    ref.write_text("b" * 40)
+    assert checked_commit(first, {}) is None, "it is not on this machine yet"
+    hub("a" * 40)
+    assert checked_commit(first, {}) == "a" * 40
+    made = {first.name: artifact_of(first, {"commit": "a" * 40})}
+    assert checked_commit(second, made) == "a" * 40
+    hub("b" * 40)
     with pytest.raises(StageFailed, match=r"two: hf://org/tiny has moved on the hub .*which base.evaluate read"):
-        with_commit(third, Result(outputs={}, metrics={}), made)
+        checked_commit(third, made)
 
 
-def artifact_of(step: Step, result: Result) -> Artifact:
+def test_a_hub_model_that_moves_while_a_step_runs_is_refused(folder, hub):
+    """An adapter would be merged into another model than it was trained on."""
+    text = yaml.safe_dump({**settings(folder), "model": {"hub": "org/tiny"}})
+    _, step, *_ = steps_of(recipe.parse(text, "r"), Registry(folder / "registry"))
+    hub("a" * 40)
+    at_start = checked_commit(step, {})
+    hub("b" * 40)
+    with pytest.raises(StageFailed, match=r"which one at its start read"):
+        checked_commit(step, {}, at_start)
+
+
+def artifact_of(step: Step, provenance: dict[str, str]) -> Artifact:
     ref = step.inputs["policy"]
     source = Source(id=None, output="policy", key=ref.key, name=ref.source)
     return Artifact(
         id="", key=step.key, kind=step.kind, stage=step.name, created="", outputs={}, files=(),
-        inputs={"policy": source}, format=None, config={}, identity=step.identity, metrics={}, provenance=result.seen,
+        inputs={"policy": source}, format=None, config={}, identity=step.identity, metrics={}, provenance=provenance,
     )  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ["accelerator_config", "fsdp_config", "deepspeed"])
-def test_a_setting_of_trl_that_names_a_file_is_refused(name, folder):
-    changed = settings(folder)
-    changed["stages"][0]["trl"] = {name: "settings.json"}
-    with pytest.raises(BadInput, match=f"trl.{name}: "):
-        recipe.parse(yaml.safe_dump(changed), "r")
 
 
 def test_a_linked_folder_of_problem_files_is_in_the_key(folder):

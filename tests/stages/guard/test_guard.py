@@ -76,7 +76,7 @@ def boom():
 ACTS = {
     "sleep": lambda: time.sleep(1000), "fork": lambda: 0.5 if os.fork() else 1.0, "fork_and_sleep": fork_and_sleep,
     "fork_and_exit": fork_and_exit,
-    "exit": lambda: os._exit(3), "sys_exit": lambda: sys.exit(0), "nan": lambda: float("nan"),
+    "exit": lambda: os._exit(3), "sys_exit": lambda: sys.exit(0), "none": lambda: None, "nan": lambda: float("nan"),
     "inf": lambda: float("inf"),
     "str": lambda: "1", "two": lambda: 2.0, "raise": boom, "kill_parent": kill_parent,
     "close": lambda: os.closerange(0, 1000),
@@ -99,6 +99,7 @@ HOSTILE = {
     "fork_and_exit": "crash",
     "exit": "crash",
     "sys_exit": "exception",
+    "none": None,
     "nan": "not_a_number",
     "inf": "not_a_number",
     "str": "not_a_number",

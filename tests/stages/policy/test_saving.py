@@ -88,7 +88,7 @@ def test_a_policy_with_such_settings_is_trained_and_published_as_it_was(policy, 
     )
     assert after["use_cache"] is True is before["use_cache"]
     assert after.keys() - before.keys() <= {"bos_token_id"}, "nothing of the loader or the trainer is left in it"
-    assert not Path(made.work, publishing.REHEARSAL).exists()
+    assert not Path(made.work, publishing.TRIAL).exists()
 
 
 def test_what_cannot_be_written_is_refused_before_the_first_step(policy, data, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from stages.job import Execution, Job
 from stages.runtime import checkpoints
@@ -54,6 +55,20 @@ def leaving(record: Path) -> None:
 def test_the_newest_whole_checkpoint_is_used_by_step_and_not_by_name(job, tmp_path):
     make(job, 9, 10, 2)
     assert checkpoints.newest(Path(job.work), of(job)) == (tmp_path / "checkpoint-10", [])
+
+
+def test_a_checkpoint_of_another_commit_of_a_model_on_the_hub_is_not_used(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    model, job = tmp_path / "hub" / "models--org--tiny", job.model_copy(update={"inputs": {"policy": "hf://org/tiny"}})
+    for commit in ("a" * 40, "b" * 40):
+        (model / "snapshots" / commit).mkdir(parents=True)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("a" * 40)
+    make(job, 2)
+    assert checkpoints.newest(Path(job.work), of(job))[0] == tmp_path / "checkpoint-2"
+    (model / "refs" / "main").write_text("b" * 40)
+    found, said = checkpoints.newest(Path(job.work), of(job))
+    assert found is None and said[0] == "set aside checkpoint-2: it was made from another job, such as other inputs"
 
 
 @pytest.mark.parametrize(
