@@ -213,9 +213,11 @@ def test_a_rehearsal_drops_no_overlap(kind, more, policy, tmp_path):
         rehearsal.rehearse(one, STAGES[kind].config.model_validate(one.config), str(policy))
 
 
-def test_a_rehearsal_without_different_rewards_does_not_stop(policy, tmp_path):
+def test_a_rehearsal_does_not_stop_without_a_signal(policy, tmp_path):
+    """Its random model may earn the same everywhere, of which the stage's settings say nothing."""
     one = small("grpo", policy, tmp_path, {"adam_beta2": 0.95}, stop_without_signal=1)
-    assert rehearsal.rehearse(one, GrpoConfig.model_validate(one.config), str(policy)) == []
+    rehearsed = rehearsal._small(one, one.config["trl"], str(policy), tmp_path / "place")
+    assert GrpoConfig.model_validate(rehearsed.config).stop_without_signal is None
 
 
 def test_settings_that_fail_only_together_are_named_together(policy, tmp_path):
