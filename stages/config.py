@@ -145,7 +145,7 @@ Seconds = Annotated[float, BeforeValidator(_duration)]
 
 
 class FormatSettings(Config):
-    """How text is dressed, declared once for SFT, RL, sampling, evaluation and serving. A stage inherits what it does
+    """How text is rendered, declared once for SFT, RL, sampling, evaluation and serving. A stage inherits what it does
     not set from its policy."""
 
     prompt: str | None = resolved(None)
@@ -163,9 +163,7 @@ class FormatSettings(Config):
     @model_validator(mode="after")
     def _one_kind_of_prefix(self) -> FormatSettings:
         if self.per_row and self.response_prefix is not None:
-            raise ValueError(
-                "per_row gives each row a prefix of its own, so response_prefix has no place beside it; remove one"
-            )
+            raise ValueError("per_row gives each row a prefix of its own, so response_prefix has no use; remove one")
         return self
 
 

@@ -3,8 +3,8 @@
 policy + rows of a problem -> policy. Each step samples `group_size` completions for each of `prompts_per_step` rows;
 their rewards, centred and scaled within the group, are the advantages. Loss: token-level (`dapo`, arXiv 2503.14476
 section 3.3; TRL's default). The KL reference is the policy the stage starts from (with adapters: the same weights,
-adapter off). General rows may go beside the rollouts (`mix`, docs/mix.md). Cheap to import: torch and trl come with
-`run`."""
+adapter off). A stage may add general rows to the rollouts (`mix`, docs/mix.md). Cheap to import: `run` imports
+torch and trl."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ class Kl(Config):
 
 
 class GrpoMix(Mix):
-    """General conversations beside a step's rollouts. They have no reward: they are trained by likelihood."""
+    """General conversations that a step adds to its rollouts. They have no reward: they are trained by likelihood."""
 
     coefficient: float = identity(0.1, gt=0)
-    """What the mean loss of their completion tokens weighs beside the loss of the rollouts, whose own weight is 1."""
+    """Weight of the mean loss of their completion tokens. The loss of the rollouts has weight 1."""
 
 
 class GrpoConfig(TrainingConfig):
@@ -306,7 +306,7 @@ def _trainer(
 
 
 def _kind(job: Job, config: GrpoConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[..., RewardedGRPOTrainer]:
-    """What is trained on: rollouts, or general rows beside them."""
+    """The trainer of rollouts, or of rollouts and general rows."""
     from stages.trl.likelihood import General, MixedGRPOTrainer
     from stages.trl.rewarding import RewardedGRPOTrainer
 
@@ -335,7 +335,7 @@ def preflight(job: Job, config: GrpoConfig, tokenizer: PreTrainedTokenizerBase, 
 
 
 def _refuse_stretched(job: Job, config: GrpoConfig, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """Raise BadInput for completions so long that they change the positions of the completions beside them."""
+    """Raise BadInput for completions so long that they change the positions of other completions in their batch."""
     from transformers import AutoConfig
 
     from stages.policy.positions import longest_exact

@@ -71,7 +71,7 @@ class Lora(Config):
 
 
 class Format(Frozen):
-    """How text is dressed, from SFT to serving."""
+    """How text is rendered, from SFT to serving."""
 
     prompt: str
     """Name of the prompt file, for reading; its content is what counts."""
@@ -155,7 +155,7 @@ class Job(Frozen):
     inputs: dict[str, str]
     """Role -> absolute path."""
     sources: dict[str, str] = Field(default_factory=dict)
-    """Role -> id of the artifact, or where else it is from: what is told of an input in what is made from it."""
+    """Role -> the name of an input in files that a stage writes: an artifact's id, a hub's name, or a file's name."""
     copies: dict[str, str] = Field(default_factory=dict)
     """Absolute path of a user's file -> that of the copy which is read in its place."""
     work: str
@@ -250,13 +250,13 @@ class Evaluation(Frozen):
     format: float | None
     """Share of the samples that have the right form."""
     format_digest: str
-    """SHA-256 of the Format that dressed prompt and completion."""
+    """SHA-256 of the Format that rendered prompt and completion."""
     pass_at_k: dict[str, float]
     """k -> chance that at least one of k samples passes; empty where no row has a score."""
     outcomes: dict[str, float]
     """Share of all samples per outcome."""
     per_row: str
-    """File beside this one, a line a row."""
+    """File in this file's directory, a line a row."""
 
 
 def read_evaluation(path: Path) -> Evaluation:

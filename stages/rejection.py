@@ -52,8 +52,8 @@ class RejectionConfig(StageConfig):
     keep: Keep = identity(Keep())
     """Which of them become data."""
     control: Literal["random"] | None = identity(None)
-    """`random`: beside what is kept, as many rollouts of the same rows drawn at random; an sft stage reads them as
-    `data: <name>:control`. Off: none."""
+    """`random`: in addition to the kept rollouts, as many rollouts of the same rows drawn at random. An sft stage reads
+    them as `data: <name>:control`. Off: none."""
 
     @model_validator(mode="after")
     def _steps_of_a_log(self) -> RejectionConfig:
@@ -124,8 +124,8 @@ def _has_a_log(config: RejectionConfig, policy: StageConfig | None) -> None:
         )
     if config.format is not None:
         raise BadInput(
-            f"stages.{config.name}.format: the rollouts of {config.policy}'s training are dressed in its own Format; "
-            f"remove format, or set source: fresh"
+            f"stages.{config.name}.format: the rollouts of {config.policy}'s training are rendered with its own "
+            f"Format; remove format, or set source: fresh"
         )
 
 
@@ -198,7 +198,7 @@ def _logged(
     theirs = rollouts.read_card(directory)
     if any(theirs[name] != card[name] for name in ("tokenizer", "format")):
         raise BadInput(
-            f"{job.name}: the rollouts of {job.sources['training']} were dressed in another Format than this "
+            f"{job.name}: the rollouts of {job.sources['training']} were rendered with another Format than this "
             f"stage's; remove the stage's format, or set source: fresh"
         )
     first, last = config.training_steps or (1, math.inf)

@@ -168,6 +168,6 @@ def _result(job: Job, status: int, log: Path) -> Result:
     if status == BUSY:
         raise _busy(job)
     if status == STOPPED:
-        raise StageFailed(f"{job.name}: it was asked to stop; the same command goes on with what it saved (log: {log})")
+        raise StageFailed(f"{job.name}: it was asked to stop; the same command resumes from its checkpoint (log: {log})")
     how = f"killed by signal {-status}" if status < 0 else f"exited with {status}"
     raise StageFailed(f"{job.name}: {how} without a word; its log is {log}")

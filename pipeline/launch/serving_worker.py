@@ -127,4 +127,4 @@ class ServingWorker:
     def _last_error(self) -> str:
         self._errors.seek(0)
         said = self._errors.read().decode(errors="replace").strip().splitlines()
-        return said[-1] if said else "it said nothing; it may have been killed for want of memory"
+        return said[-1] if said else "it said nothing; the kernel may have killed it because memory ran out"

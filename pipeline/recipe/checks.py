@@ -147,7 +147,7 @@ def _dataset(recipe: Recipe, problem: DatasetProblem) -> None:
 
 
 def _formats(recipe: Recipe) -> Iterator[tuple[str, FormatSettings]]:
-    """Where text is dressed, and how."""
+    """Each place of a recipe that sets a Format, and its settings."""
     yield "format", recipe.format
     yield from ((f"stages.{stage.name}.format", stage.format) for stage in recipe.stages if stage.format)
 

@@ -65,8 +65,8 @@ def job_of(
 
 
 def _public_name(source: Source) -> str:
-    """What is told of an input in what is made from it: an id, a hub's name, or of a path its last part; no path of
-    this machine."""
+    """The name of an input in files that a stage writes: an id, a hub's name, or the last part of a path, so that no
+    file holds a path of this machine."""
     return source.id or (Path(source.name).name if Path(source.name).is_absolute() else source.name)
 
 

@@ -45,17 +45,17 @@ def order(lines: Sequence[T], seed: int) -> list[T]:
 
 
 def drawn(stage: str, lines: Sequence[T], own: int, share: float, seed: int) -> list[T]:
-    """The lines that go beside `own` rows. Raises BadInput where there are fewer, and where it would be none."""
+    """The lines that a mix adds to `own` rows. Raises BadInput where there are fewer, and where it would be none."""
     wanted = count(own, share)
     if not wanted:
         raise BadInput(
-            f"stages.{stage}.mix: a share of {share:g} beside {own} rows is {share / (1 - share) * own:.2g} rows, "
+            f"stages.{stage}.mix: a share of {share:g} with {own} own rows is {share / (1 - share) * own:.2g} rows, "
             f"which rounds to 0; raise the share, or remove mix"
         )
     if wanted > len(lines):
         lower = f", or lower the share to {_most(len(lines), own):g}" if lines else ""
         raise BadInput(
-            f"stages.{stage}.mix: a share of {share:g} beside {own} rows takes {share:g} / (1 - {share:g}) * {own} = "
+            f"stages.{stage}.mix: a share of {share:g} with {own} own rows takes {share:g} / (1 - {share:g}) * {own} = "
             f"{wanted} rows, but its data have {len(lines)}, and no row is repeated; add rows{lower}"
         )
     return order(lines, seed)[:wanted]

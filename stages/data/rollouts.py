@@ -93,7 +93,7 @@ def write(directory: Path, lines: Iterable[RolloutLine], card: dict[str, Any]) -
 
 
 def write_card(directory: Path, card: dict[str, Any]) -> None:
-    """The card alone, beside a log that grows."""
+    """The card alone, into the directory of a log that grows."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / CARD).write_text(json.dumps(card, indent=1))
 

@@ -1,11 +1,10 @@
-"""What an sft stage trains on, as token rows, and what a grpo stage trains on beside its rollouts: a problem's
-demonstrations, a file of conversations, or what another stage sampled; and beside them, where the stage has a mix,
-general conversations.
+"""The rows that an sft stage trains on, and those that a grpo stage trains on in addition to its rollouts: a problem's
+demonstrations, a file of conversations, or the samples of another stage. A stage with a mix adds general conversations.
 
-Whatever the source, a row is ids with a role each (`stages.tokens.token_rows`), and every answer in it starts with the
+A row of any source is ids with a role each (`stages.tokens.token_rows`), and every answer in it starts with the
 response prefix. A file has a JSON object a line, as TRL takes them: `{"messages": [...]}`, trained as they are, every
 assistant turn an answer; or `{"prompt": ..., "completion": ...}`, of messages, of which the completion's are answers,
-or of plain text, which the Format dresses. A message has a role and content, both text; a key that is null is missing.
+or of plain text, which the Format renders. A message has a role and content, both text; a key that is null is missing.
 A line of which no answer says anything beyond the prefix is refused."""
 
 from __future__ import annotations
@@ -274,7 +273,7 @@ def _nothing_is_left_out(columns: Mapping[str, Any]) -> None:
     """Raise BadInput for a line of which a part would be ignored, and for a message that is not a role and its
     words."""
     if "messages" in columns and {"prompt", "completion"} & set(columns):
-        raise BadInput(f"found messages beside prompt or completion, expected {SHAPES}")
+        raise BadInput(f"found messages together with prompt or completion, expected {SHAPES}")
     for name in ("tools", "chat_template_kwargs"):
         if columns.get(name):
             raise BadInput(
@@ -288,7 +287,7 @@ def _nothing_is_left_out(columns: Mapping[str, Any]) -> None:
 
 
 def _refuse_no_turn(where: str, turn: Any) -> None:
-    """Raise BadInput for what is not a message, or one of nobody that is known."""
+    """Raise BadInput for anything but a message of a known role."""
     if not _is_turn(turn):
         found = turn
         if isinstance(turn, dict):

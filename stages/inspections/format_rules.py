@@ -1,5 +1,5 @@
-"""The Format contract, as far as a tokenizer and a template show it without weights: what cannot be dressed alike in
-training and serving is refused (BadInput), what probably is not meant is a Finding."""
+"""The Format contract, as far as a tokenizer and a template show it without weights: text that training and
+serving would render differently is refused (BadInput), what probably is not meant is a Finding."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def boundaries(job: Job, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Toke
 
 
 def system_prompts(job: Job, tokenizer: PreTrainedTokenizerBase, rows: Sequence[TokenRow]) -> Iterator[Finding]:
-    """Rows that are dressed otherwise than the Format says."""
+    """Rows whose system prompt is not the Format's."""
     assert job.format is not None, "the plan gives every stage a Format"
     looked_at = rows[:LOOKED_AT]
     if rate := _share(_said(tokenizer, row, SYSTEM) != job.format.system_prompt.strip() for row in looked_at):

@@ -213,7 +213,7 @@ def _generation_settings(job: Job, path: str) -> Iterator[Finding]:
             severity="warn",
             stage=job.name,
             evidence={"left_out": len(left_out)},
-            advice=f"its policy's generation settings contradict each other ({', '.join(left_out)} beside do_sample "
+            advice=f"its policy's generation settings contradict each other ({', '.join(left_out)} with do_sample "
             f"false) and could not be saved; the new policy is published without {', '.join(left_out)}",
         )
 

@@ -2,7 +2,7 @@
 after, to see what survived.
 
 policy (and a later one) + Formats -> a line each: how often the policy passes, keeps the form and does what the prompt
-tells it to, and how long it takes. The text a model is given is dressed by the very functions that training uses, and
+asks for, and how long it takes. The functions that training uses render the text that a model is given, and
 its digest is the Format's."""
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def run(job: Job) -> Result:
     """Write `score.json`. Raises BadInput with file and line for a row or completion that cannot be used."""
     from stages.problems import catalog, files
 
-    assert job.problem is not None, "whoever asks for a score names a problem"
+    assert job.problem is not None, "a job of score names a problem"
     problem = catalog.load(job.problem, job.copies)
     rows = files.rows(problem, Path(job.inputs["rows"]))
     answered = files.answers(Path(job.inputs["completions"]), rows)

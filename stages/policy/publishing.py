@@ -32,7 +32,7 @@ QUANTIZED = 0.01
 
 
 def refuse_unsaveable(trainer: Any, tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
-    """Write once, and throw away, what will be published beside the weights: config, generation settings, tokenizer.
+    """Write once, and throw away, all files of a policy but its weights: config, generation settings, tokenizer.
     Raises BadInput where that cannot be written, before anything is trained."""
     assert job.format is not None, "the plan gives every stage that trains a Format"
     if not ranks.first():

@@ -116,7 +116,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> P
             _nothing_is_dropped(skeleton, messages, unmarked)
             return _with_answers(found, [messages[i]["content"] for i in sorted(unmarked)])
     raise BadInput(
-        "the chat template changes the words of a message, so what is prompt and what is template cannot be told; use "
+        "the chat template changes the words of a message, so switchback cannot separate them from the template; use "
         "another template (format.chat_template)"
     )
 

@@ -137,7 +137,7 @@ def test_a_stage_trains_on_the_control_by_its_name(harvested):
         ({"harvest": {"control": "best"}}, "stages.harvest.control: found 'best'"),
         ({"harvest": {"source": "both", "policy": "warmup", "rows": "train[0:9]"}}, "its policy warmup is no grpo "
                                                                                     "stage"),
-        ({"harvest": {"source": "both", "format": {"response_prefix": ""}}}, "dressed in its own Format; remove "
+        ({"harvest": {"source": "both", "format": {"response_prefix": ""}}}, "rendered with its own Format; remove "
                                                                              "format"),
         ({"harvest": {"source": "training"}}, "samples has no effect with source: training"),
         ({"harvest": {"source": "both", "training_steps": [3, 4]}}, "stages.harvest.training_steps: found [3, 4], "
@@ -330,7 +330,7 @@ def test_the_metrics_tell_how_many_pass_and_what_all_are_worth_and_failures_are_
 )
 def test_a_log_that_another_tokenizer_or_format_made_is_refused_in_one_line(change, tmp_path):
     with pytest.raises(
-        BadInput, match=r"^rejection: the rollouts of rl1-00000000 were dressed in another Format [^\n]+$"
+        BadInput, match=r"^rejection: the rollouts of rl1-00000000 were rendered with another Format [^\n]+$"
     ):
         rejection.run(from_a_log(tmp_path, [{}], change))
 

@@ -93,7 +93,7 @@ def artifact_table(registry: Registry, artifact: Artifact) -> Table:
 
 def runs_table(runs: Sequence[Run]) -> Table:
     """A line per run."""
-    rows = table("run", "recipe", "state", "started", "goes on with")
+    rows = table("run", "recipe", "state", "started", "continues")
     for run in runs:
         rows.add_row(run.run, run.recipe, run.state, _moment(run.started), run.resumes or "-")
     return rows

@@ -4,9 +4,9 @@ rows + the problem's baselines (`stages.rewards.audit.baselines`) -> rewards and
 `audit.json` and findings (`stages.rewards.audit.rules`). Needs no model, no tokenizer and no torch. The same rows,
 seed and problem give the same report.
 
-A reward has no scale of its own, so it is told as a *share*: 0 is the least reward that any of the answers earned and
-1 the greatest. Where the problem has no gold, the greatest that was seen may be far from the best; there the range is
-what would be possible with components that reach 0 and 1 at least."""
+A reward has no scale of its own, so the audit states it as a *share*: 0 is the least reward that any of the answers
+earned and 1 the greatest. Where the problem has no gold, the greatest that was seen may be far from the best; there
+the range is what would be possible with components that reach 0 and 1 at least."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Others = Iterable[tuple[str, Problem]]
 
 
 class AuditConfig(Config):
-    """What to look at, beside the job's own problem, rows and Format."""
+    """Settings of an audit. The job has its problem, rows and Format."""
 
     rows: int = identity(100, ge=1)
     """The first so many of the job's rows. Rows from a file (the input `rows`) are all played."""
@@ -112,7 +112,7 @@ def audit(
 ) -> Report:
     """What the problem says to every baseline. `astray` is how many golds do not start with the response prefix;
     `others` are what the problem would be with one setting changed; `own` are weights in the place of the problem's;
-    `heard` is told how many answers are judged."""
+    `heard` gets the number of judged answers."""
     weights = {**problem.reward_weights, **own}
     table = play(problem, weights, asked, heard)
     fixes = _fixes(table, asked, ((change, other, {**other.reward_weights, **own}) for change, other in others))

@@ -45,8 +45,8 @@ class Table(NamedTuple):
 def play(
     problem: Problem, weights: Mapping[str, float], asked: Sequence[Baseline], heard: Heard = lambda done: None
 ) -> Table:
-    """What the problem says to every baseline, its components weighed by `weights`; `heard` is told how many it has
-    judged."""
+    """What the problem says to every baseline, its components weighed by `weights`; `heard` gets the number of
+    judged answers."""
     judged = list[Judgement]()
     while len(judged) < len(asked):
         heard(len(judged))

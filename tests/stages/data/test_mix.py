@@ -133,7 +133,7 @@ def test_only_lines_that_are_drawn_are_read(tmp_path):
     [
         (40, 0.6, "<think>\n", "takes 0.6 / (1 - 0.6) * 50 = 75 rows, but its data have 40, and no row is repeated; "
                                "add rows, or lower the share to 0.444"),
-        (40, 0.005, "<think>\n", "a share of 0.005 beside 50 rows is 0.25 rows, which rounds to 0; raise the share, "
+        (40, 0.005, "<think>\n", "a share of 0.005 with 50 own rows is 0.25 rows, which rounds to 0; raise the share, "
                                  "or remove mix"),
         (0, 0.2, "<think>\n", "but its data have 0, and no row is repeated; add rows"),
         (40, 0.2, "", "the response prefix is '<think>"),

@@ -321,7 +321,7 @@ def test_sigterm_saves_at_the_next_step_and_the_same_command_goes_on(long_recipe
     checkpoint = stopped(Running(long_recipe, registry).after(10), signal.SIGTERM, 143)
     before = runs.runs(Registry(registry))[0].run
     done = run_cli("run", long_recipe, "--registry", registry, "--no-prefect", "--only", "rl1")
-    assert f"goes on with run {before}, which is stopped" in done.stdout
+    assert f"continues run {before}, which is stopped" in done.stdout
     assert f"rl1: resumed from {checkpoint.name}" in done.stdout
     assert published(registry) == uninterrupted
     assert not list(registry.glob("work/*/checkpoint-*")), "optimiser states go once the stage is published"

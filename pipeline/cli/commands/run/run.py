@@ -75,7 +75,7 @@ def _run(
     """Plan, run, report."""
     planned = planning.plan(recipe, place, selection)
     if resumes:
-        print(f"goes on with run {resumes}, which is {runs.state(place, resumes)}")
+        print(f"continues run {resumes}, which is {runs.state(place, resumes)}")
     for number in ENDINGS:
         signal.signal(number, _terminate)
     try:
