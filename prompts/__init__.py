@@ -61,7 +61,7 @@ def load(name: str) -> Prompt:
     if not path.is_file():
         raise ValueError(f"the prompt file {name} is not there")
     try:
-        return parse(path.stem, path.read_text())
+        return parse(path.stem, path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"the prompt file {name} cannot be read as text: {error}") from None
 

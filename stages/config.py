@@ -9,9 +9,20 @@ from __future__ import annotations
 
 import difflib
 import re
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Strict, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Strict,
+    Tag,
+    model_validator,
+)
 
 FromList = Strict(False)
 """Lets a tuple be written as the list it is in YAML and JSON."""
@@ -143,12 +154,32 @@ def _duration(value: Any) -> Any:
 Seconds = Annotated[float, BeforeValidator(_duration)]
 """A duration: a number of seconds, or a number with s, m, h or d."""
 
+VARIABLE = re.compile(r"\$\{|^\$\w")
+"""A shell's variable, which would become the name of a directory."""
+
+
+def expanded(path: str) -> str:
+    """A path as a user writes it, with `~` expanded. Raises ValueError for a variable, and for a home that is not
+    there."""
+    if VARIABLE.search(path):
+        raise ValueError(f"variables are not expanded (found {path!r:.200}, expected a path). Fix: write the path out")
+    if not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:
+        raise ValueError(f"there is no such home (found {path!r:.200}, expected a path). Fix: write it out") from None
+
+
+UserPath = Annotated[str, AfterValidator(expanded)]
+"""A path, or a name where either is possible."""
+
 
 class FormatSettings(Config):
     """How text is rendered, declared once for SFT, RL, sampling, evaluation and serving. A stage inherits what it does
     not set from its policy."""
 
-    prompt: str | None = resolved(None)
+    prompt: UserPath | None = resolved(None)
     """Name of a file in prompts/, or the path of an .md file; identified by its content. Off: inherited; `plain` where
     there is nothing to inherit."""
     response_prefix: str | None = resolved(None)
@@ -156,7 +187,7 @@ class FormatSettings(Config):
     inherit."""
     per_row: str | None = resolved(None)
     """Column that gives each row a prefix of its own, in place of response_prefix. Off: one prefix for all."""
-    chat_template: str | None = resolved(None)
+    chat_template: UserPath | None = resolved(None)
     """A jinja file to render with, in place of the policy's own chat template; identified by its content. Off: the
     policy's."""
 

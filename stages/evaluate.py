@@ -82,7 +82,7 @@ def run(job: Job) -> Result:
         if not ranks.first():
             continue
         evaluation = summarise(job, config, split, player, greedy, sampled)
-        (out / f"{split}.json").write_text(evaluation.model_dump_json(indent=1))
+        (out / f"{split}.json").write_text(evaluation.model_dump_json(indent=1), encoding="utf-8")
         _write_rows(out / evaluation.per_row, rows, greedy, sampled)
         failed += [one.judgement.failure for group in (greedy, *sampled) for one in group]
         without += unscored(job.name, split, greedy, sampled)
@@ -194,7 +194,7 @@ def _write_rows(
         score = judgement.score if judgement.scored else None
         return {"text": rollout.text, "score": score, "outcome": judgement.outcome}
 
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for row, best, group in zip(rows, greedy, sampled, strict=True):
             line = {"row": row.id, "prompt": row.prompt, "greedy": said(best), "samples": [said(one) for one in group]}
             file.write(json.dumps(line) + "\n")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import ConfigDict, Field
 
-from stages.config import LIST, WORD, Config, FromList, Frozen, Seconds, WordOrList, execution, identity
+from stages.config import LIST, WORD, Config, FromList, Frozen, Seconds, UserPath, WordOrList, execution, identity
 from stages.errors import BadInput
 from stages.intervals import of_equal_scores
 
@@ -37,7 +37,7 @@ class Execution(Config):
     fastest with 1."""
     device: Literal["auto", "cpu", "cuda"] = execution("auto")
     """`auto` takes the GPU where there is one."""
-    accelerate: str | None = execution(None)
+    accelerate: UserPath | None = execution(None)
     """An accelerate config file (FSDP, DeepSpeed) that starts the processes, as `accelerate launch` takes it. Off:
     the job's own process forks them."""
     grace: Seconds = execution(20.0, ge=0)
@@ -183,7 +183,7 @@ class Job(Frozen):
         """Write `job.json` into `work`."""
         path = Path(self.work, "job.json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.model_dump_json(indent=1))
+        path.write_text(self.model_dump_json(indent=1), encoding="utf-8")
         return path
 
 
@@ -262,7 +262,7 @@ class Evaluation(Frozen):
 def read_evaluation(path: Path) -> Evaluation:
     """An Evaluation from its file, where an earlier version may have written an empty interval for rows that are all
     alike. Raises pydantic's ValidationError on anything else."""
-    found = Evaluation.model_validate_json(path.read_text())
+    found = Evaluation.model_validate_json(path.read_text(encoding="utf-8"))
     if found.interval is None or found.mean is None or found.interval[0] < found.interval[1]:
         return found
     return found.model_copy(update={"interval": of_equal_scores(found.mean, found.rows - found.unscored)})

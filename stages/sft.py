@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import model_validator
 
-from stages.config import Config, execution, identity, resolved
+from stages.config import Config, UserPath, execution, identity, resolved
 from stages.data.mix import Mix
 from stages.errors import BadInput
 from stages.job import Finding, Job, Result, train_rows
@@ -86,7 +86,7 @@ class SftConfig(TrainingConfig):
     }
 
     kind: Literal["sft"] = resolved("sft")
-    data: str = resolved(DEMONSTRATIONS)
+    data: UserPath = resolved(DEMONSTRATIONS)
     """What to imitate: `demonstrations` of the problem, the name of an earlier rejection stage, or the path of a
     .jsonl file of conversations, identified by its bytes (`stages.data.sources` says what a line may be)."""
     rows: str | None = resolved(None)

@@ -173,7 +173,7 @@ def same_world(trainer: Any, job: Job) -> None:
         )
     if job.execution.accelerate is None:
         return
-    wanted = (yaml.safe_load(Path(job.execution.accelerate).read_text()) or {}).get("distributed_type")
+    wanted = (yaml.safe_load(Path(job.execution.accelerate).read_text(encoding="utf-8")) or {}).get("distributed_type")
     got = str(trainer.accelerator.distributed_type.value)
     if wanted in SHARDING and wanted != got:
         raise BadInput(

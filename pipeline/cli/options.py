@@ -14,6 +14,8 @@ from pipeline.plan.plan import Planned
 from pipeline.recipe import checks
 from pipeline.recipe.recipe import Recipe, load
 from pipeline.registry import Registry
+from stages.config import expanded
+from stages.errors import BadInput
 
 REGISTRY = "SWITCHBACK_REGISTRY"
 
@@ -42,8 +44,19 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def open_registry(option: str | None, recipe: Recipe | None = None) -> Registry:
     """--registry, the recipe's, the environment's, ./registry: the first that is given. Relative paths count from the
     working directory."""
-    root = option or (recipe.registry if recipe else None) or os.environ.get(REGISTRY) or "registry"
-    return Registry(root)
+    if option:
+        return Registry(_path("--registry", option))
+    if recipe and recipe.registry:
+        return Registry(recipe.registry)
+    return Registry(_path(REGISTRY, os.environ.get(REGISTRY) or "registry"))
+
+
+def _path(where: str, path: str) -> str:
+    """A path that no recipe holds, with `~` expanded; a shell leaves it in `--registry=~/runs`. Raises BadInput."""
+    try:
+        return expanded(path)
+    except ValueError as error:
+        raise BadInput(f"{where}: {error}") from None
 
 
 def print_json(content: Any) -> None:

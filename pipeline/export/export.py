@@ -70,7 +70,7 @@ def export(registry: Registry, artifact: Artifact, directory: Path, output: str 
     if not registry.usable(artifact):
         raise BadInput(f"{artifact.id} is void: the registry no longer vouches for it; run its recipe to make it again")
     with _writing(registry, directory) as partial:
-        (partial / CARD).write_text(card.card(registry, artifact, output))
+        (partial / CARD).write_text(card.card(registry, artifact, output), encoding="utf-8")
         source = registry.path(artifact)
         for inner, file in sorted(files_of(artifact, output).items()):
             _copy(artifact, source / file.path, partial / inner, file)

@@ -57,7 +57,7 @@ def own_server(home: Path) -> Iterator[None]:
     port = _free_port()
     url = f"http://127.0.0.1:{port}/api"
     with _environment({**SETTINGS, "PREFECT_HOME": str(home), API_URL: url, **_no_proxy()}):
-        with (home / "server.log").open("w") as log:
+        with (home / "server.log").open("w", encoding="utf-8") as log:
             server = _start(port, log.fileno())
         try:
             _wait_until_healthy(server, url, home / "server.log")

@@ -118,7 +118,7 @@ def _refuse_busy(job: Job) -> None:
     path = Path(job.work, LOCK)
     if not path.exists():
         return
-    with path.open() as lock:
+    with path.open(encoding="utf-8") as lock:
         if not locks.lock_within(lock, PATIENCE):
             raise _busy(job)
 
@@ -157,9 +157,9 @@ def _result(job: Job, status: int, log: Path) -> Result:
     """What the worker made, or why it made nothing."""
     work = Path(job.work)
     if status == 0:
-        return Result.model_validate_json((work / RESULT).read_text())
+        return Result.model_validate_json((work / RESULT).read_text(encoding="utf-8"))
     if (work / ERROR).exists():
-        error = json.loads((work / ERROR).read_text())
+        error = json.loads((work / ERROR).read_text(encoding="utf-8"))
         if error["bad_input"]:
             raise BadInput(error["message"])
         if error["refused"]:
@@ -168,6 +168,8 @@ def _result(job: Job, status: int, log: Path) -> Result:
     if status == BUSY:
         raise _busy(job)
     if status == STOPPED:
-        raise StageFailed(f"{job.name}: it was asked to stop; the same command resumes from its checkpoint (log: {log})")
+        raise StageFailed(
+            f"{job.name}: it was asked to stop; the same command resumes from its checkpoint (log: {log})"
+        )
     how = f"killed by signal {-status}" if status < 0 else f"exited with {status}"
     raise StageFailed(f"{job.name}: {how} without a word; its log is {log}")

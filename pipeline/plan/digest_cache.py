@@ -86,12 +86,12 @@ def _remember(path: str, state: State, digest: str) -> None:
     """Add one entry to what is there now; processes take turns, and a reader sees the file before or after."""
     directory = cache_directory()
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / f".{FILE}.lock").open("a") as lock:
+    with (directory / f".{FILE}.lock").open("a", encoding="utf-8") as lock:
         locks.lock(lock)
         entries = {name: entry for name, entry in _read().items() if name != path}
         entries[path] = {"state": state, "sha256": digest}
         newest = dict(list(entries.items())[-ENTRIES:])
         partial = directory / f".{FILE}.partial"
-        partial.write_text(json.dumps(newest))
+        partial.write_text(json.dumps(newest), encoding="utf-8")
         partial.chmod(0o600)
         partial.replace(directory / FILE)

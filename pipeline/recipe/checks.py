@@ -160,7 +160,7 @@ def _is_file(where: str, path: str) -> None:
 def _accelerate_agrees(recipe: Recipe, path: Path) -> None:
     """An accelerate config says how many processes there are and how precisely they compute, and so does the recipe."""
     try:
-        config = yaml.safe_load(path.read_text())
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInput(f"launch.accelerate: {path} cannot be read: {' '.join(str(error).split())}") from None
     found = config.get("num_processes") if isinstance(config, dict) else None

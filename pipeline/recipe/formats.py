@@ -63,7 +63,7 @@ def carried_by(directory: Path) -> Format | None:
     if not (path := directory / MANIFEST).is_file():
         return None
     try:
-        found = json.loads(path.read_text())["format"]
+        found = json.loads(path.read_text(encoding="utf-8"))["format"]
         return Format.model_validate(found) if found else None
     except (ValueError, KeyError, ValidationError) as error:
         raise BadInput(
@@ -76,7 +76,7 @@ def read_template(path: str) -> str:
     if not Path(path).is_file():
         raise BadInput(f"format.chat_template: {path} is not there (paths count from {Path.cwd()})")
     try:
-        return Path(path).read_text()
+        return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise BadInput(f"format.chat_template: {path} is not text") from None
 

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationError,
 
 from pipeline.recipe.validation_errors import complaint, nearest
 from pipeline.registry.stores.open import check
-from stages.config import Config, FormatSettings, FromList, Seconds, execution, identity, resolved
+from stages.config import Config, FormatSettings, FromList, Seconds, UserPath, execution, identity, resolved
 from stages.errors import BadInput
 from stages.evaluate import Evaluate, Validation
 from stages.grpo import GrpoConfig
@@ -30,7 +30,7 @@ from stages.sft import SftConfig
 class Model(Config):
     """The base policy: exactly one of path, hub and artifact."""
 
-    path: str | None = resolved(None)
+    path: UserPath | None = resolved(None)
     """A model directory; identified by the digest of its files."""
     hub: str | None = resolved(None)
     """A model on the Hugging Face hub; identified by its name and revision as written."""
@@ -81,7 +81,7 @@ def _place(place: str) -> str:
     return place
 
 
-Place = Annotated[str, AfterValidator(_place)]
+Place = Annotated[UserPath, AfterValidator(_place)]
 """A directory, or a URL of an object store."""
 
 
@@ -142,7 +142,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         raise BadInput(f"{path}: there is no such recipe file")
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: cannot be read as text: {error}") from None
     return parse(text, str(path), overrides)
@@ -196,7 +196,8 @@ def dump(recipe: Recipe) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people expect it: 1e-4 is a number, and a key given twice is an error."""
+    """YAML with the numbers of version 1.2: 1e-4 is one, 10:00 and 010 are text. A date is text, and a key given twice
+    is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
@@ -209,9 +210,19 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+NUMBERS = {
+    "int": r"^(?:[-+]?(?:0|[1-9][0-9]*)|0o[0-7]+|0x[0-9a-fA-F]+)$",
+    "float": r"^(?:[-+]?(?:(?:0|[1-9][0-9]*)\.[0-9]*|\.[0-9]+|(?:0|[1-9][0-9]*)(?=[eE]))(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+}
+"""The type of a plain scalar -> its form, as in YAML 1.2's core schema, but for leading zeros, which are text."""
+OF_YAML_1_1 = {f"tag:yaml.org,2002:{name}" for name in (*NUMBERS, "timestamp", "value")}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if tag not in OF_YAML_1_1]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _type, _form in NUMBERS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_type}", re.compile(_form), list("-+.0123456789"))
 
 
 def _yaml(text: str, where: str) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import Field
 
 from pipeline.registry.artifact import Artifact, now
-from pipeline.registry.registry import Registry
+from pipeline.registry.registry import Registry, passed_over
 from pipeline.registry.stores.store import read_as
 from stages.config import Frozen
 from stages.errors import BadInput
@@ -103,10 +103,15 @@ def history(registry: Registry, alias: str) -> list[Move]:
     return [_entry(registry, alias, number) for number in numbers]
 
 
-def aliases(registry: Registry) -> dict[str, Move]:
-    """Every alias that points somewhere."""
-    moves = ((alias, current(registry, alias)) for alias in registry.store.names("refs"))
-    return {alias: move for alias, move in moves if move}
+def aliases(registry: Registry, strict: bool = True) -> dict[str, Move]:
+    """Every alias that points somewhere. Raises Unreadable for one that this user may not read; without `strict`, a
+    warning names it."""
+    found: dict[str, Move] = {}
+    for alias in registry.store.names("refs"):
+        with passed_over(not strict):
+            if move := current(registry, alias):
+                found[alias] = move
+    return found
 
 
 def look_up(registry: Registry, name: str) -> Artifact | None:

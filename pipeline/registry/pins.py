@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 from pydantic import AwareDatetime
 
 from pipeline.registry.artifact import Artifact
-from pipeline.registry.registry import Registry
+from pipeline.registry.registry import Registry, passed_over
 from pipeline.registry.runs import alive
 from pipeline.registry.stores.store import read_as
 from stages.config import Frozen
@@ -35,15 +35,17 @@ class Pin(Frozen):
     at: AwareDatetime
 
 
-def pins(registry: Registry) -> list[tuple[str, Pin]]:
-    """(id of an artifact, pin) for all pins."""
+def pins(registry: Registry, strict: bool = True) -> list[tuple[str, Pin]]:
+    """(id of an artifact, pin) for all pins. Raises Unreadable for one that this user may not read; without `strict`, a
+    warning names it."""
     store = registry.store
     found: list[tuple[str, Pin]] = []
     for artifact_id in store.names("pins"):
-        for name in store.names(f"pins/{artifact_id}"):
-            pin = read_as(store, f"pins/{artifact_id}/{name}", Pin)
-            if pin is not None:  # else it was released meanwhile
-                found.append((artifact_id, pin))
+        with passed_over(not strict):
+            for name in store.names(f"pins/{artifact_id}"):
+                pin = read_as(store, f"pins/{artifact_id}/{name}", Pin)
+                if pin is not None:  # else it was released meanwhile
+                    found.append((artifact_id, pin))
     return found
 
 

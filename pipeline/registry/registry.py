@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from pipeline.errors import Unreadable
 from pipeline.registry.artifact import Artifact, is_id, now, parse
 from pipeline.registry.files import list_files
 from pipeline.registry.stores.open import open_store
@@ -271,6 +273,17 @@ class Registry:
     def _is_current(self, artifact: Artifact) -> bool:
         current = self.find(artifact.key)
         return current is not None and current.id == artifact.id
+
+
+@contextmanager
+def passed_over(lenient: bool = True) -> Iterator[None]:
+    """In a list, what another user lets nobody read is named in the log and left out, where `lenient`."""
+    try:
+        yield
+    except Unreadable as error:
+        if not lenient:
+            raise
+        LOG.warning("switchback: left out: %s", error)
 
 
 def _parsed(name: str, content: bytes | None) -> Artifact | None:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pipeline.registry.artifact import now
-from pipeline.registry.registry import Registry
+from pipeline.registry.registry import Registry, passed_over
 from pipeline.registry.stores.store import inside
 from stages.config import Frozen
 from stages.errors import BadInput, printable
@@ -113,9 +113,13 @@ def planned(registry: Registry, run: str) -> dict[str, Any]:
 
 
 def runs(registry: Registry) -> list[Run]:
-    """All runs, newest first."""
-    started = [run for run in registry.store.names("runs") if registry.store.names(f"runs/{run}/events")]
-    return sorted((_run(registry, run) for run in started), key=lambda run: run.started, reverse=True)
+    """All runs that this user may read, newest first; a warning names the others."""
+    found: list[Run] = []
+    for run in registry.store.names("runs"):
+        with passed_over():
+            if registry.store.names(f"runs/{run}/events"):
+                found.append(_run(registry, run))
+    return sorted(found, key=lambda run: run.started, reverse=True)
 
 
 def recipe_of(registry: Registry, run: str) -> str:
@@ -134,11 +138,13 @@ def unfinished(
     while it did."""
     of_recipe = re.compile(rf"{re.escape(recipe_name)}-\d{{8}}-\d{{6}}-[0-9a-f]{{4}}")
     newest_first = sorted(filter(of_recipe.fullmatch, registry.store.names("runs")), reverse=True)
-    newest = next((run for run in newest_first if registry.store.last(f"runs/{run}/events")), None)
-    if newest is None or state(registry, newest) in ("done", "running"):
-        return None
-    same = is_recipe(recipe_of(registry, newest)) and planned(registry, newest).get("selection") == selection
-    return newest if same else None
+    with passed_over():
+        newest = next((run for run in newest_first if registry.store.last(f"runs/{run}/events")), None)
+        if newest is None or state(registry, newest) in ("done", "running"):
+            return None
+        if is_recipe(recipe_of(registry, newest)) and planned(registry, newest).get("selection") == selection:
+            return newest
+    return None
 
 
 def state(registry: Registry, run: str) -> str:

@@ -10,8 +10,11 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from pipeline.registry.registry import Registry
+from pipeline.registry.stores.shared import make_directory, share, share_tree
+from stages.errors import BadInput
 from stages.runtime import locks
 from stages.runtime.workdir import RUN_LOCK
 
@@ -24,14 +27,18 @@ HOLDER_PATIENCE = 1.0
 
 
 @contextmanager
-def alone(work: Path, on_wait: Callable[[str], None], on_tick: Callable[[], None] = lambda: None) -> Iterator[None]:
+def alone(
+    registry: Registry, work: Path, on_wait: Callable[[str], None], on_tick: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """Be the only run on this machine that makes this step, from the look into the registry to its publication.
 
     While another run makes it, `on_wait` is called once with that run's pid, and `on_tick` repeatedly. The kernel frees
-    the lock when its holder ends, however it ends.
+    the lock when its holder ends, however it ends. Raises BadInput for a directory of another user that shares nothing.
     """
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / RUN_LOCK).open("a+") as lock:
+    root = Path(registry.url) if work.is_relative_to(registry.url) else work.parent
+    make_directory(work, root)
+    with _run_lock(work) as lock:
+        share(work / RUN_LOCK, root)
         if not locks.try_lock(lock):
             on_wait(locks.holder(lock, HOLDER_PATIENCE))
             while not locks.lock_within(lock, TICK):
@@ -41,8 +48,19 @@ def alone(work: Path, on_wait: Callable[[str], None], on_tick: Callable[[], None
             yield
         finally:
             locks.erase_holder(lock)  # so that no run names a holder that has ended
+            share_tree(work, root)  # another user may resume what this one began
+
+
+def _run_lock(work: Path) -> IO[str]:
+    try:
+        return (work / RUN_LOCK).open("a+", encoding="utf-8")
+    except PermissionError as error:
+        raise BadInput(
+            f"work: {work} is in use by another user (found {error.strerror}, expected a directory that can be "
+            f"written). Fix: set {WORK} to a directory of your own, or share the registry (docs/registry.md)"
+        ) from None
 
 
 def work_root(registry: Registry) -> Path:
     """The directory of work in progress: SWITCHBACK_WORK, else `work/` in the registry."""
-    return Path(os.environ.get(WORK) or registry.store.work).absolute()
+    return Path(os.environ.get(WORK) or registry.store.work).expanduser().absolute()

@@ -171,7 +171,7 @@ def _lines(registry: Registry, artifact: Artifact, path: str) -> list[dict[str, 
     if path not in {file.path for file in artifact.files}:
         raise BadInput(f"{artifact.id} has no file {path}, which says what it answered; publish it again")
     try:
-        return [json.loads(line) for line in (registry.path(artifact) / path).read_text().splitlines()]
+        return [json.loads(line) for line in (registry.path(artifact) / path).read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, RecursionError):
         raise _changed(artifact) from None
 

@@ -81,7 +81,7 @@ def scores(registry: Registry, evaluation: Artifact, split: Split) -> dict[str, 
         raise BadInput(f"{wrong[0]}; run switchback verify {evaluation.id}, and evaluate the policy again")
     directory = registry.path(evaluation)
     said = read_evaluation(registry.path(evaluation, split)).per_row
-    lines = [json.loads(line) for line in (directory / said).read_text().splitlines()]
+    lines = [json.loads(line) for line in (directory / said).read_text(encoding="utf-8").splitlines()]
     return {line["row"]: mean_score(line) for line in lines}
 
 

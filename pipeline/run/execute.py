@@ -15,7 +15,7 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.registry import Registry
 from pipeline.registry.workdir import work_root
 from pipeline.results.evaluations import difference
-from pipeline.run import inspections
+from pipeline.run import hub, inspections
 from pipeline.run.observer import Observer
 from pipeline.run.run import Run
 from pipeline.run.step import Made, make
@@ -42,6 +42,7 @@ def execute(
         to_run = any(one.action == "run" for one in planned)
         with_prefect = use_prefect and bool(to_run or api_url())
         if to_run:
+            hub.refuse_unreachable(recipe.model)
             run.launcher.warm_up()  # its imports and the server's start go side by side
         if with_prefect:
             stack.enter_context(own_server(work_root(registry) / "prefect"))

@@ -90,7 +90,7 @@ def audit(
     inputs = {"rows": str(rows.absolute())} if rows else {}
     with _question("audit", {"weights": rewards.weights}, like, inputs) as job:
         launcher.launch(job, on_metrics=on_metrics)
-        return audit_job.Report.model_validate_json(Path(job.out, audit_job.FILE).read_text())
+        return audit_job.Report.model_validate_json(Path(job.out, audit_job.FILE).read_text(encoding="utf-8"))
 
 
 def audits(planned: Sequence[Planned], registry: Registry, launcher: Launcher, execution: Execution) -> list[Finding]:
@@ -132,7 +132,7 @@ def loss_map(
     like = stand_in(one, planned, registry, Execution())
     with _question("inspect", {"stage": step.config.model_dump(mode="json"), "row": row}, like, like.inputs) as job:
         result = launcher.launch(job)
-        return {**json.loads(Path(job.out, loss_map_file.FILE).read_text()), "metrics": result.metrics}
+        return {**json.loads(Path(job.out, loss_map_file.FILE).read_text(encoding="utf-8")), "metrics": result.metrics}
 
 
 def probe(
@@ -148,7 +148,7 @@ def probe(
     job = job_of(like.step, {}, registry, execution)
     with _question("probe", config, job, policies) as question:
         launcher.launch(question, on_metrics=on_metrics)
-        return json.loads(Path(question.out, probe_job.FILE).read_text())["lines"]
+        return json.loads(Path(question.out, probe_job.FILE).read_text(encoding="utf-8"))["lines"]
 
 
 def score(problem: dict[str, Any], rows: Path, completions: Path, launcher: Launcher) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def score(problem: dict[str, Any], rows: Path, completions: Path, launcher: Laun
     inputs = {"rows": str(rows.absolute()), "completions": str(completions.absolute())}
     with _question("score", {}, _of_problem("score", problem), inputs) as job:
         launcher.launch(job)
-        return json.loads(Path(job.out, score_job.FILE).read_text())
+        return json.loads(Path(job.out, score_job.FILE).read_text(encoding="utf-8"))
 
 
 def rows(problem: dict[str, Any], config: rows_job.RowsConfig, seed: int, launcher: Launcher) -> Iterator[str]:

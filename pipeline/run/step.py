@@ -18,10 +18,11 @@ from pipeline.plan.steps import Step
 from pipeline.registry import Artifact, Published, Registry, Source, UnsafeFile
 from pipeline.registry.verify import as_read, condemn
 from pipeline.registry.workdir import alone
+from pipeline.run.hub import COMMIT, checked_commit
 from pipeline.run.job import job_of, sources_of, work_of
 from pipeline.run.mirror import forget, mirrored
 from pipeline.run.run import Run
-from pipeline.run.user_files import COMMIT, as_planned, checked_commit
+from pipeline.run.user_files import as_planned
 from stages.job import Finding, Job, Result
 from stages.runtime import checkpoints
 from stages.runtime.metrics import FILE as METRICS
@@ -47,7 +48,7 @@ def make(planned: Planned, run: Run) -> Made:
     if artifact:
         return _reuse(step, artifact, run)
     work = work_of(step, run.registry)
-    with alone(work, lambda pid: run.observer.waiting(step, pid), lambda: run.beat(step)):
+    with alone(run.registry, work, lambda pid: run.observer.waiting(step, pid), lambda: run.beat(step)):
         artifact = _held(step, run) or run.registry.recover(step.key, step.name, run.id)
         if artifact:
             checkpoints.clear(work)  # another run has made it since

@@ -8,24 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.errors import StageFailed
-from pipeline.plan.base import CONFIG
 from pipeline.plan.digest_cache import digest_once
 from pipeline.plan.steps import Step
 from pipeline.plan.user_files import UserFile, paths_opened
-from pipeline.registry import Artifact
 from pipeline.registry.keys import digest_model
 from stages.errors import BadInput
 from stages.job import HUB
 from stages.problems.catalog import DatasetProblem, FileProblem, settings_of
 from stages.runtime.workdir import FILES, Copies
 
-COMMIT = "commit"
-"""What provenance calls the commit of a base model on the hub."""
 LARGEST_COPY = 64 * 2**20
 """Bytes; a larger file is read where it lies, and looked at again before publication."""
 
@@ -101,40 +96,6 @@ def _listed(step: Step) -> set[Path]:
     problem = step.problem or (step.evaluated.problem if step.evaluated and opens else None)
     settings = settings_of(problem) if problem else None
     return set(paths_opened(settings)) if isinstance(settings, (FileProblem, DatasetProblem)) else set()
-
-
-def commit_of(source: str) -> str | None:
-    """The commit that a model on the hub was last fetched at; None for any other model, and for one that is not on
-    this machine."""
-    if not source.startswith(HUB):
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    repo, _, revision = source.removeprefix(HUB).partition("@")
-    found = try_to_load_from_cache(repo, CONFIG, revision=revision or None)
-    return Path(found).parent.name if isinstance(found, str) else None
-
-
-def checked_commit(step: Step, made: Mapping[str, Artifact], at_start: str | None = None) -> str | None:
-    """The commit of the model on the hub that the step reads; None for any other model.
-
-    Raises StageFailed where an earlier step of the run, one of `made`, read another commit of it, or the step itself
-    when it started.
-    """
-    policy = step.inputs["policy"]
-    commit = commit_of(policy.source)
-    read = {
-        name: artifact.provenance.get(COMMIT)
-        for name, artifact in made.items()
-        if "policy" in artifact.inputs and artifact.inputs["policy"].key == policy.key
-    }
-    for name, other in {**read, f"{step.name} at its start": at_start}.items():
-        if commit and other not in (None, commit):
-            raise StageFailed(
-                f"{step.name}: {policy.source} has moved on the hub (found commit {commit}, expected {other}, which "
-                f"{name} read). Fix: set model.revision to one of the two"
-            )
-    return commit
 
 
 def _digest(path: Path) -> str | None:

@@ -42,9 +42,9 @@ def write(directory: Path, problem: str) -> list[Path]:
     if problem == OWN:
         settings = {"file": "my_problem.py"}
     for name in names:
-        text = (HERE / name).read_text()
+        text = (HERE / name).read_text(encoding="utf-8")
         flow = yaml.safe_dump(settings, default_flow_style=True, sort_keys=False).strip()
-        (directory / name).write_text(text.replace("problem: PROBLEM", f"problem: {flow}"))
+        (directory / name).write_text(text.replace("problem: PROBLEM", f"problem: {flow}"), encoding="utf-8")
     return [directory / name for name in (*names, MODEL)]
 
 

@@ -118,4 +118,4 @@ def write(directory: Path, rows: Sequence[TokenRow], card: dict[str, Any]) -> No
         funnel="\n".join(f"| {rule} | {count} |" for rule, count in counts.items()),
         keep=Keep.model_validate(card["keep"]).model_dump_json(exclude_none=True),
     )
-    (directory / "README.md").write_text(text)
+    (directory / "README.md").write_text(text, encoding="utf-8")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import TypeVar
 
-from stages.config import Config, identity, resolved
+from stages.config import Config, UserPath, identity, resolved
 from stages.errors import BadInput
 
 T = TypeVar("T")
@@ -24,16 +24,17 @@ MARK = f"{RULE}:"
 
 
 class Mix(Config):
-    """General conversations beside a stage's own rows, so that what the policy could do before is not forgotten."""
+    """General conversations in addition to a stage's own rows, so that the policy does not forget them."""
 
-    data: str = resolved()
+    data: UserPath = resolved()
     """A .jsonl file of conversations (`stages.data.sources` says what a line may be), identified by its bytes."""
     share: float = identity(gt=0, lt=1)
     """Their share of all rows, such as 0.07; a single step has it on average only."""
 
 
 def count(own: int, share: float) -> int:
-    """How many general rows make up `share` of all rows beside `own` others: share / (1 - share) * own, rounded."""
+    """The number of general rows that are `share` of all rows, with `own` others:
+    share / (1 - share) * own, rounded."""
     return round(share / (1 - share) * own)
 
 

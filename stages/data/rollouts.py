@@ -87,7 +87,7 @@ def card(
 def write(directory: Path, lines: Iterable[RolloutLine], card: dict[str, Any]) -> None:
     """Rollouts, a JSON line each, and their card."""
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / FILE).open("w") as file:
+    with (directory / FILE).open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
     write_card(directory, card)
 
@@ -95,19 +95,19 @@ def write(directory: Path, lines: Iterable[RolloutLine], card: dict[str, Any]) -
 def write_card(directory: Path, card: dict[str, Any]) -> None:
     """The card alone, into the directory of a log that grows."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / CARD).write_text(json.dumps(card, indent=1))
+    (directory / CARD).write_text(json.dumps(card, indent=1), encoding="utf-8")
 
 
 def read(directory: Path) -> Iterator[RolloutLine]:
     """The rollouts of a directory."""
-    with (directory / FILE).open() as file:
+    with (directory / FILE).open(encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)
 
 
 def read_card(directory: Path) -> dict[str, Any]:
     """What made them."""
-    return json.loads((directory / CARD).read_text())
+    return json.loads((directory / CARD).read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def keep(stage: int, requests: int, replies: int) -> None:
     die_with_parent(stage)
     adopt_orphans()
     with suppress(OSError):  # the kernel kills user code first where memory runs out
-        Path("/proc/self/oom_score_adj").write_text("1000")
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
     supervisor = os.getpid()
     worker = os.fork()
     if not worker:

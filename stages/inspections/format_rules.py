@@ -144,7 +144,7 @@ def refuse_other_formats(job: Job, path: str, tokenizer: PreTrainedTokenizerBase
     assert job.format is not None, "the plan gives every stage a Format"
     on_purpose = {name for name, value in (job.config.get("format") or {}).items() if value is not None}
     templates, manifest = tokenizer.chat_template, Path(path, MANIFEST)
-    trained_with = json.loads(manifest.read_text()).get("format") if manifest.is_file() else None
+    trained_with = json.loads(manifest.read_text(encoding="utf-8")).get("format") if manifest.is_file() else None
     if trained_with:
         for name in different(Format.model_validate(trained_with), job.format):
             if not SET_BY[name] & on_purpose:

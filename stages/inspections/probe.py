@@ -62,7 +62,7 @@ def run(job: Job) -> Result:
             lines.append({"policy": role, **_line(rollouts.player(of_variant), config, variant)})
             log.write(len(lines), total)
     if ranks.first():
-        Path(job.out, FILE).write_text(json.dumps({"lines": lines}))
+        Path(job.out, FILE).write_text(json.dumps({"lines": lines}), encoding="utf-8")
     return Result(outputs={"probe": FILE}, metrics={"lines": len(lines)})
 
 

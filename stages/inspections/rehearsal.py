@@ -122,7 +122,7 @@ def _small(job: Job, trl: Mapping[str, Any], path: str, place: Path) -> Job:
     if job.kind == "sft":
         what = {"problem": None, "rows": None}
         inputs["data"] = str(place / "rows.jsonl")
-        (place / "rows.jsonl").write_text("".join(_conversation(number) for number in range(8)))
+        (place / "rows.jsonl").write_text("".join(_conversation(number) for number in range(8)), encoding="utf-8")
     execution = job.execution.model_copy(update={"processes": 1, "accelerate": None, "micro_batch": MICRO_BATCH})
     return job.model_copy(
         update={

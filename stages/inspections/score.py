@@ -49,7 +49,7 @@ def run(job: Job) -> Result:
     answered = files.answers(Path(job.inputs["completions"]), rows)
     judgements = problem.judge([answer for _, answer in answered])
     found = summarise(problem, [row for row, _ in answered], judgements)
-    Path(job.out, FILE).write_text(json.dumps(found, indent=1))
+    Path(job.out, FILE).write_text(json.dumps(found, indent=1), encoding="utf-8")
     metrics = {} if found["average"] is None else {"average": found["average"]}
     return Result(outputs={"score": FILE}, metrics=metrics)
 

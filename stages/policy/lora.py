@@ -111,7 +111,10 @@ def save_adapter(model: Any, directory: Path, state: dict[str, Any] | None, base
     name = Path(base).name
     if base.startswith(HUB):
         name = base.removeprefix(HUB).partition("@")[0]
-    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": name}, indent=2))
+    path.write_text(
+        json.dumps({**json.loads(path.read_text(encoding="utf-8")), "base_model_name_or_path": name}, indent=2),
+        encoding="utf-8",
+    )
 
 
 def merged(policy: Any, adapter: Path) -> tuple[Any, float]:

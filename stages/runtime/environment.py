@@ -63,6 +63,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 }
 """Family -> its members that pass. `*` stands for any end of a name."""
 OURS = {
+    "PYTHONUTF8": "1",  # the same bytes are the same text in every locale
     "PYTHONHASHSEED": "0",  # a set is walked in the same order in every process
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",

@@ -26,7 +26,7 @@ class MetricsLog:
     def __init__(self, out: Path) -> None:
         path = out / FILE if ranks.first() else Path(os.devnull)
         self._start = time.monotonic() - seconds_so_far(path)
-        self._file = path.open("a", buffering=1)
+        self._file = path.open("a", buffering=1, encoding="utf-8")
 
     def write(self, step: int, total: int, values: dict[str, float] | None = None) -> None:
         """One line. Values that JSON has no number for (nan, inf) become null."""
@@ -39,14 +39,14 @@ def seconds_so_far(path: Path) -> float:
     """What the last line of a log says; a stage that was resumed goes on from there."""
     if not path.is_file():
         return 0.0
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     return json.loads(lines[-1])["seconds"] if lines else 0.0
 
 
 def say(job: Job, text: str) -> None:
     """Tell the user something, now. A line in the stage's log too."""
     print(text, flush=True)
-    with Path(job.work, WORDS).open("a") as file:
+    with Path(job.work, WORDS).open("a", encoding="utf-8") as file:
         file.write(json.dumps({"text": text}) + "\n")
 
 
@@ -55,6 +55,6 @@ def latest(out: Path, wanted: Iterable[str]) -> dict[str, float]:
     if not ranks.first():
         return {}
     last: dict[str, float] = {}
-    for line in map(json.loads, (out / FILE).read_text().splitlines()):
+    for line in map(json.loads, (out / FILE).read_text(encoding="utf-8").splitlines()):
         last |= {name: line[name] for name in wanted if line.get(name) is not None}
     return last

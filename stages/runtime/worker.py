@@ -57,9 +57,9 @@ LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
 def main(path: str, stages: Mapping[str, Runs]) -> int:
     """Run the job in a file, in as many processes as it is for; returns the exit code. `stages` says what runs each
     kind."""
-    job = Job.model_validate_json(Path(path).read_text())
+    job = Job.model_validate_json(Path(path).read_text(encoding="utf-8"))
     work = Path(job.work)
-    with (work / LOCK).open("a+") as lock:
+    with (work / LOCK).open("a+", encoding="utf-8") as lock:
         if not _take(lock):
             print(
                 f"{job.name}: process {locks.holder(lock) or '?'} is already working in {work}; wait for it or stop it",
@@ -79,7 +79,7 @@ def main(path: str, stages: Mapping[str, Runs]) -> int:
 def main_of_rank(path: str, stages: Mapping[str, Runs]) -> int:
     """One of the processes of a job whose directory is held and emptied; it dies with the one that started it."""
     die_with_parent(os.getppid())
-    return _attempt_of_rank(Job.model_validate_json(Path(path).read_text()), stages)
+    return _attempt_of_rank(Job.model_validate_json(Path(path).read_text(encoding="utf-8")), stages)
 
 
 def _attempt_of_rank(job: Job, stages: Mapping[str, Runs]) -> int:
@@ -120,7 +120,7 @@ def _share_out(job: Job, path: str, stages: Mapping[str, Runs]) -> int:
         meeting.mkdir()
         code = forked_ranks.run(job.execution.processes, str(meeting), lambda: _attempt_of_rank(job, stages))
     if code and (Path(job.work) / ERROR).exists():
-        return 2 if json.loads((Path(job.work) / ERROR).read_text())["bad_input"] else 1
+        return 2 if json.loads((Path(job.work) / ERROR).read_text(encoding="utf-8"))["bad_input"] else 1
     if code and stopping.asked(job):
         return stopping.STOPPED
     return code
@@ -201,7 +201,7 @@ def _seconds_before(work: Path) -> float:
 
 
 def _attempts(file: Path) -> dict[str, float]:
-    return json.loads(file.read_text()) if file.is_file() else {"seconds": 0.0, "started": 0.0}
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"seconds": 0.0, "started": 0.0}
 
 
 def _empty(job: Job) -> None:

@@ -39,4 +39,4 @@ def of_row(row: TokenRow, weights: Weights, tokenizer: PreTrainedTokenizerBase) 
 
 def write(out: Path, loss_map: dict[str, Any]) -> None:
     """Write a loss map into the policy's directory, as a record of what was trained."""
-    (out / FILE).write_text(json.dumps(loss_map))
+    (out / FILE).write_text(json.dumps(loss_map), encoding="utf-8")

@@ -82,7 +82,7 @@ def write(directory: Path, rows: Sequence[TokenRow], card: dict[str, Any]) -> No
     schema = pa.schema([fields[0], pa.field("ids", pa.list_(pa.int32())), pa.field("roles", pa.string()), *fields[1:]])
     lines = [{"row": row.row, "ids": row.ids, "roles": row.roles, **row.provenance} for row in rows]
     parquet.write_table(pa.Table.from_pylist(lines, schema), directory / FILE, compression="zstd")
-    (directory / CARD).write_text(json.dumps(card, indent=1))
+    (directory / CARD).write_text(json.dumps(card, indent=1), encoding="utf-8")
 
 
 def read(directory: Path) -> list[TokenRow]:
@@ -95,7 +95,7 @@ def read(directory: Path) -> list[TokenRow]:
 
 def read_card(directory: Path) -> dict[str, Any]:
     """The card of the rows (`prefix.card`)."""
-    return json.loads((directory / CARD).read_text())
+    return json.loads((directory / CARD).read_text(encoding="utf-8"))
 
 
 def labelled(row: TokenRow) -> dict[str, list[int]]:

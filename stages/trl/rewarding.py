@@ -137,7 +137,7 @@ class RewardedGRPOTrainer(PrefillGRPOTrainer):
         mine = [self._line(prompt, *one) for prompt, *one in zip(prompts, answers, judgements, values, strict=True)]
         lines = gather_object(mine)
         if ranks.first() and self.judging.log:
-            with (self.judging.log / rollouts.FILE).open("a") as file:
+            with (self.judging.log / rollouts.FILE).open("a", encoding="utf-8") as file:
                 for i, line in enumerate(lines):
                     file.write(json.dumps({**line, "sample": i % self.num_generations}) + "\n")
 

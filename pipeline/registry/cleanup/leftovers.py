@@ -48,7 +48,11 @@ def resumable(registry: Registry, work: Path) -> Iterator[tuple[Path, list[Remov
 def _unused(job: Path) -> Iterator[bool]:
     """Whether no job and no run uses a directory; none can start there while this block lasts."""
     with ExitStack() as stack:
-        files = [stack.enter_context((job / name).open()) for name in (LOCK, RUN_LOCK) if (job / name).exists()]
+        files = [
+            stack.enter_context((job / name).open(encoding="utf-8"))
+            for name in (LOCK, RUN_LOCK)
+            if (job / name).exists()
+        ]
         yield all(map(locks.try_lock, files))
 
 

@@ -114,5 +114,5 @@ def cache_directory() -> Path:
     """SWITCHBACK_CACHE, else `switchback` in XDG_CACHE_HOME, else in ~/.cache."""
     directory = os.environ.get(CACHE)
     if directory:
-        return Path(directory).absolute()
+        return Path(directory).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "switchback").absolute()

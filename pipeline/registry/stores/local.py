@@ -22,6 +22,7 @@ from pathlib import Path
 from typing_extensions import override
 
 from pipeline.errors import Damaged, Unreadable
+from pipeline.registry.stores.shared import make_directory, share, share_tree
 from pipeline.registry.stores.store import JSON_LIMIT, PART, Stopped, Store, inside, never
 from stages.errors import BadInput, printable
 from stages.runtime import locks
@@ -29,6 +30,8 @@ from stages.runtime.disk import HashedFile, digest_file, sync, sync_tree, write_
 
 NO_FILE = (errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENAMETOOLONG)
 """Errors on opening a link, a socket, a directory or an impossible name."""
+NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""Errors on linking a file of one's own, where the file system has no hard links: vfat, SMB, gcsfuse."""
 PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}")
 """Name of a file while it is put."""
 PUT_BELOW = ("keys", "refs", "pins", "tombstones", "runs")
@@ -68,17 +71,32 @@ class LocalStore(Store):
     @override
     def put(self, name: str, content: bytes) -> bool:
         path = self.path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent, self.root)
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
             write_through(partial, content)
-            os.link(partial, path)  # unlike a rename, fails when the name is taken
+            share(partial, self.root)
+            self._link(partial, path)
         except FileExistsError:
             return False
         finally:
             partial.unlink(missing_ok=True)
         sync(path.parent)
         return True
+
+    def _link(self, partial: Path, path: Path) -> None:
+        """Give a file its name. Unlike a rename, a link fails with FileExistsError when the name is taken. Raises
+        BadInput where the file system has no links."""
+        try:
+            os.link(partial, path)
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            raise BadInput(
+                f"registry: {self.root} is on a file system without hard links (found {error.strerror}, expected a "
+                f"file that is written once). Fix: choose a directory on a local disk or on NFS, or an object store by "
+                f"its URL"
+            ) from None
 
     @override
     def read(self, name: str) -> bytes | None:
@@ -113,6 +131,8 @@ class LocalStore(Store):
                 return sorted(entry.name for entry in entries if entry.name[0] != ".")
         except (FileNotFoundError, NotADirectoryError):
             return []
+        except OSError as error:
+            raise _not_listed(error) from None
 
     @override
     def remove(self, name: str) -> None:
@@ -121,6 +141,7 @@ class LocalStore(Store):
     @override
     def take_in(self, directory: Path, name: str, manifest: str) -> None:
         path = self._free_path(name)
+        share_tree(directory, self.root)
         sync_tree(directory)
         try:
             directory.rename(path)
@@ -137,6 +158,7 @@ class LocalStore(Store):
         with held(path.with_name(f".{path.name}")) as partial:
             try:
                 copy_tree(directory, partial, stopped)
+                share_tree(partial, self.root)
                 sync_tree(partial)
                 partial.rename(path)
             finally:
@@ -211,7 +233,7 @@ class LocalStore(Store):
     def _free_path(self, name: str) -> Path:
         """The path for a new directory. Raises FileExistsError when it is taken."""
         path = self.path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent, self.root)
         if path.exists():
             raise FileExistsError(path)
         return path
@@ -240,7 +262,11 @@ def parts(path: Path, stopped: Stopped) -> Iterator[bytes]:
 def _unlisted(error: OSError) -> None:
     """Raise Unreadable for a directory that cannot be listed, since it may hold any files; a missing one holds none."""
     if not isinstance(error, FileNotFoundError):
-        raise Unreadable(f"{error.filename} cannot be listed ({error.strerror}). Fix: make it readable and try again.")
+        raise _not_listed(error)
+
+
+def _not_listed(error: OSError) -> Unreadable:
+    return Unreadable(f"{error.filename} cannot be listed ({error.strerror}). Fix: make it readable and try again.")
 
 
 def walk(root: Path) -> Iterator[tuple[Path, int]]:

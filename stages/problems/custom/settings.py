@@ -9,7 +9,18 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import model_validator
 
-from stages.config import MAPPING, WORD, Config, FromList, Seconds, WordOrMapping, execution, identity, resolved
+from stages.config import (
+    MAPPING,
+    WORD,
+    Config,
+    FromList,
+    Seconds,
+    UserPath,
+    WordOrMapping,
+    execution,
+    identity,
+    resolved,
+)
 from stages.guard.pool import Limits
 from stages.problems.base import LARGEST_WEIGHT
 from stages.runtime.workdir import Copies, place
@@ -57,7 +68,7 @@ class OwnCode(Config):
     any."""
     workers: int | None = execution(None, ge=1)
     """Processes that run it. Off: one a core."""
-    files: Annotated[tuple[str, ...], FromList] = resolved(())
+    files: Annotated[tuple[UserPath, ...], FromList] = resolved(())
     """Files and folders that the code opens, or imports from elsewhere; identified by their bytes. Off: none, and a
     change in what it opens goes unseen."""
 
@@ -78,14 +89,14 @@ class OwnCode(Config):
 class FileProblem(OwnCode):
     """A problem of one's own, in one Python file."""
 
-    file: str = resolved()
+    file: UserPath = resolved()
     """Path of the file; identified by its bytes and those of the modules that it imports from its folder."""
 
 
 class RewardSettings(Config):
     """A reward with a weight, or with arguments."""
 
-    name: str = identity(min_length=1)
+    name: UserPath = identity(min_length=1)
     """A reward of TRL, such as accuracy, or file.py:function."""
     weight: float = identity(1.0, ge=-LARGEST_WEIGHT, le=LARGEST_WEIGHT)
     """In the reward that training sees."""
@@ -105,7 +116,7 @@ class RewardSettings(Config):
         return self.name.rpartition(":")[0] or None
 
 
-Reward = Annotated[Annotated[str, WORD] | Annotated[RewardSettings, MAPPING], WordOrMapping]
+Reward = Annotated[Annotated[UserPath, WORD] | Annotated[RewardSettings, MAPPING], WordOrMapping]
 
 
 def _reward(value: str | RewardSettings) -> RewardSettings:
@@ -115,7 +126,7 @@ def _reward(value: str | RewardSettings) -> RewardSettings:
 class DatasetProblem(OwnCode):
     """Rows from a dataset, rewards by name."""
 
-    dataset: str = resolved()
+    dataset: UserPath = resolved()
     """Hub id as written, or path of a .jsonl file, identified by its bytes."""
     rewards: Annotated[tuple[Reward, ...], FromList] = identity(min_length=1)
     """Names of rewards, or file.py:function, or {name, weight, arguments}. The first is the score too, clipped to

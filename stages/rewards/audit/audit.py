@@ -80,7 +80,7 @@ def run(job: Job) -> Result:
     refuse_hanging(problem, asked)
     heard = partial(MetricsLog(Path(job.out)).write, total=len(asked))
     report = audit(job.name, problem, asked, astray, with_one_change(job.problem), own, heard)
-    Path(job.out, FILE).write_text(report.model_dump_json(indent=1))
+    Path(job.out, FILE).write_text(report.model_dump_json(indent=1), encoding="utf-8")
     return Result(outputs={"audit": FILE}, metrics={"answers": len(asked)}, findings=report.findings)
 
 

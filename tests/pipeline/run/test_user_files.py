@@ -18,7 +18,8 @@ from pipeline.recipe import recipe
 from pipeline.registry import Artifact, Registry, Source
 from pipeline.registry.keys import digest_model
 from pipeline.run import user_files
-from pipeline.run.user_files import as_planned, checked_commit
+from pipeline.run.hub import checked_commit
+from pipeline.run.user_files import as_planned
 from stages.config import identity_values
 from stages.errors import BadInput
 from stages.problems.catalog import settings_of

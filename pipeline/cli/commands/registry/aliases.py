@@ -43,7 +43,7 @@ def rm(alias: Alias, reason: Reason = "", registry: RegistryOption = None) -> No
 @nouns.command()
 def ls(registry: RegistryOption = None, json: JsonOption = False) -> None:
     """List aliases and where they point."""
-    moves = aliases.aliases(open_registry(registry))
+    moves = aliases.aliases(open_registry(registry), strict=False)
     if json:
         print_json([{"alias": alias, **_as_json(move)} for alias, move in moves.items()])
         return
@@ -91,7 +91,7 @@ def unpin(id: Id, registry: RegistryOption = None) -> None:
 
 def pins(registry: RegistryOption = None, json: JsonOption = False) -> None:
     """List who holds which artifact: users, and runs that are using it."""
-    found = pinned.pins(open_registry(registry))
+    found = pinned.pins(open_registry(registry), strict=False)
     if json:
         print_json([{"id": artifact_id, **pin.model_dump(mode="json")} for artifact_id, pin in found])
         return
