@@ -32,6 +32,7 @@ clean:
 
 .venv/user: .venv/bin/python pyproject.toml constraints.txt
 	@echo "installing switchback and what it needs into .venv (a few minutes the first time)"
+	@if $(BIN)/pip show --quiet switchback 2>/dev/null; then $(BIN)/pip uninstall --quiet --yes switchback; fi # its name until 0.1
 	@$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	@touch $@
 

@@ -9,6 +9,7 @@ import errno
 import gc as garbage
 import os
 import sys
+from typing import Annotated
 
 import typer
 
@@ -29,6 +30,7 @@ from pipeline.cli.commands.registry.lineage import lineage
 from pipeline.cli.commands.run.run import resume, run
 from pipeline.cli.commands.run.runs import runs, show
 from pipeline.errors import Failed, Refused, RunInterrupted, Terminated
+from pipeline.version import version
 from stages.errors import BadInput
 
 DEBUG = "SWITCHBACK_DEBUG"
@@ -55,11 +57,30 @@ COMMANDS = (
 """In the order of `--help`."""
 for command in COMMANDS:
     app.command()(command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(version())
+        raise typer.Exit
+
+
+@app.callback()
+def _before_every_command(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Options of `switchback` itself."""
+
+
 app.add_typer(nouns, name="alias")
 
 
 def main() -> None:
-    """The `switchback` command."""
+    """The `switchback` command. A letter that the terminal's encoding does not have is shown as its escape."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     garbage.set_threshold(COLLECT_EVERY, 50, 1_000)
     sys.exit(exit_code(sys.argv[1:]))
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +20,7 @@ from pipeline.errors import Failed
 from pipeline.registry import Artifact, Registry
 from pipeline.registry.lineage import Ancestor, lineage
 from pipeline.registry.verify import verify
+from pipeline.version import version
 from stages.job import HUB, Evaluation, read_evaluation
 from stages.rejection import CONTROL
 from stages.stage import BASE
@@ -58,7 +58,7 @@ def card(registry: Registry, artifact: Artifact, output: str) -> str:
         "recipe": _recipe(registry, artifact),
         "made": _made(artifact),
         "funnel": _funnel(artifact),
-        "version": version("switchback"),
+        "version": version(),
     }
     return _templates().get_template("policy.md.jinja" if output == "policy" else "data.md.jinja").render(facts)
 

@@ -92,7 +92,8 @@ def _of_trl(name: str, arguments: dict[str, Any]) -> Reward:
     theirs = ALIASES.get(name, name)
     if SHORT.get(theirs) in READ_BY_MATH_VERIFY and not importlib.util.find_spec("math_verify"):
         raise CodeRefused(
-            f"the reward {name} needs math-verify, which is not installed; pip install 'switchback[math]'"
+            f"problem.rewards: {name} needs math-verify (found none, expected the extra math). Fix: pip install "
+            f"'math-verify>=0.9,<1'"
         )
     found = getattr(trl.rewards, theirs)
     if not theirs.startswith("get_"):
