@@ -1,21 +1,21 @@
-"""Options and printing that every command shares."""
+"""Options and printing that every command shares. Imports no recipe: `ls` and its like start faster without."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.plan import plan as planning
-from pipeline.plan.plan import Planned
-from pipeline.recipe import checks
-from pipeline.recipe.recipe import Recipe, load
 from pipeline.registry import Registry
 from stages.config import expanded
 from stages.errors import BadInput
+
+if TYPE_CHECKING:
+    from pipeline.plan.plan import Planned
+    from pipeline.recipe.recipe import Recipe
 
 REGISTRY = "SWITCHBACK_REGISTRY"
 
@@ -69,6 +69,10 @@ def open_plan(
 ) -> tuple[Recipe, Registry, list[Planned]]:
     """The recipe, its registry, and what a run of all stages would do. Raises BadInput for a recipe that cannot be
     run."""
+    from pipeline.plan import plan as planning
+    from pipeline.recipe import checks
+    from pipeline.recipe.recipe import load
+
     loaded = load(recipe, overrides or ())
     checks.check(loaded)
     place = open_registry(registry, loaded)
