@@ -15,6 +15,9 @@ def main(arguments: list[str]) -> int:
         from stages.guard import user_process  # before kinds: a process of user code loads no stage
 
         user_process.keep(*map(int, arguments[1:]))
+    from stages.runtime import logs
+
+    logs.make_visible()
     from stages.inspections.kinds import INSPECTIONS
     from stages.kinds import STAGES
 

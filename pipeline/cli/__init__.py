@@ -9,6 +9,7 @@ import errno
 import gc as garbage
 import os
 import sys
+import traceback
 from typing import Annotated
 
 import typer
@@ -29,9 +30,11 @@ from pipeline.cli.commands.registry.gc import gc
 from pipeline.cli.commands.registry.lineage import lineage
 from pipeline.cli.commands.run.run import resume, run
 from pipeline.cli.commands.run.runs import runs, show
+from pipeline.cli.show.terminal import write, write_error
 from pipeline.errors import Failed, Refused, RunInterrupted, Terminated
 from pipeline.version import version
 from stages.errors import BadInput
+from stages.visible import visible
 
 DEBUG = "SWITCHBACK_DEBUG"
 """Environment variable that lets an unexpected error show its traceback."""
@@ -61,7 +64,7 @@ for command in COMMANDS:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(version())
+        write(version())
         raise typer.Exit
 
 
@@ -111,7 +114,7 @@ def exit_code(arguments: list[str]) -> int:  # noqa: PLR0911 - one for each way 
         return 0
     except Exception as error:
         if os.environ.get(DEBUG):
-            raise
+            print(visible(traceback.format_exc()), file=sys.stderr)
         return _unexpected(error)
     return code if isinstance(code, int) else 0
 
@@ -131,5 +134,5 @@ def _unexpected(error: Exception) -> int:
 
 def complain(message: str, code: int) -> int:
     """One line on stderr."""
-    print(f"switchback: {' '.join(message.split())}", file=sys.stderr)
+    write_error(f"switchback: {message}")
     return code

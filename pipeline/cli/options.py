@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipeline.cli.show.terminal import write
 from pipeline.registry import Registry
 from stages.config import expanded
 from stages.errors import BadInput
@@ -61,7 +62,7 @@ def _path(where: str, path: str) -> str:
 
 def print_json(content: Any) -> None:
     """Indented, for people and programs."""
-    print(json.dumps(content, indent=2))
+    write(json.dumps(content, indent=2))
 
 
 def open_plan(

@@ -29,6 +29,7 @@ from pipeline.registry.stores.open import open_store
 from stages.errors import BadInput, printable
 from stages.job import MANIFEST
 from stages.runtime.disk import write_through
+from stages.visible import visible
 
 FORMAT = {"format": 1, "hash": "sha256"}
 LOG = logging.getLogger("switchback")
@@ -174,7 +175,7 @@ class Registry:
         except BadInput as error:
             if name not in self._named:
                 self._named.add(name)
-                LOG.warning("switchback: left out: %s", error)
+                LOG.warning("switchback: left out: %s", visible(str(error), keep=""))
             return None
 
     def publish(self, directory: Path, artifact: Artifact, owner: str) -> Published:

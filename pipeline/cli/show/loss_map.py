@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from pipeline.cli.show.tables import console
+from pipeline.cli.show.terminal import console, write
 from stages.data.mix import MARK
 
 STYLES = {"system": "magenta", "user": "cyan", "template": "bright_blue", "prefix": "yellow", "completion": "green"}
@@ -51,14 +51,14 @@ def _text(tokens: list[dict[str, Any]]) -> Text:
     for token in tokens:
         shade = SHADES[round(token["weight"] / greatest * (len(SHADES) - 1))]
         background = f" on color({shade})" if token["weight"] else ""
-        text.append(token["text"].replace("\x1b", "␛"), f"{STYLES[token['role']]}{background}")
+        text.append(token["text"], f"{STYLES[token['role']]}{background}")
     return text
 
 
 def _lines(tokens: list[dict[str, Any]]) -> None:
-    print(f"{'weight':<8} {'share':<9} {'role':<11} token")
+    write(f"{'weight':<8} {'share':<9} {'role':<11} token")
     for token in tokens:
-        print(f"{token['weight']:<8g} {token['share']:<9.4f} {token['role']:<11} {token['text']!r}")
+        write(f"{token['weight']:<8g} {token['share']:<9.4f} {token['role']:<11} {token['text']!r}")
 
 
 def _role(terminal: Console, role: str, style: str, tokens: list[dict[str, Any]]) -> None:

@@ -14,7 +14,8 @@ from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
-from pipeline.cli.show.tables import SEVERITY_STYLE, console
+from pipeline.cli.show.tables import SEVERITY_STYLE
+from pipeline.cli.show.terminal import console
 from pipeline.plan.steps import Step
 from pipeline.registry import Artifact
 from pipeline.results.evaluations import Difference

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
+from pipeline.cli.show.terminal import console, write
 from pipeline.plan.plan import Planned
 from pipeline.registry import Artifact, Registry
 from pipeline.registry.runs import Run
@@ -20,21 +18,6 @@ from pipeline.results.summary import RunSummary, StageSummary
 
 ACTION_STYLE = {"reuse": "green", "run": "yellow", "skip": "dim"}
 SEVERITY_STYLE = {"stop": "bold red", "warn": "yellow", "note": "dim"}
-
-
-class _Console(Console):
-    """A console that stops printing when its pipe is closed, so that a training run continues."""
-
-    def on_broken_pipe(self) -> None:
-        """Print nothing any more; rich would exit."""
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def console() -> Console:
-    """A console as wide as the terminal; 200 columns when piped."""
-    terminal = _Console(highlight=False)
-    return terminal if terminal.is_terminal else _Console(highlight=False, width=200)
 
 
 def show(table: Table) -> None:
@@ -69,7 +52,7 @@ def print_artifacts(registry: Registry, artifacts: Sequence[Artifact]) -> None:
     header = ("id", "kind", "created", "size", "path")
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     rule = tuple("─" * width for width in widths)
-    print("\n".join(_aligned(row, widths) for row in (header, rule, *rows)))
+    write("\n".join(_aligned(row, widths) for row in (header, rule, *rows)))
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:

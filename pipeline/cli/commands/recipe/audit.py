@@ -14,7 +14,8 @@ from rich.text import Text
 
 from pipeline.cli.options import JsonOption, RecipeArgument, RegistryOption, SetOption, open_plan, print_json
 from pipeline.cli.show.progress import Progress
-from pipeline.cli.show.tables import SEVERITY_STYLE, console, show, table
+from pipeline.cli.show.tables import SEVERITY_STYLE, show, table
+from pipeline.cli.show.terminal import console, write
 from pipeline.launch.local import Launcher
 from pipeline.plan.plan import Planned
 from pipeline.recipe.validation_errors import nearest
@@ -88,14 +89,14 @@ def _print(report: Report, source: str) -> None:
     """The table, what its shares are shares of, and the findings."""
     terminal = console()
     show(_table(report, terminal))
-    print(
+    write(
         f"{report.stage}: {report.rows} rows of {source}; share and score are x 100. The share runs from "
         f"{report.range.least:.4g} to {report.range.greatest:.4g}: {RANGES[report.range.source]}"
     )
     for finding in findings.merged(report.findings):
         terminal.print(_said(finding), soft_wrap=True)
     if not report.findings:
-        print("nothing to say against these rewards")
+        write("nothing to say against these rewards")
 
 
 def _said(finding: Finding) -> Text:

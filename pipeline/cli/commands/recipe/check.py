@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipeline.cli.options import RecipeArgument, RegistryOption, SetOption, open_registry
 from pipeline.cli.show.progress import Progress
+from pipeline.cli.show.terminal import write
 from pipeline.launch.local import Launcher
 from pipeline.plan import plan as planning
 from pipeline.plan.plan import Planned
@@ -25,8 +26,8 @@ def check(recipe: RecipeArgument, overrides: SetOption = None, registry: Registr
     planned = planning.plan(loaded, place)
     looked_at = _looked_at(loaded, planned, place)
     names = [stage.name for stage in loaded.stages]
-    print(f"{recipe}: good; {len(names)} stage{'s' if len(names) > 1 else ''}: {', '.join(names)}")
-    print(looked_at)
+    write(f"{recipe}: good; {len(names)} stage{'s' if len(names) > 1 else ''}: {', '.join(names)}")
+    write(looked_at)
 
 
 def _looked_at(recipe: Recipe, planned: list[Planned], place: Registry) -> str:

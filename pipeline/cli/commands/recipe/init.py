@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline import starter
+from pipeline.cli.show.terminal import write
 
 Directory = Annotated[Path, typer.Argument(help="Where to write; made where it is not there.")]
 Problem = Annotated[str, typer.Option("--problem", help=f"One of {', '.join(starter.CHOICES)}.")]
@@ -16,8 +17,8 @@ Problem = Annotated[str, typer.Option("--problem", help=f"One of {', '.join(star
 def init(directory: Directory = Path(), problem: Problem = starter.OWN) -> None:
     """Write a starter: a recipe, a problem of your own, a prompt and a tiny model. Nothing is overwritten."""
     for path in starter.write(directory, problem):
-        print(f"wrote {path}")
-    print("next:")
+        write(f"wrote {path}")
+    write("next:")
     if directory != Path():
-        print(f"  cd {directory}")
-    print("  switchback plan recipe.yaml\n  switchback run recipe.yaml")
+        write(f"  cd {directory}")
+    write("  switchback plan recipe.yaml\n  switchback run recipe.yaml")

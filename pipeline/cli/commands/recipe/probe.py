@@ -10,6 +10,7 @@ import typer
 from pipeline.cli.options import JsonOption, RecipeArgument, RegistryOption, SetOption, open_plan, print_json
 from pipeline.cli.show.progress import Progress
 from pipeline.cli.show.tables import probe_table, show
+from pipeline.cli.show.terminal import write
 from pipeline.launch.local import Launcher
 from pipeline.recipe import formats
 from pipeline.recipe.recipe import Recipe
@@ -130,10 +131,10 @@ def _unescaped(text: str) -> str:
 
 def _print_probe(lines: list[dict[str, Any]]) -> None:
     show(probe_table(lines))
-    print(
+    write(
         "shares x 100 of all samples on validation rows, with 95 % intervals over rows; what a model was given, "
         "first row:"
     )
     seen = dict.fromkeys((line["format_digest"], line["prompt"], line["given"]) for line in lines)
     for digest, prompt, given in seen:
-        print(f"  {prompt}, format {digest[:12]}: {given!r}")
+        write(f"  {prompt}, format {digest[:12]}: {given!r}")

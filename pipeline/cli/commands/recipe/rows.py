@@ -16,6 +16,7 @@ from stages.errors import BadInput
 from stages.inspections.rows import RowsConfig
 from stages.job import SPLITS, parse_rows
 from stages.problems.catalog import PROBLEMS
+from stages.visible import visible
 
 Split = Annotated[
     str,
@@ -40,7 +41,8 @@ def rows(recipe: RecipeArgument, split: Split = "train", overrides: SetOption = 
         )
     with Launcher(preload=False) as launcher:
         for line in inspections.rows(settings, config, loaded.seed, launcher):
-            sys.stdout.buffer.write(line.encode())  # UTF-8 in every locale, as files of rows are
+            # UTF-8 in every locale, as files of rows are
+            sys.stdout.buffer.write((visible(line) if sys.stdout.isatty() else line).encode())
     sys.stdout.buffer.flush()
 
 

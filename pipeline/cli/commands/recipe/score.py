@@ -9,6 +9,7 @@ import typer
 
 from pipeline.cli.options import JsonOption, print_json
 from pipeline.cli.show.tables import outcome_table, show
+from pipeline.cli.show.terminal import write
 from pipeline.errors import Failed
 from pipeline.launch.local import Launcher
 from pipeline.recipe.recipe import problem as settings_of
@@ -65,15 +66,15 @@ def _print(found: dict[str, Any], built_in: bool) -> None:
         note += f"; {found['unscored']} of {found['rows']} rows have no score and are left out"
     rows = found["rows"] - found["unscored"]
     if found["average"] is None:
-        print(f"average score - (no row has a score{note})")
+        write(f"average score - (no row has a score{note})")
     else:
         between = " - ".join(f"{100 * end:.1f}" for end in found["interval"])
-        print(f"average score {100 * found['average']:.2f} (95 % {between}, over {rows} rows{note})")
+        write(f"average score {100 * found['average']:.2f} (95 % {between}, over {rows} rows{note})")
     rewards = ", ".join(f"{name} {_x100(value)}" for name, value in found["rewards"].items())
-    print(f"reward {_x100(found['reward'])} {_scale(found['weights'], built_in)}: {rewards}")
+    write(f"reward {_x100(found['reward'])} {_scale(found['weights'], built_in)}: {rewards}")
     if failed:
         counts = ", ".join(f"{failure} {count}" for failure, count in found["failures"].items())
-        print(f"not judged: {counts}; the first said: {found['first_failure']}")
+        write(f"not judged: {counts}; the first said: {found['first_failure']}")
 
 
 def _scale(weights: dict[str, float], built_in: bool) -> str:

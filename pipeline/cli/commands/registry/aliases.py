@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from pipeline.cli.options import JsonOption, RegistryOption, open_registry, print_json
 from pipeline.cli.show.tables import show, table
+from pipeline.cli.show.terminal import write
 from pipeline.registry import aliases
 from pipeline.registry import pins as pinned
 from pipeline.results import promote as promotion
@@ -77,7 +78,7 @@ def pin(id: Id, reason: Reason = "", registry: RegistryOption = None) -> None:
     place = open_registry(registry)
     artifact = aliases.resolve(place, id)
     pinned.keep(place, artifact, reason)
-    print(f"{artifact.id} is pinned")
+    write(f"{artifact.id} is pinned")
 
 
 def unpin(id: Id, registry: RegistryOption = None) -> None:
@@ -86,7 +87,7 @@ def unpin(id: Id, registry: RegistryOption = None) -> None:
     artifact = aliases.look_up(place, id)
     artifact_id = artifact.id if artifact else id  # one that is gone may still have a pin
     pinned.let_go(place, artifact_id)
-    print(f"{artifact_id} is not pinned any more")
+    write(f"{artifact_id} is not pinned any more")
 
 
 def pins(registry: RegistryOption = None, json: JsonOption = False) -> None:
@@ -103,7 +104,7 @@ def pins(registry: RegistryOption = None, json: JsonOption = False) -> None:
 
 def _print(alias: str, move: aliases.Move) -> None:
     target = f"points at {move.artifact}" if move.artifact else "points nowhere"
-    print(f"{alias} {target} ({move.number}){_evidence(move)}")
+    write(f"{alias} {target} ({move.number}){_evidence(move)}")
 
 
 def _row(move: aliases.Move) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import typer
 
 from pipeline.cli.options import JsonOption, RegistryOption, open_registry, print_json
 from pipeline.cli.show.tables import print_artifacts
+from pipeline.cli.show.terminal import write
 from pipeline.registry import Artifact, Registry
 from pipeline.registry.aliases import current
 from pipeline.registry.verify import Verified, verify_ids
@@ -36,7 +37,7 @@ def verify(ids: Ids = None, registry: RegistryOption = None, json: JsonOption = 
         print_json([_verified(result) for result in results])
     else:
         lines = [line for result in damaged for line in (*result.problems, _reach(result))]
-        print("\n".join(lines or [f"{len(results)} artifacts are whole"]))
+        write("\n".join(lines or [f"{len(results)} artifacts are whole"]))
     if damaged:
         raise typer.Exit(1)
 

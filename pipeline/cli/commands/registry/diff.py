@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.cli.options import JsonOption, RegistryOption, open_registry, print_json
+from pipeline.cli.show.terminal import write
 from pipeline.registry.aliases import resolve
 from pipeline.registry.keys import abbreviated
 from pipeline.results.compare import Comparison, Pair, compare
@@ -33,7 +34,7 @@ def diff(a: First, b: Second, registry: RegistryOption = None, json: JsonOption 
     if json:
         print_json(found.model_dump(mode="json"))
     else:
-        print("\n".join(_lines(found)))
+        write("\n".join(_lines(found)))
 
 
 def _lines(found: Comparison) -> Iterator[str]:

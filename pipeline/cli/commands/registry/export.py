@@ -9,6 +9,7 @@ import typer
 from rich.filesize import decimal
 
 from pipeline.cli.options import JsonOption, RegistryOption, open_registry, print_json
+from pipeline.cli.show.terminal import write
 from pipeline.export import export as exports
 from pipeline.export import push as pushes
 
@@ -42,7 +43,7 @@ def export(id: Id, directory: Directory, registry: RegistryOption = None, json: 
             {"id": artifact.id, "output": output, "path": str(done.directory), "files": files, "size": done.size}
         )
     else:
-        print(
+        write(
             f"{exports.called(artifact, output)} is in {done.directory}: {len(done.files)} files, "
             f"{decimal(done.size)}; README.md is its card"
         )
@@ -63,4 +64,4 @@ def push(
     if json:
         print_json({"id": artifact.id, "output": output, **done._asdict()})
     else:
-        print(f"{exports.called(artifact, output)} is in {done.url} ({'private' if done.private else 'public'})")
+        write(f"{exports.called(artifact, output)} is in {done.url} ({'private' if done.private else 'public'})")

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from pipeline.cli.options import JsonOption, RegistryOption, open_registry, print_json
 from pipeline.cli.show.tables import show, table
+from pipeline.cli.show.terminal import write
 from pipeline.registry.cleanup.gc import Survey, clean, survey
 from pipeline.registry.workdir import work_root
 from stages.config import seconds
@@ -53,8 +54,8 @@ def _print(collected: Survey, applied: bool) -> None:
         rows.add_row(removal.what, escape(removal.name), frees, escape(removal.why))
     if collected.removals:
         show(rows)
-    print(f"{len(collected.kept)} artifacts stay; --json says why each")
+    write(f"{len(collected.kept)} artifacts stay; --json says why each")
     if applied:
-        print(f"freed {decimal(collected.frees)}")
+        write(f"freed {decimal(collected.frees)}")
     else:
-        print(f"would free {decimal(collected.frees)}; nothing was removed, --apply does it")
+        write(f"would free {decimal(collected.frees)}; nothing was removed, --apply does it")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.options import JsonOption, RegistryOption, open_registry, print_json
+from pipeline.cli.show.terminal import write
 from pipeline.registry.aliases import resolve
 from pipeline.registry.keys import abbreviated
 from pipeline.registry.lineage import Ancestor, mermaid
@@ -26,9 +27,9 @@ def lineage(id: Id, registry: RegistryOption = None, json: JsonOption = False, a
     if json:
         print_json(top.model_dump(mode="json"))
     elif as_mermaid:
-        print(mermaid(top))
+        write(mermaid(top))
     else:
-        print("\n".join(_tree(top)))
+        write("\n".join(_tree(top)))
 
 
 def _tree(ancestor: Ancestor, first: str = "", rest: str = "") -> Iterator[str]:

@@ -14,6 +14,7 @@ from pipeline.cli.commands.recipe.plan import Fresh, From, Only, Until
 from pipeline.cli.options import RecipeArgument, RegistryOption, SetOption, open_registry
 from pipeline.cli.show.progress import Progress
 from pipeline.cli.show.tables import run_table, show
+from pipeline.cli.show.terminal import write
 from pipeline.errors import RunInterrupted, Terminated
 from pipeline.plan import plan as planning
 from pipeline.recipe import checks
@@ -47,7 +48,7 @@ def run(
     if fresh:
         loaded = planning.freshen(loaded, place, fresh, selection)
         replicate = next(stage.replicate for stage in loaded.stages if stage.name == fresh)
-        print(f"{fresh}: replicate {replicate}; later runs use it with --set stages.{fresh}.replicate={replicate}")
+        write(f"{fresh}: replicate {replicate}; later runs use it with --set stages.{fresh}.replicate={replicate}")
     before = runs.unfinished(place, loaded.name, lambda text: is_text_of(text, loaded), selection._asdict())
     _run(loaded, place, selection, not no_prefect, before)
 
@@ -75,7 +76,7 @@ def _run(
     """Plan, run, report."""
     planned = planning.plan(recipe, place, selection)
     if resumes:
-        print(f"continues run {resumes}, which is {runs.state(place, resumes)}")
+        write(f"continues run {resumes}, which is {runs.state(place, resumes)}")
     for number in ENDINGS:
         signal.signal(number, _terminate)
     try:
@@ -95,5 +96,5 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def _report(registry: Registry, run: str) -> None:
     show(run_table(summarise(registry, run)))
-    print("scores are x 100, on held-out rows; mean of the samples with a 95 % interval over rows")
-    print(f"run {run} in {registry.url}: switchback show {run} --registry {registry.url}")
+    write("scores are x 100, on held-out rows; mean of the samples with a 95 % interval over rows")
+    write(f"run {run} in {registry.url}: switchback show {run} --registry {registry.url}")

@@ -8,6 +8,7 @@ import typer
 
 from pipeline.cli.options import JsonOption, RegistryOption, open_registry, print_json
 from pipeline.cli.show import tables
+from pipeline.cli.show.terminal import write
 from pipeline.registry import Artifact, Registry
 from pipeline.registry.aliases import look_up, refuse_stage
 from pipeline.registry.runs import runs as all_runs
@@ -48,7 +49,7 @@ def _show_run(registry: Registry, run: str, as_json_text: bool) -> None:
         print_json(as_json(summary))
     else:
         tables.show(tables.run_table(summary))
-        print(f"run {run}: {summary.state}; in {registry.url}; scores are x 100, on held-out rows")
+        write(f"run {run}: {summary.state}; in {registry.url}; scores are x 100, on held-out rows")
 
 
 def _show_artifact(registry: Registry, artifact: Artifact, as_json_text: bool) -> None:

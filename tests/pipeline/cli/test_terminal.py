@@ -1,0 +1,60 @@
+"""One module writes to the terminal, and what it writes is visible."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+from rich.text import Text
+
+from pipeline.cli import complain
+from pipeline.cli.show import terminal
+from pipeline.cli.show.loss_map import show_map
+from pipeline.cli.show.tables import show, table
+from tests.conftest import ROOT
+from tests.stages.test_visible import ATTACKS
+
+HOSTILE = " ".join(ATTACKS.values())
+DIRECT = ("print", "sys.stdout.write", "sys.stderr.write", "typer.echo", "click.echo")
+"""Ways to the terminal around it."""
+
+
+def around(text: str) -> list[str]:
+    calls = [node.func for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    return [name for name in map(ast.unparse, calls) if name in DIRECT]
+
+
+def test_no_other_module_of_the_pipeline_prints():
+    found = {path: around(path.read_text()) for path in (ROOT / "pipeline").rglob("*.py")}
+    names = {path.name: calls for path, calls in found.items() if calls}
+    assert names == {"terminal.py": ["print"] * 2, "__init__.py": ["print"]}, names
+    assert around("print(1)") == ["print"], "it can fail"
+
+
+def test_lines_tables_texts_and_complaints_are_visible(capsys):
+    terminal.write(HOSTILE)
+    rows = table("name", HOSTILE)
+    rows.add_row(HOSTILE, Text(HOSTILE))
+    show(rows)
+    terminal.console().print(Text(HOSTILE), soft_wrap=True)
+    said = capsys.readouterr().out
+    assert said.replace("\n", "").isprintable() and "\\x1b]0;owned" in said
+    assert complain(HOSTILE, 2) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and line[:-1].isprintable() and "\\u202egnp" in line
+
+
+def test_a_complaint_without_end_is_cut_in_its_middle(capsys):
+    complain("a" * 10**6 + "; Fix: b", 2)
+    line = capsys.readouterr().err
+    assert len(line) < terminal.LONGEST + 20 and line.startswith("switchback: aaa") and line.endswith("; Fix: b\n")
+
+
+@pytest.mark.parametrize("piped", [True, False])
+def test_the_text_of_a_row_is_visible_in_its_loss_map(piped, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR" if not piped else "NO_COLOR", "1")
+    token = {"text": HOSTILE, "weight": 1.0, "share": 1.0, "role": "user"}
+    metrics = {"rows": 1.0, "generation_ratio": 1.0, "prompt_weight_share": 1.0}
+    show_map("sft", 0, {"tokens": [token], "metrics": metrics, "row": "1"})
+    said = capsys.readouterr().out
+    assert "\x1b]" not in said and "\u202e" not in said and "owned" in said
