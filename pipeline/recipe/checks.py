@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 import prompts
+from pipeline.recipe import bounds
 from pipeline.recipe.recipe import Box, DatasetProblem, FileProblem, Recipe
 from pipeline.recipe.validation_errors import nearest
 from stages.config import RESERVED_NAMES, FormatSettings
@@ -160,7 +161,7 @@ def _is_file(where: str, path: str) -> None:
 def _accelerate_agrees(recipe: Recipe, path: Path) -> None:
     """An accelerate config says how many processes there are and how precisely they compute, and so does the recipe."""
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = bounds.load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInput(f"launch.accelerate: {path} cannot be read: {' '.join(str(error).split())}") from None
     found = config.get("num_processes") if isinstance(config, dict) else None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Union
 import yaml
 from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
+from pipeline.recipe import bounds
 from pipeline.recipe.validation_errors import complaint, nearest
 from pipeline.registry.stores.open import check
 from stages.config import Config, FormatSettings, FromList, Seconds, UserPath, execution, identity, resolved
@@ -195,7 +196,7 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False, width=120)
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(bounds.BoundedLoader):
     """YAML with the numbers of version 1.2: 1e-4 is one, 10:00 and 010 are text. A date is text, and a key given twice
     is an error."""
 
@@ -227,7 +228,7 @@ for _type, _form in NUMBERS.items():
 
 def _yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        return bounds.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         at = f"{where}, line {mark.line + 1}, column {mark.column + 1}" if mark else where
