@@ -22,7 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from jinja2 import Environment, TemplateSyntaxError
+from jinja2 import TemplateError
+
+from prompts import templates
 
 HERE = Path(__file__).parent
 FRONT = ("purpose", "format", "follow")
@@ -72,11 +74,13 @@ def parse(name: str, text: str) -> Prompt:
     if match is None:
         raise ValueError(f"the prompt {name} needs front matter between --- lines, then '# system', then '# user'")
     front = _front_matter(name, match["front"])
-    try:
-        Environment().parse(match["user"])  # noqa: S701 - a prompt is no HTML
-    except TemplateSyntaxError as error:
-        raise ValueError(f"the user template of the prompt {name}: {error}") from None
     system, user = match["system"].strip(), match["user"].strip("\n")
+    try:
+        templates.compiled(user)
+    except TemplateError as error:
+        raise ValueError(f"the user template of the prompt {name}: {error}") from None
+    except (ArithmeticError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError) as error:
+        raise ValueError(f"the user template of the prompt {name}: {type(error).__name__}: {error}") from None
     if "{{" in system or "{%" in system:
         raise ValueError(
             f"the system prompt of the prompt {name} holds a template, but only '# user' is one; write it out"
@@ -87,9 +91,14 @@ def parse(name: str, text: str) -> Prompt:
 
 def _front_matter(name: str, text: str) -> dict[str, str]:
     try:
-        front = yaml.safe_load(text) or {}
+        aliases = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))
+        front = {} if aliases else yaml.safe_load(text) or {}
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"the front matter of the prompt {name}: {type(error).__name__}: {error}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"the front matter of the prompt {name}: {' '.join(str(error).split())}") from None
+    if aliases:
+        raise ValueError(f"the front matter of the prompt {name} holds an alias (*), expected words. Fix: quote it")
     if not isinstance(front, dict):
         raise ValueError(f"the front matter of the prompt {name} is {front!r}, expected a mapping such as purpose: ...")
     for key, value in front.items():
@@ -99,6 +108,6 @@ def _front_matter(name: str, text: str) -> dict[str, str]:
             )
     try:
         re.compile(front.get("follow", ""))
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"the front matter of the prompt {name}: follow is no regular expression: {error}") from None
     return front

@@ -83,7 +83,7 @@ def _needs_positions(config: bytes | None, where: str) -> bool:
     JSON object."""
     try:
         found = json.loads(config) if config is not None else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise BadInput(f"model: the {CONFIG} of {where} is no JSON object. Fix: save the model again")

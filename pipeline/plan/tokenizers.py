@@ -10,27 +10,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from stages.config import Config
+from stages.errors import BadInput
 from stages.stage import Stage
-from stages.tokens import turns
-from stages.tokens.turns import Message, Render
+from stages.tokens import limits, sandbox, turns
 
 RULES = 2
 """Version of the rules, for a tokenizer that cannot be read here."""
-UNUSABLE = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-"""What a template raises that does not take a probe; a stage says so when it renders with it."""
+TEMPLATE = "the chat template of the model"
+"""Its name in messages."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +71,7 @@ def read(files: Files) -> Tokenizer | None:
             declared=frozenset(by_id[id] for id in ends if id in by_id),
             template=_template(files, config.get("chat_template")),
         )
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
 
 
@@ -99,21 +93,17 @@ def identity(tokenizer: Tokenizer | None, template: str | None, kind: Stage, con
 
 @lru_cache(maxsize=16)
 def _resolved(tokenizer: Tokenizer, template: str) -> dict[str, Any]:
-    """Where the rules differ from their first version: name -> what they found."""
+    """Where the rules differ from their first version: name -> what they found. Raises BadInput for a template that
+    does not end."""
     return dict(_differences(tokenizer, template)) if template else {}
 
 
 def _differences(tokenizer: Tokenizer, template: str) -> Iterator[tuple[str, Any]]:
     ends = {tokenizer.eos} | tokenizer.declared
     known = {token for _, token in tokenizer.named} | ends
-    ending, opened, begins, rewrites = "", "", list[str](), False
-    try:
-        render = _renderer(template, dict(tokenizer.named))
-        ending = turns.ending(render, tokenizer.alone, ends)
-        opened, rewrites = turns.opened_by(render), turns.rewrites(render)
-        begins = turns.beginning(render, tokenizer.special)
-    except UNUSABLE:
-        pass  # a stage says so, where it renders with it
+    limits.refuse_endless(TEMPLATE, template, lambda: str([*_probes(tokenizer, template, ends)]))
+    probed = _probed(tokenizer, template, ends)
+    ending, opened, begins = probed.get("ending", ""), probed.get("opened", ""), probed.get("begins", [])
     if tokenizer.special - known - {*begins} or ends - tokenizer.special - {""}:
         yield "control_tokens", "seen"
     if ending and ending != tokenizer.eos:
@@ -123,48 +113,36 @@ def _differences(tokenizer: Tokenizer, template: str) -> Iterator[tuple[str, Any
         yield "seen_otherwise", last not in ends or bool(before)
     if opened:
         yield "opened", opened
-    if rewrites:
+    if probed.get("rewrites"):
         yield "answers", "as rendered"
+
+
+def _probed(tokenizer: Tokenizer, template: str, ends: set[str]) -> dict[str, Any]:
+    """What the template answers to probes, up to the first that it does not take."""
+    found: dict[str, Any] = {}
+    try:
+        with limits.timed(TEMPLATE):
+            for name, answer in _probes(tokenizer, template, ends):
+                found[name] = answer
+    except BadInput:
+        raise
+    except Exception:  # a template can raise anything; a stage says so, where it renders with it
+        return found
+    return found
+
+
+def _probes(tokenizer: Tokenizer, template: str, ends: set[str]) -> Iterator[tuple[str, Any]]:
+    render = sandbox.renderer(template, dict(tokenizer.named))
+    yield "ending", turns.ending(render, tokenizer.alone, ends)
+    opened, rewrites = turns.opened_by(render), turns.rewrites(render)
+    yield "opened", opened
+    yield "rewrites", rewrites
+    yield "begins", turns.beginning(render, tokenizer.special)
 
 
 def _between(text: str, special: frozenset[str]) -> list[str]:
     """What stands between control tokens, which rewards never saw."""
     return re.split("|".join(re.escape(token) for token in special if token), text) if special else [text]
-
-
-def _renderer(template: str, named: dict[str, str]) -> Render:
-    """A template as a function, in the environment that transformers gives it."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    compiled = environment.from_string(template)
-
-    def render(messages: Sequence[Message], generation_prompt: bool) -> str:
-        return compiled.render(messages=list(messages), add_generation_prompt=generation_prompt, **named)
-
-    return render
-
-
-class _Generation(Extension):
-    """`{% generation %}`, which marks what the policy says and writes nothing."""
-
-    tags = {"generation"}  # noqa: RUF012, jinja2 has it so
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        """What is inside."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **more: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **more)
-
-
-def _raise(message: str) -> None:
-    raise TemplateError(message)
 
 
 def _added_tokens(text: str) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from jinja2 import TemplateError
 
 from stages.errors import BadInput
-from stages.tokens import turns
+from stages.tokens import limits, turns
 from stages.tokens.token_rows import SYSTEM, TEMPLATE, USER
 from stages.tokens.turns import CLOSE, OPEN, Message, Render
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 Pieces = list[tuple[str, str]]
 """(letter of the role, text); together they are the whole text."""
 
+WHAT = "the chat template"
+"""Its name in messages."""
 TRAINING = "training"
 """Name of the training template, next to the serving template: additional_chat_templates/training.jinja."""
 MARKED = re.compile(f"{OPEN}(\\d+){CLOSE}")
@@ -87,16 +89,19 @@ def _takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _renderer(tokenizer: PreTrainedTokenizerBase) -> Render:
-    """The template as a function. It raises TemplateError."""
+    """The template as a function. It raises TemplateError, and BadInput for a template that does not end."""
 
     def render(messages: Sequence[Message], generation_prompt: bool) -> str:
-        text = tokenizer.apply_chat_template(
-            list(messages),
-            chat_template=training_template(tokenizer),
-            add_generation_prompt=generation_prompt,
-            tokenize=False,
-        )
-        return cast(str, text)
+        template = training_template(tokenizer)
+
+        def text() -> str:
+            made = tokenizer.apply_chat_template(
+                list(messages), chat_template=template, add_generation_prompt=generation_prompt, tokenize=False
+            )
+            return cast(str, made)
+
+        limits.refuse_endless(WHAT, template, text)
+        return limits.rendered(WHAT, text)
 
     return render
 

@@ -21,16 +21,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
-from jinja2 import StrictUndefined, Template, TemplateError
-from jinja2.sandbox import SandboxedEnvironment
+from jinja2 import TemplateError
 
+from prompts import templates
 from stages.errors import BadInput
 from stages.job import Format
 from stages.problems.base import Row
-from stages.tokens import chat
+from stages.tokens import chat, limits
 from stages.tokens.token_rows import COMPLETION, PREFIX, TokenRow
 from stages.tokens.turns import Message, closing_tag
 
@@ -85,8 +84,14 @@ def _digest(content: Any) -> str:
 def messages(format: Format, row: Columns) -> list[Message]:
     """The conversation up to the policy's turn. Raises BadInput when the user template does not work on the row."""
     columns = _columns(row)
+    what = f"the user template of prompt {format.prompt}"
+
+    def render() -> str:
+        return templates.compiled(format.user_template).render(columns)
+
     try:
-        user = _compiled(format.user_template).render(columns)
+        limits.refuse_endless(what, format.user_template, render)
+        user = limits.rendered(what, render)
     except TemplateError as error:
         raise BadInput(f"prompt {format.prompt}: {error}; a row has {', '.join(columns)}") from None
     system = [{"role": "system", "content": format.system_prompt}] if format.system_prompt else []
@@ -235,8 +240,3 @@ def _before_end(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of a text on its own, without special tokens around it."""
     return list(cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"]))
-
-
-@lru_cache(maxsize=16)
-def _compiled(template: str) -> Template:
-    return SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(template)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
 
 import prompts
+from prompts import templates
 
 GOOD = "---\npurpose: a test\nformat: one word\nfollow: 'yes'\n---\n# system\nBe brief.\n# user\n{{ prompt }}\n"
 
@@ -47,3 +50,55 @@ def test_front_matter_is_for_people_and_for_the_probe_and_not_for_the_model():
 def test_what_is_wrong_with_a_file_is_said(wrong, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         prompts.parse("p", wrong)
+
+
+REFUSED = {
+    "{{ [1, 2] | random }}": "random is refused, because it makes another prompt each time",
+    "{{ [[1, 2]] | map('random') | first }}": "random is refused",
+    "{{ lipsum() }}": "lipsum is refused",
+    "{% include 'other.md' %}": "a prompt includes no other template",
+    "{% from 'other.md' import x %}": "a prompt includes no other template",
+    "{% extends 'other.md' %}": "a prompt includes no other template",
+    "{{ prompt | nosuch }}": "No filter named 'nosuch'",
+    "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}": "RecursionError",
+}
+
+
+@pytest.mark.parametrize(("template", "said"), REFUSED.items(), ids=lambda text: text[:30])
+def test_a_user_template_that_says_something_else_each_time_or_cannot_stand_alone_is_refused(template, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        prompts.parse("p", GOOD.replace("{{ prompt }}", template))
+
+
+@pytest.mark.parametrize("value", ["range", "prompt.upper", "[1] | map('upper')", "joiner()", "[range]"])
+def test_what_has_an_address_in_its_name_is_not_written(value):
+    with pytest.raises(TemplateError, match="another prompt each time"):
+        templates.compiled(f"{{{{ {value} }}}}").render(prompt="?")
+
+
+def test_dice_that_are_hidden_are_not_there():
+    for hidden in ("{{ [[1]] | map('ran' ~ 'dom') | list }}", "{{ [1] | map(name) | list }}"):
+        with pytest.raises(TemplateError, match="No filter named 'random'"):
+            templates.compiled(hidden).render(name="random")
+
+
+def test_nothing_is_computed_while_a_template_is_compiled():
+    templates.compiled("{{ 'a' * 10**10 }}{{ 'a' | center(10**10) }}{{ 3 ** 10**9 }}{{ 'a' ~ 1 // 0 }}")
+
+
+def test_what_a_template_writes_is_what_plain_jinja2_writes():
+    row = {"prompt": "a <b> & 'c'", "n": 3, "many": [1, "x", None, {"a": 1.5}], "none": None, "yes": True, "f": 0.1}
+    template = (
+        "{{ prompt }}|{{ n * 2 }}|{{ many }}|{{ none }}|{{ yes }}|{{ f }}|{{ many | length }}|{{ prompt | upper }}\n"
+        "{% for one in many %}{{ loop.index }}: {{ one }}\n{% endfor %}{% if yes %}{{ 'a' ~ n }}{% endif %}"
+        "{{ prompt | replace('a', 'b') }}{{ 7 // 2 }}{{ '%03d' | format(n) }}{{ {'a': (1, 2)} }}{# no #}\n\n"
+    )
+    plain = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(template)
+    assert templates.compiled(template).render(row) == plain.render(row)
+
+
+def test_front_matter_without_bounds_is_refused():
+    bomb = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 10)}]" for i in range(9))
+    for front in (bomb, "purpose: " + "[" * 1000 + "]" * 1000, "purpose: !!int x", "follow: 'a{99999999999}'"):
+        with pytest.raises(ValueError, match="prompt p"):
+            prompts.parse("p", f"---\n{front}\n---\n# system\n# user\n{{{{ prompt }}}}")
