@@ -56,6 +56,8 @@ def refuse_unbounded(text: str, loader: type[BoundedLoader] = BoundedLoader) -> 
             open_nodes.append((event.anchor, 1))
             continue
         elif isinstance(event, yaml.AliasEvent):
+            if event.anchor in [anchor for anchor, _ in open_nodes]:
+                raise _at(event, f"the alias {event.anchor} stands for what it is part of; write out what is meant")
             size, aliased = sizes.get(event.anchor, 1), True
         elif isinstance(event, yaml.ScalarEvent):
             _refuse_long_number(event, reader)
