@@ -8,6 +8,7 @@ decoding, from the base to the artifact. The evaluations are verified first.
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -17,13 +18,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 
 from pipeline.errors import Failed
+from pipeline.recipe import bounds
 from pipeline.registry import Artifact, Registry
 from pipeline.registry.lineage import Ancestor, lineage
 from pipeline.registry.verify import verify
 from pipeline.version import version
+from stages.errors import BadInput
 from stages.job import HUB, Evaluation, read_evaluation
 from stages.rejection import CONTROL
 from stages.stage import BASE
+from stages.visible import visible
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -33,6 +37,8 @@ FUNNEL = "funnel/"
 MACHINE = ("registry", "work", "track", "launch")
 """Parts of a recipe that say where and on what hardware it ran; the card lists the execution separately."""
 SHA256 = re.compile("[0-9a-f]{64}")
+LONGEST = 100
+"""Characters of a fact of a manifest that a card shows."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -77,6 +83,25 @@ def fenced(text: str, language: str = "") -> str:
     return f"{fence}{language}\n{text.removesuffix(chr(10))}\n{fence}"
 
 
+def coded(text: str) -> str:
+    """Markdown's inline code with `text` on one line, whose fence is longer than any run of backticks in it."""
+    line = visible(text, keep="")
+    longest = max((len(run) for run in re.findall("`+", line)), default=0)
+    fence = "`" * (longest + 1)
+    blank = " " if line.startswith(("`", " ")) or line.endswith(("`", " ")) else ""
+    return f"{fence}{blank}{line}{blank}{fence}"
+
+
+def plain(text: object) -> str:
+    """Words as Markdown shows them: on one line, no mark-up, no HTML, and no end of a table's cell."""
+    return html.escape(re.sub(r"([\\`*\[\]|])", r"\\\1", visible(str(text), keep="")), quote=False)
+
+
+def _in_cell(code: str) -> str:
+    """Inline code inside a table, where a bar would end the cell."""
+    return code.replace("|", "\\|")
+
+
 def _templates() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -88,6 +113,9 @@ def _templates() -> Environment:
     )
     environment.filters |= {
         "fenced": fenced,
+        "coded": coded,
+        "plain": plain,
+        "in_cell": _in_cell,
         "json": lambda value: json.dumps(value, ensure_ascii=False),
         "x100": lambda share: "-" if share is None else f"{100 * share:.1f}",
     }
@@ -129,28 +157,29 @@ def _front_matter(artifact: Artifact, output: str, nodes: list[Ancestor]) -> dic
         tags.append("lora")
     if output != "policy":
         return {"tags": tags, "configs": [{"config_name": "default", "data_files": "rows.parquet"}]}
-    base, dataset = _base(nodes).name, (artifact.identity.get("problem") or {}).get("dataset")
+    base, problem = _base(nodes).name, artifact.identity.get("problem")
+    dataset = problem.get("dataset") if isinstance(problem, dict) else None
     metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if base.startswith(HUB):
         metadata |= {"base_model": base.removeprefix(HUB).partition("@")[0], "base_model_relation": "finetune"}
-    if dataset and HUB_ID.fullmatch(dataset) and not SHA256.fullmatch(dataset):
+    if isinstance(dataset, str) and HUB_ID.fullmatch(dataset) and not SHA256.fullmatch(dataset):
         metadata |= {"datasets": [dataset]}
     return {**metadata, "tags": tags}
 
 
 def _lineage_lines(registry: Registry, node: Ancestor, listed: set[str], depth: int = 0) -> Iterator[str]:
     """Nested list of the lineage; `listed` holds the ids whose inputs are listed already."""
-    role = f"{node.role}: " if node.role else ""
+    role = f"{plain(node.role)}: " if node.role else ""
     indent = "  " * depth
     if node.id is None:
-        yield f"{indent}- {role}`{shown_name(node.name)}`, digest `{node.key}`"
+        yield f"{indent}- {role}{coded(shown_name(node.name))}, digest {coded(node.key)}"
         return
     state = "" if node.whole else ", gone from the registry"
     if node.id in listed:
-        yield f"{indent}- {role}`{node.id}`, as above"
+        yield f"{indent}- {role}{coded(node.id)}, as above"
         return
     listed.add(node.id)
-    yield f"{indent}- {role}`{node.id}` ({node.kind}{state}), key `{node.key}`"
+    yield f"{indent}- {role}{coded(node.id)} ({plain(node.kind)}{state}), key {coded(node.key)}"
     artifact = registry.get(node.id) if node.whole else None
     if artifact and artifact.identity.get("problem"):
         problem, rows = artifact.identity["problem"], artifact.identity.get("rows")
@@ -160,7 +189,7 @@ def _lineage_lines(registry: Registry, node: Ancestor, listed: set[str], depth: 
 
 
 def _code(value: Any) -> str:
-    return f"`{json.dumps(value, ensure_ascii=False)}`"
+    return coded(json.dumps(value, ensure_ascii=False))
 
 
 def _scores(registry: Registry, nodes: list[Ancestor]) -> Iterator[Scored]:
@@ -194,11 +223,19 @@ def _evaluation(registry: Registry, artifact: Artifact, split: str) -> Evaluatio
 
 
 def _recipe(registry: Registry, artifact: Artifact) -> str | None:
-    """The recipe of the run that made an artifact, without its places; None when the registry no longer has the run."""
-    content = registry.store.read(f"runs/{artifact.provenance.get('run')}/recipe.yaml")
-    if content is None:
+    """The recipe of the run that made an artifact, without its places; None when the registry no longer has the run, or
+    holds something else under its name."""
+    run = artifact.provenance.get("run")
+    if not isinstance(run, str):
         return None
-    recipe = {name: value for name, value in yaml.safe_load(content).items() if name not in MACHINE}
+    try:
+        content = registry.store.read(f"runs/{run}/recipe.yaml")
+        found = None if content is None else bounds.load(content.decode())
+    except (BadInput, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    if not isinstance(found, dict):
+        return None
+    recipe = {name: value for name, value in found.items() if name not in MACHINE}
     return yaml.safe_dump(_without_places(recipe), sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -213,12 +250,14 @@ def _without_places(value: Any, name: str = "") -> Any:
 
 
 def _made(artifact: Artifact) -> dict[str, Any]:
-    """Versions and execution as the worker measured them, without the names of machines."""
-    measured = artifact.provenance
-    facts = {name: measured[name] for name in ("processes", "threads", "device", "seconds") if name in measured}
-    return {
-        "created": artifact.created[:10],
-        "seed": artifact.identity.get("seed"),
-        **facts,
-        **measured.get("versions", {}),
-    }
+    """Versions and execution as the worker measured them, without the names of machines. A manifest may be somebody
+    else's: what is no number and no short text is left out."""
+    measured, versions = artifact.provenance, artifact.provenance.get("versions")
+    facts = {name: measured.get(name) for name in ("processes", "threads", "device", "seconds")}
+    named = versions if isinstance(versions, dict) else {}
+    every = {"created": artifact.created[:10], "seed": artifact.identity.get("seed"), **facts, **named}
+    return {name: value for name, value in every.items() if _is_short(name) and _is_short(value)}
+
+
+def _is_short(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, str) and len(value) <= LONGEST)

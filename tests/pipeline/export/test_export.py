@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -19,6 +20,7 @@ from pipeline.export import card, export
 from pipeline.registry import Registry, Source
 from pipeline.registry.aliases import set_to
 from stages.errors import BadInput
+from stages.job import Format
 from stages.tokens import token_rows
 from tests.conftest import ROOT, SWITCHBACK, environment, run_cli, tensors
 from tests.pipeline.registry.test_registry import OWNER, draft, finished
@@ -290,3 +292,74 @@ def test_a_base_model_from_the_hub_is_named_as_the_hub_wants_it(tmp_path):
     text = card.card(registry, artifact, "policy")
     assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "org/model"
     assert "`org/model@abc`" in text
+
+
+EVIL = "`x` ``y`` | <img src=x onerror=alert(1)> [a](javascript:b) &lt; \u202e\n| a | b |\n# heading"
+
+
+def rendered_html(text):
+    from markdown_it import MarkdownIt
+
+    return MarkdownIt("commonmark", {"html": True}).enable("table").render(text.split("---\n", 2)[2])
+
+
+@pytest.mark.parametrize(
+    "provenance",
+    [
+        {"versions": ["trl"]},
+        {"versions": 3},
+        {"versions": {"trl": ["1"]}},
+        {"versions": {EVIL: EVIL, "trl": "1.16"}},
+        {"versions": {"trl": "x" * 5000}},
+        {"run": ["a"], "device": {"a": 1}, "threads": [1], "seconds": None},
+        {"run": "../../../etc/passwd", "device": EVIL},
+        {"run": EVIL},
+    ],
+)
+def test_a_card_of_a_foreign_manifest_is_text_and_no_markup(provenance, tmp_path):
+    """Oracle: what a CommonMark renderer makes of it, with HTML let through."""
+    plain = card.card(*hostile(tmp_path / "a", {}, "x"), "policy")
+    text = card.card(*hostile(tmp_path / "b", provenance, EVIL), "policy")
+    made, expected = rendered_html(text), rendered_html(plain)
+    for tag in ("<img", "<a ", "<h1>", "<h2>", "<table>", "<pre>"):
+        assert made.count(tag) == expected.count(tag), (tag, text)
+    around = re.sub(r"^(`{3,}).*?^\1$", "", text, flags=re.DOTALL | re.MULTILINE)
+    assert around.replace("\n", "").isprintable()
+
+
+def hostile(directory, provenance, words):
+    """(registry, artifact) as somebody else may have written it."""
+    format = Format(
+        prompt="p",
+        prompt_digest="",
+        system_prompt=words,
+        user_template=words,
+        response_prefix=words,
+        training_template=words,
+    )
+    line = words.replace("\n", " ").replace("\u202e", "")
+    source = Source(id=None, output="policy", key=line, name=line)
+    made = draft(inputs={"policy": source}).model_copy(
+        update={"kind": line, "format": format, "provenance": provenance, "metrics": {line: 1.0}, "identity": {
+            "problem": words, "rows": words, "seed": words}, "config": {"a": words}}
+    )  # fmt: skip
+    registry = Registry(directory / "registry")
+    return registry, registry.publish(finished(directory / "out"), made, OWNER).artifact
+
+
+@pytest.mark.parametrize("content", ["[1]", "a: &a [*a]", "[" * 3000 + "]" * 3000, "!!int x", "\xff", "3", ""])
+def test_a_recipe_of_a_foreign_run_that_is_none_is_left_out(content, tmp_path):
+    registry, artifact = hostile(tmp_path, {"run": "demo-1"}, "x")
+    registry.store.put_new("runs/demo-1/events/000001.json", {})
+    (registry.store.root / "runs" / "demo-1" / "recipe.yaml").write_text(content, encoding="latin-1")
+    text = card.card(registry, artifact, "policy")
+    assert "no longer in the registry" in text
+
+
+@pytest.mark.parametrize("text", ["plain", "a`b", "``", "`a", "a ", " ", "a\nb", "a|b"])
+def test_inline_code_holds_whatever_is_in_it(text):
+    from markdown_it import MarkdownIt
+
+    (inline,) = [token for token in MarkdownIt().parse(f"x {card.coded(text)} y") if token.type == "inline"]
+    assert [child.type for child in inline.children] == ["text", "code_inline", "text"]
+    assert inline.children[1].content.strip() == text.replace("\n", "\\n").strip()
