@@ -63,7 +63,7 @@ def _made_once() -> RowsOf:
 def look_at(job: Job, policy_is_there: bool = True, rows_of: RowsOf | None = None) -> list[Finding]:
     """Everything about one step; of an evaluation its rows. `rows_of` makes evaluated rows."""
     from stages.inspections import format_rules, rehearsal, token_rules
-    from stages.policy import lora, models
+    from stages.policy import loadable, lora, models
     from stages.problems import catalog
     from stages.sampling import vllm_engine
     from stages.tokens import prefix
@@ -74,9 +74,11 @@ def look_at(job: Job, policy_is_there: bool = True, rows_of: RowsOf | None = Non
         _problem(job, config, catalog.load(job.problem, job.copies))
     assert job.format is not None, "the plan gives every stage a Format"
     path = models.local_path(job.inputs["policy"], weights=False)
+    loadable.refuse_config(path)
     tokenizer = models.load_tokenizer(path, job.format)
     if stage.preflight is None:
         token_rules.refuse_beyond_embedding(job, tokenizer, path, _prompts(job, config, tokenizer))
+        loadable.refuse_weights(job.inputs["policy"], path)
         return []
     models.pick_device(job.execution)
     if job.sampler == "vllm":
@@ -93,6 +95,7 @@ def look_at(job: Job, policy_is_there: bool = True, rows_of: RowsOf | None = Non
     found = [*_of_formats(job, tokenizer, inspected), *_of_rows(job, config, tokenizer, path, inspected)]
     found += _of_tokens(job, config, tokenizer, path, inspected)
     found += _of_overlap(job, tokenizer, inspected, rows_of or _made_once())
+    loadable.refuse_weights(job.inputs["policy"], path)
     return [*found, *rehearsal.rehearse(job, config, path)] if isinstance(config, TrainingConfig) else found
 
 

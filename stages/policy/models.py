@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from stages.errors import BadInput
 from stages.job import HUB, Dtype, Execution, Format
-from stages.policy import lora
+from stages.policy import loadable, lora
 from stages.policy.generation_settings import saveable
 from stages.runtime import ranks
-from stages.tokens import chat, turns
+from stages.tokens import chat, sandbox, turns
 
 SAFE_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja"]
 
@@ -55,6 +54,7 @@ def load_policy(
     quantization = lora.quantization(adapters)
     if quantization is not None:
         options["quantization_config"] = quantization
+    loadable.refuse_kernels(path)
     model: Any = AutoModelForCausalLM.from_pretrained(
         path, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, **options
     )
@@ -74,7 +74,11 @@ def refuse_vision(path: str) -> None:
 def load_tokenizer(path: str, format: Format | None = None) -> PreTrainedTokenizerBase:
     """A tokenizer that can pad on the left, with the Format's chat template where that names one, and whose eos token
     is what ends the template's turns. Raises BadInput when it has no template."""
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, padding_side="left")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, padding_side="left")
+    except Exception as error:  # transformers raises anything for files that are none of a tokenizer
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise BadInput(f"the tokenizer in {path} cannot be loaded ({said}). Fix: save it again") from None
     if format is not None and format.chat_template is not None:
         tokenizer.chat_template = format.chat_template
     if tokenizer.chat_template is None:
@@ -82,6 +86,7 @@ def load_tokenizer(path: str, format: Format | None = None) -> PreTrainedTokeniz
             f"the tokenizer in {path} has no chat template; add a chat_template.jinja to it, or set "
             "format.chat_template"
         )
+    sandbox.refuse_dice(chat.training_template(tokenizer))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     chat.end_turns_as_the_template(tokenizer, declared_ends(path))
@@ -93,6 +98,7 @@ def declared_ends(path: str) -> list[int]:
 
     def settings(name: str) -> dict[str, Any]:
         file = Path(path, name)
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return loadable.settings(file) if file.is_file() else {}
 
-    return turns.declared_ends(settings("generation_config.json"), settings("config.json"))
+    ends = turns.declared_ends(settings(loadable.GENERATION), settings(loadable.CONFIG))
+    return [id for id in ends if isinstance(id, int) and 0 <= id < 2**31]
