@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
 
+from prompts.templates import ADDRESS, ADVICE
 from stages.errors import BadInput
 from stages.tokens import limits, turns
 from stages.tokens.token_rows import SYSTEM, TEMPLATE, USER
@@ -226,6 +227,19 @@ def end_turns_as_the_template(tokenizer: PreTrainedTokenizerBase, declared: Coll
     token = turns.last_token(found, alone(tokenizer))
     if token and token != tokenizer.eos_token:
         tokenizer.eos_token = token
+
+
+def refuse_addresses(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise BadInput for a template that writes where an object lies in memory, which is elsewhere in each process."""
+    try:
+        text = _renderer(tokenizer)([turns.QUESTION], True)
+    except TemplateError:
+        return
+    if found := ADDRESS.search(text):
+        raise BadInput(
+            f"the chat template writes the address of an object ({found[0]!r}), and {ADVICE}. Fix: set "
+            f"format.chat_template to one without it"
+        )
 
 
 def ending(tokenizer: PreTrainedTokenizerBase) -> str:

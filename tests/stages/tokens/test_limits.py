@@ -143,6 +143,12 @@ def test_a_chat_template_that_rolls_dice_is_refused(dice, policy):
         models.load_tokenizer(policy, format_with(chat_template=dice + CHATML))
 
 
+@pytest.mark.parametrize("value", ["range", "[joiner()]", "'' ~ messages[0].keys", "cycler(1)"])
+def test_a_chat_template_that_writes_an_address_is_refused(value, policy):
+    with pytest.raises(BadInput, match="writes the address of an object"):
+        models.load_tokenizer(policy, format_with(chat_template=f"{{{{ {value} }}}}" + CHATML))
+
+
 @pytest.mark.parametrize(("template", "said"), RAISES.items(), ids=RAISES)
 def test_whatever_a_user_template_raises_is_one_line(template, said):
     with pytest.raises(BadInput) as refused:
