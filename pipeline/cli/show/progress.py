@@ -11,7 +11,6 @@ from itertools import pairwise
 from typing import Any
 
 from rich.live import Live
-from rich.markup import escape
 from rich.text import Text
 
 from pipeline.cli.show.tables import SEVERITY_STYLE
@@ -81,7 +80,7 @@ class Progress:
 
     def said(self, step: Step, text: str) -> None:
         """Print a message of a job."""
-        self._console.print(f"{step.name}: {escape(text)}", soft_wrap=True)
+        self._console.print(f"{step.name}: {text}", soft_wrap=True)
 
     def logged(self, step: Step, line: dict[str, Any]) -> None:
         """Show a line of a job's metrics log."""
@@ -120,8 +119,7 @@ class Progress:
         return show
 
     def _line(self, step: Step, text: str, style: str = "") -> None:
-        markup = f"[{style}]{escape(text)}[/]" if style else escape(text)
-        self._console.print(f"{step.name:<{self._width}} {markup}", soft_wrap=True)
+        self._console.print(Text.assemble(f"{step.name:<{self._width}} ", (text, style)), soft_wrap=True)
         if self._live:
             self._live.update(Text(""), refresh=True)
 

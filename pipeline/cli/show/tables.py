@@ -7,8 +7,8 @@ from typing import Any
 
 from rich import box
 from rich.filesize import decimal
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.cli.show.terminal import console, write
 from pipeline.plan.plan import Planned
@@ -38,8 +38,8 @@ def plan_table(planned: Sequence[Planned]) -> Table:
     """A line per step: its name, kind, action and the reason for it."""
     rows = table("step", "kind", "", "why")
     for plan in planned:
-        action = f"[{ACTION_STYLE[plan.action]}]{plan.action}[/]"
-        rows.add_row(plan.step.name, plan.step.kind, action, escape(plan.why))
+        action = Text(plan.action, ACTION_STYLE[plan.action])
+        rows.add_row(plan.step.name, plan.step.kind, action, plan.why)
     return rows
 
 
@@ -64,11 +64,11 @@ def artifact_table(registry: Registry, artifact: Artifact) -> Table:
     """One artifact, a line per fact."""
     facts = table("artifact", artifact.id)
     facts.add_row("kind", artifact.kind)
-    facts.add_row("path", escape(registry.location(artifact)))
+    facts.add_row("path", registry.location(artifact))
     facts.add_row("created", _moment(artifact.created))
     facts.add_row("size", f"{decimal(artifact.size)} in {len(artifact.files)} files")
     for role, source in artifact.inputs.items():
-        facts.add_row(role, source.id or escape(source.name))
+        facts.add_row(role, source.id or source.name)
     for name, value in artifact.metrics.items():
         facts.add_row(name, f"{value:.4g}")
     return facts
@@ -87,7 +87,7 @@ def run_table(summary: RunSummary) -> Table:
     numbers = ("greedy", "mean", "95 %", "solved", "format", "pass@1", "seconds")
     rows = table("stage", "kind", *numbers, "artifact", right=numbers)
     for stage in summary.stages:
-        place = stage.artifact or escape(stage.path or "-")
+        place = stage.artifact or stage.path or "-"
         rows.add_row(stage.name, stage.kind, *_scores(stage), _seconds(stage), place)
     return rows
 
@@ -102,8 +102,8 @@ def probe_table(lines: Sequence[dict[str, Any]]) -> Table:
             follows = (_x100(line["follow"]), _between(line["follow_interval"]))
         rows.add_row(
             line["policy"],
-            escape(line["prompt"]),
-            escape(repr(line["response_prefix"])),
+            line["prompt"],
+            repr(line["response_prefix"]),
             _x100(line["pass_rate"]),
             _between(line["interval"]),
             _x100(line["format"]),
@@ -119,7 +119,7 @@ def outcome_table(outcomes: dict[str, int], intervals: dict[str, Sequence[float]
     rows = table("outcome", *numbers, right=numbers)
     total = sum(outcomes.values())
     for name, count in outcomes.items():
-        rows.add_row(escape(name), str(count), _x100(count / total), _between(intervals[name]))
+        rows.add_row(name, str(count), _x100(count / total), _between(intervals[name]))
     return rows
 
 

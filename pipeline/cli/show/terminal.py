@@ -16,6 +16,8 @@ from stages.visible import visible
 
 LONGEST = 4000
 """Characters of a line on stderr; of a longer one its beginning and its end are shown."""
+AS_IT_IS = {"highlight": False, "markup": False, "emoji": False}
+"""A text is no mark-up of rich: colours are those of Text."""
 
 
 class _Console(Console):
@@ -35,8 +37,8 @@ class _Console(Console):
 
 def console() -> Console:
     """A console as wide as the terminal; 200 columns when piped."""
-    terminal = _Console(highlight=False)
-    return terminal if terminal.is_terminal else _Console(highlight=False, width=200)
+    terminal = _Console(**AS_IT_IS)
+    return terminal if terminal.is_terminal else _Console(**AS_IT_IS, width=200)
 
 
 def write(text: str) -> None:

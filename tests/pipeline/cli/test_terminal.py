@@ -33,12 +33,13 @@ def test_no_other_module_of_the_pipeline_prints():
 
 def test_lines_tables_texts_and_complaints_are_visible(capsys):
     terminal.write(HOSTILE)
-    rows = table("name", HOSTILE)
-    rows.add_row(HOSTILE, Text(HOSTILE))
+    rows = table("name", f"{HOSTILE} [/x] [red]")
+    rows.add_row(f"{HOSTILE} [/x] [red] :smile:", Text(HOSTILE))
     show(rows)
     terminal.console().print(Text(HOSTILE), soft_wrap=True)
     said = capsys.readouterr().out
     assert said.replace("\n", "").isprintable() and "\\x1b]0;owned" in said
+    assert said.count("[/x]") == said.count("[red]") == 2 and ":smile:" in said
     assert complain(HOSTILE, 2) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and line[:-1].isprintable() and "\\u202egnp" in line

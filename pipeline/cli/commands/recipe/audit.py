@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -114,8 +113,8 @@ def _table(report: Report, terminal: Console) -> Table:
     for line in _merged(report.baselines):
         parts = [_number(line.rewards[name]) for name in shown]
         made.add_row(
-            escape(line.name), _number(line.reward), _bar(line.share, "yellow", terminal),
-            _bar(line.score, "green", terminal), *parts, escape(_outcomes(line)),
+            line.name, _number(line.reward), _bar(line.share, "yellow", terminal),
+            _bar(line.score, "green", terminal), *parts, _outcomes(line),
         )  # fmt: skip
     return made
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from pipeline.cli.options import JsonOption, RegistryOption, open_registry, print_json
 from pipeline.cli.show.tables import show, table
@@ -98,7 +97,7 @@ def pins(registry: RegistryOption = None, json: JsonOption = False) -> None:
         return
     rows = table("artifact", "owner", "when", "why")
     for artifact_id, pin in found:
-        rows.add_row(artifact_id, pin.owner, f"{pin.at:%Y-%m-%d %H:%M:%S}", escape(pin.reason))
+        rows.add_row(artifact_id, pin.owner, f"{pin.at:%Y-%m-%d %H:%M:%S}", pin.reason)
     show(rows)
 
 
@@ -109,7 +108,7 @@ def _print(alias: str, move: aliases.Move) -> None:
 
 def _row(move: aliases.Move) -> tuple[str, ...]:
     why = f"{move.reason}{_evidence(move)}".strip(" ;")
-    return (move.artifact or "-", str(move.number), escape(move.actor), move.at[:19].replace("T", " "), escape(why))
+    return (move.artifact or "-", str(move.number), move.actor, move.at[:19].replace("T", " "), why)
 
 
 def _evidence(move: aliases.Move) -> str:

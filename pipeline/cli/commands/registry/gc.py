@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 from rich.filesize import decimal
-from rich.markup import escape
 
 from pipeline.cli.options import JsonOption, RegistryOption, open_registry, print_json
 from pipeline.cli.show.tables import show, table
@@ -51,7 +50,7 @@ def _print(collected: Survey, applied: bool) -> None:
     rows = table("what", "name", "frees", "why", right=("frees",))
     for removal in collected.removals:
         frees = "?" if removal.bytes is None else decimal(removal.bytes)
-        rows.add_row(removal.what, escape(removal.name), frees, escape(removal.why))
+        rows.add_row(removal.what, removal.name, frees, removal.why)
     if collected.removals:
         show(rows)
     write(f"{len(collected.kept)} artifacts stay; --json says why each")
