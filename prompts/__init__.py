@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from jinja2 import TemplateError
+from jinja2 import TemplateSyntaxError
 
 from prompts import templates
 
@@ -77,8 +77,8 @@ def parse(name: str, text: str) -> Prompt:
     system, user = match["system"].strip(), match["user"].strip("\n")
     try:
         templates.compiled(user)
-    except TemplateError as error:
-        raise ValueError(f"the user template of the prompt {name}: {error}") from None
+    except TemplateSyntaxError as error:
+        raise ValueError(f"the user template of the prompt {name}, line {error.lineno}: {error.message}") from None
     except (ArithmeticError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError) as error:
         raise ValueError(f"the user template of the prompt {name}: {type(error).__name__}: {error}") from None
     if "{{" in system or "{%" in system:

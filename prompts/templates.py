@@ -39,14 +39,11 @@ def dice(tree: nodes.Template) -> list[tuple[str, int]]:
     """(name, line) of what differs from one rendering to the next: `random`, as a filter or by its name in `map`, and
     `lipsum`."""
     filters = [(node.name, node) for node in tree.find_all(nodes.Filter)]
-    named = [(node.args[0].value, node) for name, node in filters if name == "map" and _is_named(node)]
+    mapped = [(arg, node) for name, node in filters if name == "map" for arg in node.args[:1]]
+    named = [(arg.value, node) for arg, node in mapped if isinstance(arg, nodes.Const)]
     functions = [(node.name, node) for node in tree.find_all(nodes.Name)]
     found = [(FILTER, node) for name, node in [*filters, *named] if name == FILTER]
     return [(name, node.lineno) for name, node in [*found, *((n, node) for n, node in functions if n == FUNCTION)]]
-
-
-def _is_named(node: nodes.Filter) -> bool:
-    return bool(node.args) and isinstance(node.args[0], nodes.Const)
 
 
 def _environment() -> SandboxedEnvironment:

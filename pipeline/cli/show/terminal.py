@@ -16,8 +16,6 @@ from stages.visible import visible
 
 LONGEST = 4000
 """Characters of a line on stderr; of a longer one its beginning and its end are shown."""
-AS_IT_IS = {"highlight": False, "markup": False, "emoji": False}
-"""A text is no mark-up of rich: colours are those of Text."""
 
 
 class _Console(Console):
@@ -37,8 +35,13 @@ class _Console(Console):
 
 def console() -> Console:
     """A console as wide as the terminal; 200 columns when piped."""
-    terminal = _Console(**AS_IT_IS)
-    return terminal if terminal.is_terminal else _Console(**AS_IT_IS, width=200)
+    terminal = _plain()
+    return terminal if terminal.is_terminal else _plain(width=200)
+
+
+def _plain(width: int | None = None) -> Console:
+    """A console to which a string is no mark-up: colours are those of Text."""
+    return _Console(highlight=False, markup=False, emoji=False, width=width)
 
 
 def write(text: str) -> None:
