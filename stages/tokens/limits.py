@@ -132,7 +132,7 @@ def _status_of_child(render: Callable[[], str], seconds: float) -> int:
 def _limit(seconds: float) -> None:
     """The kernel's limits on this process: no core file, CPU time, address space."""
     whole = max(1, round(seconds))
-    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    mapped = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
     for kind, soft in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_CPU, whole),
