@@ -15,8 +15,9 @@ class _VisibleStream(io.TextIOWrapper):
     """A stream to which no control character is written."""
 
     def write(self, s: str, /) -> int:
-        """Write the text with escapes, and say that all of it was written."""
-        super().write(visible(s))
+        """Write the text with escapes, and say that all of it was written. A progress bar begins its line again with
+        each of its states, and here each has a line of its own."""
+        super().write(visible(s.replace("\r", "\n")))
         return len(s)
 
 

@@ -55,8 +55,9 @@ def test_what_user_code_says_is_visible():
 def test_the_streams_of_a_job_hold_no_control_character():
     code = (
         "import sys\nfrom stages.runtime import logs\nlogs.make_visible()\n"
-        "print('out\\x1b[2J', flush=True)\nprint('err\\u202e', file=sys.stderr)\nraise ValueError('\\x1b]0;x\\x07')"
+        "print('out\\x1b[2J\\r50 %\\r', flush=True)\nprint('err\\u202e', file=sys.stderr)\n"
+        "raise ValueError('\\x1b]0;x\\x07')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment(), cwd=ROOT)
-    assert done.stdout == b"out\\x1b[2J\n"
+    assert done.stdout == b"out\\x1b[2J\n50 %\n\n"
     assert b"err\\u202e" in done.stderr and b"ValueError: \\x1b]0;x\\x07" in done.stderr and b"\x1b" not in done.stderr
