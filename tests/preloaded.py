@@ -100,6 +100,7 @@ def main(parent: int) -> None:
     load_for_forks()
     for name in COMMAND:
         importlib.import_module(name)
+    importlib.import_module("pipeline.cli").app()  # it imports every command
     serving_worker.subprocess = SimpleNamespace(Popen=ForkedWorker, PIPE=subprocess.PIPE)
     gc.collect()
     gc.freeze()

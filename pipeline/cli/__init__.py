@@ -10,26 +10,12 @@ import gc as garbage
 import os
 import sys
 import traceback
+from collections.abc import Iterable
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
-from pipeline.cli.commands.recipe.audit import audit
-from pipeline.cli.commands.recipe.check import check
-from pipeline.cli.commands.recipe.init import init
-from pipeline.cli.commands.recipe.inspect import inspect
-from pipeline.cli.commands.recipe.plan import plan, schema
-from pipeline.cli.commands.recipe.probe import probe
-from pipeline.cli.commands.recipe.rows import rows
-from pipeline.cli.commands.recipe.score import score
-from pipeline.cli.commands.registry.aliases import nouns, pin, pins, promote, unpin
-from pipeline.cli.commands.registry.artifacts import ls, verify
-from pipeline.cli.commands.registry.diff import diff
-from pipeline.cli.commands.registry.export import export, push
-from pipeline.cli.commands.registry.gc import gc
-from pipeline.cli.commands.registry.lineage import lineage
-from pipeline.cli.commands.run.run import resume, run
-from pipeline.cli.commands.run.runs import runs, show
 from pipeline.cli.show.terminal import write, write_error
 from pipeline.errors import Failed, Refused, RunInterrupted, Terminated
 from pipeline.version import version
@@ -46,20 +32,44 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 BARRED = (errno.EACCES, errno.EPERM, errno.EROFS)
 """What is refused to this user, or to everybody."""
 
-app = typer.Typer(
-    help="SFT, reinforcement learning, rejection sampling and reinforcement learning again, as one recipe.",
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-COMMANDS = (
-    *(init, check, plan, schema, rows, inspect, probe, audit, score),
-    *(run, resume, runs, show),
-    *(ls, verify, lineage, diff, export, push, promote, pin, unpin, pins, gc),
-)
-"""In the order of `--help`."""
-for command in COMMANDS:
-    app.command()(command)
+FOLDER = "pipeline.cli.commands"
+COMMANDS = {
+    **{name: f"recipe.{name}" for name in ("init", "check", "plan")},
+    "schema": "recipe.plan",
+    **{name: f"recipe.{name}" for name in ("rows", "inspect", "probe", "audit", "score")},
+    **{"run": "run.run", "resume": "run.run", "runs": "run.runs", "show": "run.runs"},
+    **{"ls": "registry.artifacts", "verify": "registry.artifacts"},
+    **{"lineage": "registry.lineage", "diff": "registry.diff", "export": "registry.export", "push": "registry.export"},
+    **dict.fromkeys(("promote", "pin", "unpin", "pins"), "registry.aliases"),
+    "gc": "registry.gc",
+    "alias": "registry.aliases",
+}
+"""Command -> the module in FOLDER that has a function of its name, in the order of `--help`. A command line imports the
+module of its own command only, so that `ls` does not wait for what `run` needs."""
+
+
+def app(names: Iterable[str] = tuple(COMMANDS)) -> typer.Typer:
+    """The command line with these commands."""
+    made = typer.Typer(
+        help="SFT, reinforcement learning, rejection sampling and reinforcement learning again, as one recipe.",
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+    made.callback()(_before_every_command)
+    for name in names:
+        command = getattr(import_module(f"{FOLDER}.{COMMANDS[name]}"), name)
+        if isinstance(command, typer.Typer):
+            made.add_typer(command, name=name)
+        else:
+            made.command()(command)
+    return made
+
+
+def _named(arguments: list[str]) -> list[str]:
+    """The command of a command line; all commands where it names none of them, for the help and for a suggestion."""
+    first = next((word for word in arguments if not word.startswith("-")), None)
+    return [first] if first in COMMANDS else list(COMMANDS)
 
 
 def _show_version(wanted: bool) -> None:
@@ -68,16 +78,12 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _before_every_command(
     version: Annotated[
         bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version)
     ] = False,
 ) -> None:
     """Options of `switchback` itself."""
-
-
-app.add_typer(nouns, name="alias")
 
 
 def main() -> None:
@@ -98,15 +104,15 @@ CODES: tuple[tuple[type[BaseException], int], ...] = (
 
 
 def exit_code(arguments: list[str]) -> int:  # noqa: PLR0911 - one for each way to end
-    """Run a command line; whatever goes wrong becomes one line and a code."""
+    """Run a command line. Every error becomes one line and a code."""
     try:
-        code = app(arguments or ["--help"], prog_name="switchback", standalone_mode=False)
+        code = app(_named(arguments))(arguments or ["--help"], prog_name="switchback", standalone_mode=False)
     except tuple(kind for kind, _ in CODES) as error:
         return complain(str(error), next(code for kind, code in CODES if isinstance(error, kind)))
     except typer.TyperException as error:
         return complain(error.format_message(), 2)  # its str lacks the dashes of an option
     except Terminated:
-        return complain("terminated; run the same command to go on with what is done", 143)
+        return complain("terminated; run the same command to continue from what is done", 143)
     except (KeyboardInterrupt, typer.Abort):
         return complain("interrupted", 130)
     except BrokenPipeError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.filesize import decimal
@@ -11,10 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.cli.show.terminal import console, write
-from pipeline.plan.plan import Planned
 from pipeline.registry import Artifact, Registry
 from pipeline.registry.runs import Run
 from pipeline.results.summary import RunSummary, StageSummary
+
+if TYPE_CHECKING:
+    from pipeline.plan.plan import Planned
 
 ACTION_STYLE = {"reuse": "green", "run": "yellow", "skip": "dim"}
 SEVERITY_STYLE = {"stop": "bold red", "warn": "yellow", "note": "dim"}

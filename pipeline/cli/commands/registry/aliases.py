@@ -24,23 +24,23 @@ Expect = Annotated[
 Reason = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why; it is remembered.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Move even to what is worse, or cannot be compared; remembered.")]
 
-nouns = typer.Typer(help="Names that move from artifact to artifact, and remember each move.")
+alias = typer.Typer(help="Names that move from artifact to artifact, and remember each move.")
 
 
-@nouns.command(name="set")
+@alias.command(name="set")
 def set_to(alias: Alias, id: Id, expect: Expect = None, reason: Reason = "", registry: RegistryOption = None) -> None:
     """Point an alias at an artifact."""
     place = open_registry(registry)
     _print(alias, aliases.set_to(place, alias, aliases.resolve(place, id), expect, reason))
 
 
-@nouns.command()
+@alias.command()
 def rm(alias: Alias, reason: Reason = "", registry: RegistryOption = None) -> None:
     """Take an alias away; its history stays."""
     _print(alias, aliases.remove(open_registry(registry), alias, reason))
 
 
-@nouns.command()
+@alias.command()
 def ls(registry: RegistryOption = None, json: JsonOption = False) -> None:
     """List aliases and where they point."""
     moves = aliases.aliases(open_registry(registry), strict=False)
@@ -53,7 +53,7 @@ def ls(registry: RegistryOption = None, json: JsonOption = False) -> None:
     show(rows)
 
 
-@nouns.command()
+@alias.command()
 def history(alias: Alias, registry: RegistryOption = None, json: JsonOption = False) -> None:
     """Show every move of an alias, oldest first."""
     moves = aliases.history(open_registry(registry), alias)
