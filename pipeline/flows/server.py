@@ -1,26 +1,30 @@
 """A Prefect server of a run's own, where PREFECT_API_URL names none: loopback, a free port, its own kept home, no
 telemetry, gone with the run.
 
-Imports no Prefect. The server is killed with this process, however that dies; its home keeps the history of runs for
+Imports no Prefect. `own_server` starts `pipeline.flows.application` and gives back an Own: where the page is, and the
+environment of whatever talks to the server. Each server has a password of its own, which lies in a file that only this
+user can read. Neither server nor client sees the user's PREFECT_* variables, home or credentials.
+
+The server is killed with this process, however that dies. Its home keeps the history of runs for
 `PREFECT_HOME=<registry>/work/prefect prefect server start`.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from pipeline.errors import Failed
-from stages.errors import BadInput
-from stages.runtime.process import die_with_parent
 
 API_URL = "PREFECT_API_URL"
 SETTINGS = {
@@ -29,8 +33,21 @@ SETTINGS = {
     "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",
 }
 """Of server and client."""
+PASSED = ("PATH", "LANG", "LANGUAGE", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONHOME")
+"""All that server and client see of this process's environment."""
 PATIENCE = 120.0
 """Seconds a server may take to answer; a new database takes about 10."""
+
+
+class Own(NamedTuple):
+    """A server of a run's own, while it runs."""
+
+    page: str
+    """Its address in a browser."""
+    password: Path
+    """The file with the password that the page asks for."""
+    environment: dict[str, str]
+    """For the process that talks to it."""
 
 
 def api_url() -> str | None:
@@ -38,88 +55,84 @@ def api_url() -> str | None:
     return os.environ.get(API_URL) or None
 
 
-@contextmanager
-def own_server(home: Path) -> Iterator[None]:
-    """PREFECT_API_URL answers inside this block: the user's, else a server started here and stopped at the end.
+def without_user(url: str) -> str:
+    """A URL without the user and password that it may hold."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
-    Raises BadInput when the user's does not answer, Failed when ours does not.
+
+@contextmanager
+def own_server(home: Path, run: str) -> Iterator[Own]:
+    """A server that answers inside this block. Its password is in the file `password-<run>` of its home.
+
+    Raises Failed when it does not answer, OSError where its home cannot be written.
     """
-    users_url = api_url()
-    if users_url is not None:
-        if not _answers(users_url):
-            raise BadInput(
-                f"{API_URL}: no Prefect server answers at {users_url}; start it, unset the variable, or use "
-                "--no-prefect"
-            )
-        yield
-        return
     home.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
-    url = f"http://127.0.0.1:{port}/api"
-    with _environment({**SETTINGS, "PREFECT_HOME": str(home), API_URL: url, **_no_proxy()}):
-        with (home / "server.log").open("w", encoding="utf-8") as log:
-            server = _start(port, log.fileno())
+    home.chmod(0o700)
+    password = secrets.token_urlsafe(32)
+    file = home / f"password-{run}"
+    with open(file, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as out:
+        print(password, file=out)
+    try:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            page = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            server = _start(listener, home, _of_the_server(home, page, password))
         try:
-            _wait_until_healthy(server, url, home / "server.log")
-            yield
+            _wait_until_healthy(server, f"{page}/api", home / "server.log")
+            yield Own(page, file, _of_the_client(home, page, password))
         finally:
             server.kill()
             server.wait()
-
-
-def _no_proxy() -> dict[str, str]:
-    """The variables that keep Prefect's client from asking a proxy for 127.0.0.1."""
-    return {name: ",".join(filter(None, [os.environ.get(name), "127.0.0.1"])) for name in ("NO_PROXY", "no_proxy")}
-
-
-@contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set variables of this process inside the block, and give it its own back afterwards."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        file.unlink(missing_ok=True)
 
 
-def _start(port: int, log: int) -> subprocess.Popen[bytes]:
-    me = os.getpid()
-    application = ["prefect.server.api.server:create_app", "--factory", "--host", "127.0.0.1", "--port", str(port)]
-    return subprocess.Popen(
-        [sys.executable, "-P", "-m", "uvicorn", *application, "--log-level", "warning"],
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-        preexec_fn=lambda: die_with_parent(me),  # noqa: PLW1509 - no thread has been started yet
-    )
+def _clean(home: Path) -> dict[str, str]:
+    passed = {name: value for name, value in os.environ.items() if name in PASSED}
+    return {**passed, **SETTINGS, "HOME": str(home), "PREFECT_HOME": str(home)}
+
+
+def _of_the_server(home: Path, page: str, password: str) -> dict[str, str]:
+    return {
+        **_clean(home),
+        "PREFECT_SERVER_API_AUTH_STRING": password,
+        "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": page,
+        "PREFECT_SERVER_UI_API_URL": f"{page}/api",
+    }
+
+
+def _of_the_client(home: Path, page: str, password: str) -> dict[str, str]:
+    return {**_clean(home), API_URL: f"{page}/api", "PREFECT_API_AUTH_STRING": password}
+
+
+def _start(listener: socket.socket, home: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """The server's process. It gets the listening socket, so that nobody else can take its port before it is up."""
+    command = [sys.executable, "-P", "-m", "pipeline.flows.application", str(listener.fileno()), str(os.getpid())]
+    with (home / "server.log").open("a") as log:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            cwd=home,  # Prefect reads settings from files of its working directory
+            pass_fds=(listener.fileno(),),
+            start_new_session=True,
+        )
 
 
 def _wait_until_healthy(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
     ends_at = time.monotonic() + PATIENCE
     while time.monotonic() < ends_at:
         if server.poll() is not None:
-            raise Failed(f"the Prefect server ended at once (exit {server.returncode}); see {log}, or use --no-prefect")
+            raise Failed(f"the Prefect server ended at once (exit {server.returncode}); see {log}")
         if _healthy(url):
             return
         time.sleep(0.1)
-    raise Failed(f"the Prefect server did not answer within {PATIENCE:g} s; see {log}, or use --no-prefect")
-
-
-def _answers(url: str) -> bool:
-    """Whether an HTTP server is there, whatever it says."""
-    try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=5):  # noqa: S310 - the user's own setting
-            return True
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, ValueError):
-        return False
+    raise Failed(f"the Prefect server did not answer within {PATIENCE:g} s; see {log}")
 
 
 def _healthy(url: str) -> bool:
@@ -129,9 +142,3 @@ def _healthy(url: str) -> bool:
             return answer.status == 200
     except OSError:
         return False
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

@@ -1,14 +1,15 @@
 """What `switchback run` calls: a plan is run step after step, with or without Prefect.
 
-Preflight and audits come first, so that a recipe that cannot work trains nothing. Prefect shows the steps and decides
-nothing."""
+Preflight and audits come first, so that a recipe that cannot work trains nothing. The steps are made here, in the main
+thread, so that Ctrl-C and SIGTERM reach them. Prefect hears what became of each, and decides nothing."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
 
 from pipeline.errors import NotComparable, Refused
-from pipeline.flows.server import api_url, own_server
+from pipeline.flows.report import flow_process
+from pipeline.flows.server import api_url
 from pipeline.plan.plan import ALL, Planned, Selection
 from pipeline.plan.steps import Step
 from pipeline.recipe.recipe import Recipe
@@ -44,17 +45,16 @@ def execute(
         if to_run:
             hub.refuse_unreachable(recipe.model)
             run.launcher.warm_up()  # its imports and the server's start go side by side
-        if with_prefect:
-            stack.enter_context(own_server(work_root(registry) / "prefect"))
+        home = work_root(registry) / "prefect"
+        flow = stack.enter_context(flow_process(home, run.id, observer.noted)) if with_prefect else None
         for found in inspections.beforehand(planned, registry, run.launcher, run.execution):
             run.report(found)
-        if with_prefect:
-            from pipeline.flows.flow import run_flow
-
-            run_flow(run.id, planned, lambda one: run_step(one, run))
-        else:
-            for one in planned:
-                run_step(one, run)
+        if flow:
+            flow.begin(run.id, planned)
+        for one in planned:
+            made = run_step(one, run)
+            if flow:
+                flow.became(*shown_as(made))
     return run.id
 
 
@@ -75,6 +75,13 @@ def run_step(one: Planned, run: Run) -> Made | None:
             _show_evaluation(one.step, run)
         _refuse_without_scores(one.step, run)
     return made
+
+
+def shown_as(made: Made | None) -> tuple[str, str]:
+    """The name and the text of a step's state in Prefect."""
+    if made is None:
+        return "NotSelected", ""
+    return "Reused" if made.reused else "Completed", made.artifact.id
 
 
 def _refuse_without_scores(step: Step, run: Run) -> None:

@@ -16,6 +16,9 @@ class Observer(Protocol):
     def found(self, finding: Finding) -> None:
         """A preflight has something to say."""
 
+    def noted(self, text: str) -> None:
+        """Something about the run itself, such as where it can be watched."""
+
     def reused(self, step: Step, artifact: Artifact) -> None:
         """It was there."""
 

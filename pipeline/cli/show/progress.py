@@ -57,6 +57,10 @@ class Progress:
             )
         )
 
+    def noted(self, text: str) -> None:
+        """Print something about the run itself."""
+        self._console.print(escape(text), soft_wrap=True)
+
     def reused(self, step: Step, artifact: Artifact) -> None:
         """Print that a step reuses an artifact."""
         self._line(step, f"reuse {artifact.id}", "green")
