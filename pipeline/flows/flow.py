@@ -69,7 +69,7 @@ def show(run: str, steps: dict[str, list[str]], lines: IO[str]) -> None:
             inputs = [results[name] for name in reads[step]]
             state = step_task(step, inputs, return_state=True)  # pyright: ignore[reportCallIssue]
             if not state.is_completed():  # pyright: ignore[reportAttributeAccessIssue]
-                return state
+                return State(type=became[-1].type, name=became[-1].name, message=became[-1].message)
             results[step] = state.result()  # pyright: ignore[reportAttributeAccessIssue]
         return None
 

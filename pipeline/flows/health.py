@@ -7,13 +7,18 @@ lack of one, becomes None (all is well) or one line with the likely cause.
 from __future__ import annotations
 
 import urllib.request
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 import httpx
-from prefect.client.orchestration import get_client
+from prefect.client.base import ServerType
+from prefect.client.orchestration import SyncPrefectClient, get_client
 
 from pipeline.flows.server import without_user
 
+PATIENCE, PATIENCE_FOR_VERSION = 4.0, 2.0
+"""Seconds for the answer that the server is well, and for the one that shows whether it knows us. A server that is
+well and slow is not refused."""
 GATEWAY = (502, 503, 504)
 """Statuses of what stands before a server."""
 
@@ -21,58 +26,67 @@ GATEWAY = (502, 503, 504)
 def complaint() -> str | None:
     """Ask the server that Prefect's settings name whether it is well and knows us. None, or one line."""
     with get_client(sync_client=True) as client:
-        url = without_user(str(client.api_url))
+        url = without_user(str(client.api_url)).rstrip("/")
         try:
-            health = client._client.get("/health")  # pyright: ignore[reportPrivateUsage] - api_healthcheck hides the body
-            health.json()
-            client.api_version()  # /health is for everybody, this is not
+            health = client._client.get("/health", timeout=PATIENCE)  # pyright: ignore[reportPrivateUsage]
+            health.json()  # Prefect's own api_healthcheck does not look at what was answered
+            _ask_who_we_are(client)
         except httpx.HTTPStatusError as error:
             return _refused(url, error.response.status_code)
         except ValueError:
-            return f"the server at {url} shows a page (expected Prefect's API). Fix: {_with_api(url)}"
+            return _line(f"a web page is at {url}", "expected Prefect's API", _with_api(url), by_proxy=url)
         except httpx.TimeoutException:
-            return f"no Prefect server answers at {url} (no answer in time).{_proxy(url)} Fix: start it"
-        except httpx.HTTPError as error:
-            return f"no Prefect server answers at {url} ({_words(error)}).{_proxy(url)} Fix: start it"
+            return _line(f"no Prefect server answers at {url}", "no answer in time", "start it", by_proxy=url)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            found = str(error) or type(error).__name__
+            return _line(f"no Prefect server answers at {url}", found, "start it", by_proxy=url)
     return None
 
 
+def _ask_who_we_are(client: SyncPrefectClient) -> None:
+    """/health is for everybody, this is for those the server knows. Raises HTTPStatusError for others."""
+    with suppress(httpx.TimeoutException):
+        if client.server_type == ServerType.CLOUD:
+            client.read_flows(limit=1)
+        else:
+            client._client.get("/admin/version", timeout=PATIENCE_FOR_VERSION)  # pyright: ignore[reportPrivateUsage]
+
+
 def _refused(url: str, status: int) -> str:
+    found = f"found status {status}"
     if status == 401:
-        return (
-            f"the Prefect server at {url} does not know us (found status 401). Fix: set PREFECT_API_AUTH_STRING to its "
-            "password, or PREFECT_API_KEY for Prefect Cloud"
-        )
+        fix = "set PREFECT_API_AUTH_STRING to its password, or PREFECT_API_KEY for Prefect Cloud"
+        return _line(f"the Prefect server at {url} does not know us", found, fix)
     if status == 403:
-        return (
-            f"the Prefect server at {url} refuses us (found status 403).{_proxy(url)} Fix: look at the rights of "
-            "PREFECT_API_KEY, and at what stands before the server"
-        )
+        fix = "look at the rights of PREFECT_API_KEY, and at what stands before the server"
+        return _line(f"the Prefect server at {url} refuses us", found, fix, by_proxy=url)
     if status in GATEWAY:
-        return (
-            f"something before the Prefect server at {url} answers for it (found status {status}).{_proxy(url)} "
-            "Fix: look whether the server runs"
-        )
+        fix = "look whether the server runs"
+        return _line(f"a proxy or gateway answers for the Prefect server at {url}", found, fix, by_proxy=url)
     if status == 404:
-        return f"no Prefect API is at {url} (found status 404). Fix: {_with_api(url)}"
-    return f"the Prefect server at {url} is not well (found status {status}). Fix: look at its log"
+        return _line(f"no Prefect API is at {url}", found, _with_api(url))
+    return _line(f"the Prefect server at {url} is not well", found, "look at its log", by_proxy=url)
+
+
+def _line(problem: str, found: str, fix: str, by_proxy: str = "") -> str:
+    """The problem with its likely cause: the proxy that the environment names for the URL `by_proxy`, else as said."""
+    if by_proxy and (variable := _proxy_variable(by_proxy)):
+        found = f"{found}; {variable} sends the request to a proxy"
+        fix = f"add {urlsplit(by_proxy).hostname} to NO_PROXY"
+    return f"{problem} ({found}). Fix: {fix}"
 
 
 def _with_api(url: str) -> str:
-    if url.rstrip("/").endswith("/api"):
-        return "look whether this is a Prefect server's address"
-    return f"set it to {url.rstrip('/')}/api"
+    if url.endswith("/api"):
+        return "look whether this is the address of a Prefect server"
+    return f"set it to {url}/api"
 
 
-def _proxy(url: str) -> str:
-    """The proxy's part in it, where the environment names one for this address."""
+def _proxy_variable(url: str) -> str | None:
+    """The variable that names a proxy for this address."""
     parts = urlsplit(url)
     proxies = urllib.request.getproxies()
     name = next((scheme for scheme in (parts.scheme, "all") if scheme in proxies), None)
     if name is None or urllib.request.proxy_bypass(parts.netloc):
-        return ""
-    return f" {name.upper()}_PROXY sends the request to a proxy: add {parts.hostname} to NO_PROXY."
-
-
-def _words(error: Exception) -> str:
-    return str(error) or type(error).__name__
+        return None
+    return f"{name.upper()}_PROXY"

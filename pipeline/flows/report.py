@@ -29,7 +29,7 @@ from pipeline.flows.server import API_URL, api_url, own_server, without_user
 from pipeline.plan.plan import Planned
 from stages.errors import BadInput
 
-IMPORT_PATIENCE, VERDICT_PATIENCE = 300.0, 8.0
+IMPORT_PATIENCE, VERDICT_PATIENCE = 300.0, 7.0
 """Seconds that the process may take to import Prefect, and the user's server to answer two requests."""
 PATIENCE, STOPPED_PATIENCE = 30.0, 3.0
 """Seconds for the last lines of a run that ended by itself, and of one that was told to stop."""

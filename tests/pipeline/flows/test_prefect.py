@@ -1,48 +1,109 @@
-"""Prefect for real: a flow shows its steps and what was reused, a schedule fires, and the user's own server is used
-where there is one."""
+"""Prefect for real, on a server as a user has one, with a password: a flow shows its steps and what was reused, a
+schedule fires, and nothing that happens to the server decides anything."""
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from pipeline.flows.server import API_URL, SETTINGS, own_server
+from pipeline.flows.report import flow_process
+from pipeline.flows.server import API_URL, SETTINGS
+from pipeline.plan import plan
+from pipeline.recipe import recipe as recipes
+from pipeline.registry import Registry
 from stages.runtime.process import descendants
-from tests.conftest import environment, run_cli
+from tests.conftest import TINY, Settings, environment, run_cli
+from tests.pipeline.flows.gate import Gate
 
 pytestmark = pytest.mark.slow
 
+AUTH, PASSWORD = "PREFECT_API_AUTH_STRING", "admin:a secret"
+SOON = {"PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "1", "PREFECT_RUNNER_POLL_FREQUENCY": "1"}
+"""A schedule fires at once."""
+FIRST = ("base.evaluate", "warmup", "warmup.evaluate")
+REST = ("rl1", "rl1.evaluate", "harvest", "distill", "distill.evaluate", "rl2", "rl2.evaluate")
+
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """The URL of a server that stays up for this module, as a user's own would."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in (API_URL, "PREFECT_HOME", *SETTINGS):
-            patch.delenv(name, raising=False)
-        with own_server(tmp_path_factory.mktemp("prefect")):
-            yield os.environ[API_URL]
+def port(tmp_path_factory) -> Iterator[int]:
+    """Where a user's own server listens."""
+    home = tmp_path_factory.mktemp("users")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    settings = {
+        **SETTINGS,
+        **SOON,
+        "HOME": str(home),
+        "PREFECT_HOME": str(home),
+        "PREFECT_SERVER_API_AUTH_STRING": PASSWORD,
+    }
+    application = ["prefect.server.api.server:create_app", "--factory", "--host", "127.0.0.1", "--port", str(port)]
+    with (home / "log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "uvicorn", *application, "--log-level", "warning"],
+            env=environment(**settings),
+            cwd=home,
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        ends_at = time.monotonic() + 300
+        while not is_well(port):
+            assert server.poll() is None and time.monotonic() < ends_at, (home / "log").read_text()
+            time.sleep(0.1)
+        yield port
+    finally:
+        server.kill()
+        server.wait()
 
 
-def ask(server: str, what: str, **body):
+def is_well(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/health", timeout=60) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def of_a_user(port: int) -> dict[str, str]:
+    """A user's environment."""
+    return {API_URL: f"http://127.0.0.1:{port}/api", AUTH: PASSWORD}
+
+
+def ask(port: int, what: str, **body: Any) -> Any:
+    """Rows of a server's table."""
+    token = base64.b64encode(PASSWORD.encode()).decode()
     request = urllib.request.Request(
-        f"{server}/{what}/filter", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        f"http://127.0.0.1:{port}/api/{what}/filter",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json", "Authorization": f"Basic {token}"},
     )
     with urllib.request.urlopen(request, timeout=60) as answer:
         return json.load(answer)
 
 
-def states(server: str, run: str) -> dict[str, tuple[str, str]]:
+def flow_of(port: int, run: str) -> dict[str, Any]:
+    (flow,) = ask(port, "flow_runs", flow_runs={"name": {"any_": [run]}})
+    return flow
+
+
+def states(port: int, run: str) -> dict[str, tuple[str, str]]:
     """Task name -> (state name, state type) of one run's flow."""
-    (flow,) = ask(server, "flow_runs", flow_runs={"name": {"any_": [run]}})
-    assert flow["state_type"] == "COMPLETED"
-    tasks = ask(server, "task_runs", flow_runs={"id": {"any_": [flow["id"]]}})
+    tasks = ask(port, "task_runs", flow_runs={"id": {"any_": [flow_of(port, run)["id"]]}})
     return {task["name"]: (task["state_name"], task["state_type"]) for task in tasks}
 
 
@@ -50,35 +111,102 @@ def run_of(registry: Path) -> str:
     return json.loads(run_cli("runs", "--registry", registry, "--json").stdout)[0]["run"]
 
 
-def test_a_flow_has_a_task_a_step_and_says_what_was_reused(server, settings, write, tmp_path):
-    recipe = write(settings)
-    env = {API_URL: server}
-    first = run_cli("run", recipe, "--registry", tmp_path / "r", "--until", "warmup", env=env)
-    assert first.returncode == 0, first.stderr
-    assert first.stderr == "", "the terminal is switchback's"
-    run = run_of(tmp_path / "r")
-    assert states(server, run) == {
-        "base.evaluate": ("Completed", "COMPLETED"),
-        "warmup": ("Completed", "COMPLETED"),
-        "warmup.evaluate": ("Completed", "COMPLETED"),
-        **dict.fromkeys(
-            ["rl1", "rl1.evaluate", "harvest", "distill", "distill.evaluate", "rl2", "rl2.evaluate"],
-            ("NotSelected", "COMPLETED"),
-        ),
-    }
-    assert not (tmp_path / "r" / "work" / "prefect").exists(), "no server of its own beside the user's"
-    again = run_cli("run", recipe, "--registry", tmp_path / "r", "--until", "warmup", env=env)
-    assert again.returncode == 0, again.stderr
-    shown = states(server, run_of(tmp_path / "r"))
-    assert {shown[name][0] for name in ("base.evaluate", "warmup", "warmup.evaluate")} == {"Reused"}
+@pytest.fixture(scope="module")
+def warmed(port, tmp_path_factory) -> tuple[Path, Path]:
+    """(recipe, registry) of the tiny recipe up to its warm-up, run with Prefect."""
+    directory = tmp_path_factory.mktemp("warmed")
+    recipe = directory / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(TINY, sort_keys=False))
+    done = run_cli("run", recipe, "--registry", directory / "r", "--until", "warmup", env=of_a_user(port))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "" and "Prefect" not in done.stdout, "the terminal is switchback's"
+    return recipe, directory / "r"
 
 
-def test_a_failed_stage_is_a_failed_task_and_still_one_line(server, settings, write, tmp_path):
+def test_a_flow_has_a_task_a_step_and_says_what_was_reused(port, warmed):
+    recipe, registry = warmed
+    skipped = dict.fromkeys(REST, ("NotSelected", "COMPLETED"))
+    first = run_of(registry)
+    assert flow_of(port, first)["state_type"] == "COMPLETED"
+    assert states(port, first) == {**dict.fromkeys(FIRST, ("Completed", "COMPLETED")), **skipped}
+    assert not (registry / "work" / "prefect").exists(), "no server of its own where the user has one"
+    again = run_cli("run", recipe, "--registry", registry, "--until", "warmup", env=of_a_user(port))
+    assert (again.returncode, again.stderr) == (0, "")
+    assert states(port, run_of(registry)) == {**dict.fromkeys(FIRST, ("Reused", "COMPLETED")), **skipped}
+
+
+def test_a_failed_stage_is_a_failed_task_and_still_one_line(port, settings, write, tmp_path):
     settings["stages"][0]["deadline"] = 0.05
-    done = run_cli("run", write(settings), "--registry", tmp_path / "r", "--only", "warmup", env={API_URL: server})
+    run = ("run", write(settings), "--registry", tmp_path / "r", "--only", "warmup")
+    done = run_cli(*run, env=of_a_user(port))
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "killed after its deadline" in done.stderr
-    (flow,) = ask(server, "flow_runs", flow_runs={"name": {"any_": [run_of(tmp_path / "r")]}})
-    assert flow["state_type"] == "FAILED"
+    name = run_of(tmp_path / "r")
+    assert flow_of(port, name)["state_type"] == "FAILED"
+    assert states(port, name) == {"base.evaluate": ("NotSelected", "COMPLETED"), "warmup": ("Failed", "FAILED")}
+
+
+def test_a_server_that_dies_changes_neither_the_run_nor_its_exit_code(port, warmed):
+    """The gate takes the connection that asks before the run, and no other."""
+    recipe, registry = warmed
+    with Gate(port, let=1) as gate:
+        done = run_cli("run", recipe, "--registry", registry, "--until", "warmup", env=of_a_user(gate.port))
+    assert (done.returncode, done.stderr) == (0, "")
+    (line,) = [line for line in done.stdout.splitlines() if "Prefect" in line]
+    assert line.startswith("Prefect does not show the rest of this run: ")
+    assert json.loads(run_cli("runs", "--registry", registry, "--json").stdout)[0]["state"] == "done"
+
+
+# the process that shows a run, with steps that take no time
+
+
+@contextmanager
+def shown(port: int, home: Path, monkeypatch: pytest.MonkeyPatch, notes: list[str]) -> Iterator[Any]:
+    for name, value in of_a_user(port).items():
+        monkeypatch.setenv(name, value)
+    with flow_process(home, "a run", notes.append) as process:
+        yield process
+
+
+def planned(settings: Settings, directory: Path) -> list[plan.Planned]:
+    return plan.plan(recipes.Recipe.model_validate(settings), Registry(directory))
+
+
+def test_no_step_waits_for_an_answer(port, settings, tmp_path, monkeypatch):
+    """Every answer is held until the last step has ended, and still all of it is shown."""
+    notes: list[str] = []
+    steps = planned(settings, tmp_path / "r")
+    with Gate(port) as gate, shown(gate.port, tmp_path, monkeypatch, notes) as process:
+        gate.hold()
+        process.begin("held", steps)
+        for one in steps:
+            process.became("Completed", one.step.name)
+        gate.release()
+    assert notes == []
+    assert states(port, "held") == {one.step.name: ("Completed", "COMPLETED") for one in steps}
+
+
+def test_a_server_that_dies_is_one_line(port, settings, tmp_path, monkeypatch):
+    notes: list[str] = []
+    steps = planned(settings, tmp_path / "r")
+    with Gate(port) as gate, shown(gate.port, tmp_path, monkeypatch, notes) as process:
+        process.begin("cut", steps)
+        while not ask(port, "task_runs", flow_runs={"name": {"any_": ["cut"]}}):
+            time.sleep(0.1)
+        gate.cut()
+        for one in steps:
+            process.became("Completed", one.step.name)
+    assert len(notes) == 1 and notes[0].startswith("Prefect does not show the rest of this run: "), notes
+
+
+def test_an_interrupted_run_is_a_crashed_flow_and_leaves_no_process(port, settings, tmp_path, monkeypatch):
+    before, notes = descendants(os.getpid()), list[str]()
+    with pytest.raises(KeyboardInterrupt), shown(port, tmp_path, monkeypatch, notes) as process:
+        process.begin("interrupted", planned(settings, tmp_path / "r"))
+        while not ask(port, "task_runs", flow_runs={"name": {"any_": ["interrupted"]}}):
+            time.sleep(0.1)
+        raise KeyboardInterrupt
+    assert flow_of(port, "interrupted")["state_type"] == "CRASHED"
+    assert descendants(os.getpid()) <= before and notes == []
 
 
 SCHEDULED = """
@@ -90,10 +218,10 @@ if __name__ == "__main__": nightly.serve(name="soon", interval=timedelta(seconds
 """
 
 
-def test_a_schedule_fires(server, tmp_path):
+def test_a_schedule_fires(port, tmp_path):
     """With sqlalchemy 2.1 it silently never does; this is why that is pinned."""
     (tmp_path / "scheduled.py").write_text(SCHEDULED)
-    env = environment(**SETTINGS, PREFECT_HOME=str(tmp_path), **{API_URL: server})
+    env = environment(**SETTINGS, **SOON, PREFECT_HOME=str(tmp_path), **of_a_user(port))
     serving = subprocess.Popen(
         [sys.executable, "scheduled.py"], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -101,7 +229,7 @@ def test_a_schedule_fires(server, tmp_path):
         ends_at = time.monotonic() + 300
         finished = {"name": {"any_": ["nightly"]}}
         while not (
-            done := ask(server, "flow_runs", flows=finished, flow_runs={"state": {"type": {"any_": ["COMPLETED"]}}})
+            done := ask(port, "flow_runs", flows=finished, flow_runs={"state": {"type": {"any_": ["COMPLETED"]}}})
         ):
             assert time.monotonic() < ends_at, "no scheduled run came to its end within 300 s"
             time.sleep(1)
@@ -111,44 +239,8 @@ def test_a_schedule_fires(server, tmp_path):
         serving.wait()
 
 
-def listening(pid: int) -> set[str]:
-    """The addresses (hex) at which a process listens."""
-    inodes = {str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()}
-    lines = [
-        line.split()
-        for name in ("tcp", "tcp6")
-        for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]
-    ]
-    return {fields[1].partition(":")[0] for fields in lines if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes}
-
-
-def test_its_own_server_listens_on_loopback_alone_and_is_gone_afterwards(tmp_path, monkeypatch):
-    """Also where the environment names a proxy for everything."""
-    monkeypatch.delenv(API_URL, raising=False)
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    processes, variables = descendants(os.getpid()), dict(os.environ)
-    with own_server(tmp_path):
-        (pid,) = descendants(os.getpid()) - processes
-        assert listening(pid) == {"0100007F"}
-    assert pid not in descendants(os.getpid()) and dict(os.environ) == variables
-
-
-def test_a_server_of_its_own_keeps_its_history(settings, write, tmp_path):
-    done = run_cli("run", write(settings), "--registry", tmp_path / "r", "--until", "warmup")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "r" / "work" / "prefect" / "prefect.db").stat().st_size > 0
-
-
 def test_an_unreachable_server_is_one_line(settings, write, tmp_path):
-    done = run_cli(
-        "run",
-        write(settings),
-        "--registry",
-        tmp_path / "r",
-        "--only",
-        "warmup",
-        env={API_URL: "http://127.0.0.1:9/api"},
-    )
+    run = ("run", write(settings), "--registry", tmp_path / "r", "--only", "warmup")
+    done = run_cli(*run, env={API_URL: "http://127.0.0.1:9/api"})
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "no Prefect server answers at http://127.0.0.1:9/api" in done.stderr

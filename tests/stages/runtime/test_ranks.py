@@ -19,7 +19,7 @@ from stages.job import Execution, Job
 from stages.runtime.process import kill_marked, marked
 from tests.conftest import ROOT, SWITCHBACK, environment, run_cli, stage
 from tests.one_and_two import one_and_two
-from tests.pipeline.flows.test_prefect import listening
+from tests.pipeline.flows.test_server import listening
 from tests.pipeline.launch.test_processes import SOON, STARTED, TOKEN, is_training, wait_for
 from tests.stages.trl.test_sft_loss import relative
 
