@@ -31,7 +31,7 @@ from stages.errors import BadInput
 
 IMPORT_PATIENCE, VERDICT_PATIENCE = 300.0, 7.0
 """Seconds that the process may take to import Prefect, and the user's server to answer two requests."""
-PATIENCE, STOPPED_PATIENCE = 30.0, 3.0
+PATIENCE, STOPPED_PATIENCE = 20.0, 3.0
 """Seconds for the last lines of a run that ended by itself, and of one that was told to stop."""
 OURS = {"PREFECT_API_REQUEST_TIMEOUT": "5", "PREFECT_CLIENT_MAX_RETRIES": "0"}
 """For the user's server: it has 5 s for an answer, and no request is sent twice."""

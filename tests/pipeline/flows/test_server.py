@@ -12,6 +12,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 import uuid
@@ -62,9 +63,12 @@ def started(home: Path, run: str) -> Iterator[Started]:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[Started]:
-    """A server of a run's own, started in the environment of USERS. It is gone afterwards, and so is its password."""
-    yield from started(tmp_path_factory.mktemp("own"), "a-run")
+def server() -> Iterator[Started]:
+    """A server of a run's own, started in the environment of USERS. It is gone afterwards, and so is its password. Its
+    home is where every account may look, as a registry is."""
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o755)
+        yield from started(Path(directory) / "prefect", "a-run")
 
 
 @pytest.fixture(scope="module")
