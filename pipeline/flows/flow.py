@@ -29,7 +29,7 @@ def main(parent: int) -> None:
     # SIGTERM to the whole process tree is for the run, which then says how each step ended
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP, signal.SIGINT})
     die_with_parent(parent)
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)  # what a library prints is no answer
 
     def answer(**line: Any) -> None:

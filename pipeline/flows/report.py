@@ -28,6 +28,7 @@ from pipeline.errors import Failed
 from pipeline.flows.server import API_URL, api_url, own_server, without_user
 from pipeline.plan.plan import Planned
 from stages.errors import BadInput
+from stages.runtime.environment import cleaned
 
 IMPORT_PATIENCE, VERDICT_PATIENCE = 300.0, 7.0
 """Seconds that the process may take to import Prefect, and the user's server to answer two requests."""
@@ -63,8 +64,9 @@ def flow_process(home: Path, run: str, note: Note) -> Iterator[FlowProcess | Non
 
 
 def _users_environment(home: Path) -> dict[str, str]:
-    """The user's variables, and a home where the user has none: Prefect does not start without one."""
-    environment = {**os.environ, **OURS}
+    """The user's variables but those of `stages.runtime.environment`, such as PYTHONPATH. A user without a home gets
+    ours, for Prefect does not start without one."""
+    environment = {**cleaned(os.environ).variables, **OURS}
     try:
         Path.home()
     except RuntimeError:

@@ -71,7 +71,7 @@ def own_server(home: Path, run: str) -> Iterator[Own]:
     home.chmod(0o700)
     password = secrets.token_urlsafe(32)
     file = home / f"password-{run}"
-    with open(file, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as out:
+    with open(file, "x", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600)) as out:
         print(password, file=out)
     try:
         with socket.socket() as listener:
@@ -111,7 +111,7 @@ def _of_the_client(home: Path, page: str, password: str) -> dict[str, str]:
 def _start(listener: socket.socket, home: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     """The server's process. It gets the listening socket, so that nobody else can take its port before it is up."""
     command = [sys.executable, "-P", "-m", "pipeline.flows.application", str(listener.fileno()), str(os.getpid())]
-    with (home / "server.log").open("a") as log:
+    with (home / "server.log").open("a", encoding="utf-8") as log:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

@@ -2,13 +2,14 @@
 
 SWITCHBACK_WORK, else work/ in the registry
 <first 12 digits of the key>/    one step's directory (`stages.runtime.workdir`)
+prefect/                         the home of a user's Prefect servers (`pipeline.flows.server`)
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -35,7 +36,7 @@ def alone(
     While another run makes it, `on_wait` is called once with that run's pid, and `on_tick` repeatedly. The kernel frees
     the lock when its holder ends, however it ends. Raises BadInput for a directory of another user that shares nothing.
     """
-    root = Path(registry.url) if work.is_relative_to(registry.url) else work.parent
+    root = _shared_as(registry, work.parent)
     make_directory(work, root)
     with _run_lock(work) as lock:
         share(work / RUN_LOCK, root)
@@ -64,3 +65,18 @@ def _run_lock(work: Path) -> IO[str]:
 def work_root(registry: Registry) -> Path:
     """The directory of work in progress: SWITCHBACK_WORK, else `work/` in the registry."""
     return Path(os.environ.get(WORK) or registry.store.work).expanduser().absolute()
+
+
+def prefect_home(registry: Registry) -> Path:
+    """Where the Prefect servers of this user's runs keep their files: `prefect/` in the directory of work in progress,
+    or `prefect-<uid>/` where that one is another user's. Makes the directory above it, as a team shares it."""
+    work = work_root(registry)
+    with suppress(OSError):  # a run that cannot make it says so when it makes a step
+        make_directory(work, _shared_as(registry, work))
+    home = work / "prefect"
+    return home if not home.exists() or home.stat().st_uid == os.geteuid() else work / f"prefect-{os.geteuid()}"
+
+
+def _shared_as(registry: Registry, work: Path) -> Path:
+    """The directory whose permissions work in progress takes: the registry's root, or `work` outside of it."""
+    return Path(registry.url) if work.is_relative_to(registry.url) else work

@@ -14,7 +14,7 @@ from pipeline.plan.plan import ALL, Planned, Selection
 from pipeline.plan.steps import Step
 from pipeline.recipe.recipe import Recipe
 from pipeline.registry import Registry
-from pipeline.registry.workdir import work_root
+from pipeline.registry.workdir import prefect_home
 from pipeline.results.evaluations import difference
 from pipeline.run import hub, inspections
 from pipeline.run.observer import Observer
@@ -45,8 +45,9 @@ def execute(
         if to_run:
             hub.refuse_unreachable(recipe.model)
             run.launcher.warm_up()  # its imports and the server's start go side by side
-        home = work_root(registry) / "prefect"
-        flow = stack.enter_context(flow_process(home, run.id, observer.noted)) if with_prefect else None
+        flow = (
+            stack.enter_context(flow_process(prefect_home(registry), run.id, observer.noted)) if with_prefect else None
+        )
         for found in inspections.beforehand(planned, registry, run.launcher, run.execution):
             run.report(found)
         if flow:

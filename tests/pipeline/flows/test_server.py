@@ -25,8 +25,10 @@ import pytest
 
 from pipeline.flows.report import flow_process
 from pipeline.flows.server import API_URL, Own, own_server
+from pipeline.registry import Registry
+from pipeline.registry.workdir import prefect_home
 from stages.runtime.process import descendants
-from tests.conftest import ROOT, run_cli
+from tests.conftest import run_cli
 
 pytestmark = pytest.mark.slow
 
@@ -243,6 +245,20 @@ def test_a_server_that_does_not_start_is_one_line(tmp_path, monkeypatch):
     assert len(notes) == 1 and notes[0].startswith("Prefect does not show this run: "), notes
 
 
+@root_only
+def test_each_user_of_a_shared_registry_has_a_home_for_servers(tmp_path, monkeypatch):
+    monkeypatch.delenv("SWITCHBACK_WORK", raising=False)
+    root = tmp_path / "r"
+    root.mkdir()
+    root.chmod(0o2775)
+    home = prefect_home(Registry(root))
+    assert home == root / "work" / "prefect" and (root / "work").stat().st_mode & 0o7777 == 0o2775
+    home.mkdir()
+    assert prefect_home(Registry(root)) == home
+    os.chown(home, AS_ANOTHER, AS_ANOTHER)
+    assert prefect_home(Registry(root)) == root / "work" / f"prefect-{os.getuid()}"
+
+
 NAMELESS = """
 import sys
 from pathlib import Path
@@ -266,7 +282,7 @@ def test_an_account_without_home_and_name_is_shown(users, server, tmp_path):
     with_a_database(home, server)
     for path in (home, *home.iterdir()):
         os.chown(path, AS_ANOTHER, AS_ANOTHER)
-    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    env = {"PATH": os.environ["PATH"]}
     if users:
         env |= {name: value for name, value in server.own.environment.items() if name.startswith("PREFECT_API")}
     capability = "+dac_override,+dac_read_search"
