@@ -1,5 +1,5 @@
 """Prefect for real, on a server as a user has one, with a password: a flow shows its steps and what was reused, a
-schedule fires, and nothing that happens to the server decides anything."""
+schedule plans its runs, and nothing that happens to the server decides anything."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from tests.pipeline.flows.gate import Gate
 pytestmark = pytest.mark.slow
 
 AUTH, PASSWORD = "PREFECT_API_AUTH_STRING", "admin:a secret"
-SOON = {"PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "1", "PREFECT_RUNNER_POLL_FREQUENCY": "1"}
-"""A schedule fires at once."""
+SOON = {"PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "1"}
+"""The server looks at schedules every second."""
 FIRST = ("base.evaluate", "warmup", "warmup.evaluate")
 REST = ("rl1", "rl1.evaluate", "harvest", "distill", "distill.evaluate", "rl2", "rl2.evaluate")
 
@@ -84,16 +84,21 @@ def of_a_user(port: int) -> dict[str, str]:
     return {API_URL: f"http://127.0.0.1:{port}/api", AUTH: PASSWORD}
 
 
-def ask(port: int, what: str, **body: Any) -> Any:
-    """Rows of a server's table."""
+def post(port: int, path: str, **body: Any) -> Any:
+    """A server's answer to a request."""
     token = base64.b64encode(PASSWORD.encode()).decode()
     request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/api/{what}/filter",
+        f"http://127.0.0.1:{port}/api/{path}",
         json.dumps(body).encode(),
         {"Content-Type": "application/json", "Authorization": f"Basic {token}"},
     )
     with urllib.request.urlopen(request, timeout=60) as answer:
         return json.load(answer)
+
+
+def ask(port: int, what: str, **body: Any) -> Any:
+    """Rows of a server's table."""
+    return post(port, f"{what}/filter", **body)
 
 
 def flow_of(port: int, run: str) -> dict[str, Any]:
@@ -209,34 +214,16 @@ def test_an_interrupted_run_is_a_crashed_flow_and_leaves_no_process(port, settin
     assert descendants(os.getpid()) <= before and notes == []
 
 
-SCHEDULED = """
-from datetime import timedelta
-from prefect import flow
-@flow
-def nightly(): pass
-if __name__ == "__main__": nightly.serve(name="soon", interval=timedelta(seconds=5))
-"""
-
-
-def test_a_schedule_fires(port, tmp_path):
+def test_a_schedule_plans_its_runs(port):
     """With sqlalchemy 2.1 it silently never does; this is why that is pinned."""
-    (tmp_path / "scheduled.py").write_text(SCHEDULED)
-    env = environment(**SETTINGS, **SOON, PREFECT_HOME=str(tmp_path), **of_a_user(port))
-    serving = subprocess.Popen(
-        [sys.executable, "scheduled.py"], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        ends_at = time.monotonic() + 300
-        finished = {"name": {"any_": ["nightly"]}}
-        while not (
-            done := ask(port, "flow_runs", flows=finished, flow_runs={"state": {"type": {"any_": ["COMPLETED"]}}})
-        ):
-            assert time.monotonic() < ends_at, "no scheduled run came to its end within 300 s"
-            time.sleep(1)
-        assert done[0]["auto_scheduled"]
-    finally:
-        serving.terminate()
-        serving.wait()
+    flow = post(port, "flows/", name="nightly")["id"]
+    every_hour = {"schedule": {"interval": 3600}, "active": True}
+    post(port, "deployments/", name="soon", flow_id=flow, schedules=[every_hour])
+    ends_at = time.monotonic() + 300
+    while not (planned := ask(port, "flow_runs", flows={"name": {"any_": ["nightly"]}})):
+        assert time.monotonic() < ends_at, "no run was planned within 300 s"
+        time.sleep(0.2)
+    assert all(run["auto_scheduled"] and run["state_type"] == "SCHEDULED" for run in planned)
 
 
 def test_an_unreachable_server_is_one_line(settings, write, tmp_path):
