@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import httpx
 from prefect.client.base import ServerType
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from pipeline.flows.server import without_user
 
@@ -25,7 +26,7 @@ GATEWAY = (502, 503, 504)
 
 def complaint() -> str | None:
     """Ask the server that Prefect's settings name whether it is well and knows us. None, or one line."""
-    with get_client(sync_client=True) as client:
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
         url = without_user(str(client.api_url)).rstrip("/")
         try:
             health = client._client.get("/health", timeout=PATIENCE)  # pyright: ignore[reportPrivateUsage]

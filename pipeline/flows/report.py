@@ -34,8 +34,9 @@ IMPORT_PATIENCE, VERDICT_PATIENCE = 300.0, 7.0
 """Seconds that the process may take to import Prefect, and the user's server to answer two requests."""
 PATIENCE, STOPPED_PATIENCE = 20.0, 3.0
 """Seconds for the last lines of a run that ended by itself, and of one that was told to stop."""
-OURS = {"PREFECT_API_REQUEST_TIMEOUT": "5", "PREFECT_CLIENT_MAX_RETRIES": "0"}
-"""For the user's server: it has 5 s for an answer, and no request is sent twice."""
+OURS = {"PREFECT_API_REQUEST_TIMEOUT": "5", "PREFECT_CLIENT_MAX_RETRIES": "1"}
+"""For the user's server: it has 5 s for an answer, and a request is repeated once, for a SQLite server that is well
+answers 503 while its database is locked."""
 Note = Callable[[str], None]
 """Shows a line on the terminal."""
 

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,8 +93,14 @@ def post(port: int, path: str, **body: Any) -> Any:
         json.dumps(body).encode(),
         {"Content-Type": "application/json", "Authorization": f"Basic {token}"},
     )
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.load(answer)
+    for _ in range(100):
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            assert error.code == 503, error  # its database is locked
+            time.sleep(0.2)
+    raise AssertionError("its database was locked for too long")
 
 
 def ask(port: int, what: str, **body: Any) -> Any:
