@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from pipeline.errors import Failed
 
@@ -35,6 +35,8 @@ SETTINGS = {
 """Of server and client."""
 PASSED = ("PATH", "LANG", "LANGUAGE", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONHOME")
 """All that server and client see of this process's environment."""
+DATABASE = "prefect.db"
+"""In the home, where Prefect looks for it by itself."""
 PATIENCE = 120.0
 """Seconds a server may take to answer; a new database takes about 10."""
 
@@ -101,6 +103,8 @@ def _of_the_server(home: Path, page: str, password: str) -> dict[str, str]:
         "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": page,
         "PREFECT_SERVER_UI_API_URL": f"{page}/api",
+        # a URL of its own, because Prefect's ends at the first ? of a path
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///file:{quote(str(home / DATABASE))}?uri=true",
     }
 
 

@@ -59,7 +59,7 @@ class Progress:
 
     def noted(self, text: str) -> None:
         """Print something about the run itself."""
-        self._console.print(escape(text), soft_wrap=True)
+        self._console.print(text, soft_wrap=True)
 
     def reused(self, step: Step, artifact: Artifact) -> None:
         """Print that a step reuses an artifact."""

@@ -70,7 +70,15 @@ def server() -> Iterator[Started]:
     home is where every account may look, as a registry is."""
     with tempfile.TemporaryDirectory() as directory:
         Path(directory).chmod(0o755)
-        yield from started(Path(directory) / "prefect", "a-run")
+        above = Path(directory) / "100%?a=b#c"  # what ends or escapes a URL
+        above.mkdir()
+        yield from started(above / "prefect", "a-run")
+
+
+def test_its_database_is_in_its_home_whatever_the_path(server):
+    above = server.home.parent
+    assert [path.name for path in above.parent.iterdir()] == ["100%?a=b#c"]
+    assert [path.name for path in above.iterdir()] == ["prefect"] and (server.home / "prefect.db").stat().st_size
 
 
 @pytest.fixture(scope="module")
