@@ -58,7 +58,6 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "PYTHONPYCACHEPREFIX",
         "PYTHONUNBUFFERED",
         "PYTHONUSERBASE",
-        "PYTHONUTF8",
     ),
 }
 """Family -> its members that pass. `*` stands for any end of a name."""

@@ -20,8 +20,14 @@ DIRECT = ("print", "sys.stdout.write", "sys.stderr.write", "typer.echo", "click.
 
 
 def around(text: str) -> list[str]:
-    calls = [node.func for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
-    return [name for name in map(ast.unparse, calls) if name in DIRECT]
+    calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call) and not to_a_file(node)]
+    return [name for name in (ast.unparse(call.func) for call in calls) if name in DIRECT]
+
+
+def to_a_file(call: ast.Call) -> bool:
+    """Whether it has a file of its own: print(..., file=out)."""
+    files = [ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg == "file"]
+    return bool(files) and not files[0].startswith("sys.")
 
 
 def test_no_other_module_of_the_pipeline_prints():

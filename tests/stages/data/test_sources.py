@@ -105,7 +105,7 @@ def test_a_column_may_give_each_row_its_prefix(tokenizer, tmp_path):
             "line 1: messages, turn 1: found 'role: str, content: list'",
         ),
         ({"messages": CONVERSATION, "tools": [{"name": "f"}]}, "line 1: tools are not rendered"),
-        ({"messages": CONVERSATION, "completion": "3"}, "line 1: found messages beside prompt or completion"),
+        ({"messages": CONVERSATION, "completion": "3"}, "line 1: found messages together with prompt or completion"),
         ({"prompt": "?", "completion": "<think>\n3<|im_end|>"}, "line 1: an answer holds '<|im_end|>'"),
         ({"messages": []}, "line 1: found messages, expected"),
         ([1], "line 1: found list, expected"),

@@ -58,7 +58,7 @@ MEMBERS: dict[str, dict[str, bool]] = {
         "PYTHONOPTIMIZE": False,
         "PYTHONWARNINGS": False,
         "PYTHONUNBUFFERED": True,
-        "PYTHONUTF8": True,
+        "PYTHONUTF8": False,
     },
 }
 """Family -> names, and whether a job sees the user's value."""
