@@ -28,7 +28,7 @@ from tests.crashes import crash_at, is_write, points
 
 Scenario = dict[str, Any]
 """name, job (path of a job.json), config (over its own), lora, micro_batch, kill: the start of a point's name (the
-last one of it), "every", or "torn"."""
+last one of it), "every", "torn", or "kinds": of every, one for each thing that is done in each directory."""
 
 
 def main(directory: Path, scenarios: list[Scenario]) -> None:
@@ -49,11 +49,12 @@ def main(directory: Path, scenarios: list[Scenario]) -> None:
 
 def chosen(scenario: Scenario, listed: list[str]) -> Iterator[tuple[int, str]]:
     """(number, name) of the points to kill at: of those that are named alike, the one in the middle."""
-    if scenario["kill"] in ("every", "torn"):
+    if scenario["kill"] in ("every", "torn", "kinds"):
         alike: dict[str, list[int]] = {}
         for n, point in enumerate(listed):
-            if scenario["kill"] == "every" or is_write(point):
-                alike.setdefault(re.sub(r"checkpoint-\d+", "checkpoint-N", point), []).append(n)
+            if scenario["kill"] != "torn" or is_write(point):
+                name = re.sub(r"checkpoint-\d+", "checkpoint-N", point)
+                alike.setdefault(name.rpartition("/")[0] or name if scenario["kill"] == "kinds" else name, []).append(n)
         for point, numbers in alike.items():
             yield numbers[len(numbers) // 2], point
     else:
