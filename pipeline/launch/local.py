@@ -2,11 +2,13 @@
 
 A local job is forked from a serving worker (`stages.runtime.server`) that imported torch and trl once. The tree dies
 with its deadline, with an exception here, and with the launcher itself, however that dies. Ctrl-C and SIGTERM are
-exceptions that leave the job a grace time, to save what it has. Every attempt has its own log."""
+exceptions that leave the job a grace time, to save what it has, or to come to its end. Deadline and grace do not count
+time in which this process was stopped. Every attempt has its own log."""
 
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -18,13 +20,15 @@ from pipeline.launch.serving_worker import ServingWorker
 from stages.errors import BadInput
 from stages.job import Job, Result
 from stages.kinds import STAGES
-from stages.runtime import locks
+from stages.runtime import locks, signals
 from stages.runtime.metrics import FILE as METRICS
 from stages.runtime.stopping import STOPPED
 from stages.runtime.workdir import BUSY, ERROR, LOCK, PATIENCE, RESULT, WORDS
 
 TICK = 0.2
 """Seconds between two looks at a job."""
+MOMENT = 1.0
+"""Seconds between the first and the last process of a tree that a signal to all of them reaches."""
 
 OnMetrics = Callable[[dict[str, Any]], None]
 OnWord = Callable[[str], None]
@@ -38,6 +42,8 @@ class Launcher:
         the worker imports what the one job it is for needs, and not TRL."""
         self._threads, self._preload = threads, preload
         self._worker: ServingWorker | None = None
+        self.asked_to_end: BaseException | None = None
+        """Ctrl-C or SIGTERM that came when a job was about to end. Its result is to be published, and this raised."""
 
     def __enter__(self) -> Launcher:
         return self
@@ -63,6 +69,8 @@ class Launcher:
 
         Whatever is raised, nothing of the job lives on. `deadline` is in seconds.
         """
+        if self.asked_to_end is not None:
+            raise self.asked_to_end
         self.warm_up()
         assert self._worker is not None
         _refuse_busy(job)
@@ -76,7 +84,9 @@ class Launcher:
             ends_at = time.monotonic() + (deadline or float("inf"))
             status = None
             while status is None:
+                looked = time.monotonic()
                 status = self._worker.status(TICK)
+                ends_at += signals.overslept(looked, TICK)
                 for word in next(words):
                     on_word(word["text"])
                 for line in next(lines):
@@ -85,25 +95,28 @@ class Launcher:
                 if status is None and time.monotonic() > ends_at:
                     raise StageFailed(f"{job.name}: killed after its deadline of {deadline:g} s; its log is {log}")
         except BaseException as error:
-            if not isinstance(error, Exception):  # Ctrl-C, SIGTERM
-                self._let_it_save(job, on_word)
-            self.close()
-            raise
+            if isinstance(error, Exception) or self._let_it_save(job, on_word) != 0:
+                self.close()
+                raise
+            status, self.asked_to_end = 0, error
         result = _result(job, status, log)
         return result.model_copy(update={"seen": {**result.seen, **_left_out(self._worker.dropped)}})
 
-    def _let_it_save(self, job: Job, on_word: OnWord) -> None:
-        """Ask the job to stop, and give it its grace time; another Ctrl-C ends that."""
+    def _let_it_save(self, job: Job, on_word: OnWord) -> int | None:
+        """Ask the job to stop, and give it its grace time; returns its exit status once it has ended. SIGTERM again is
+        the same wish, and another Ctrl-C ends the grace."""
         assert self._worker is not None
         if self._worker.job is None or not job.execution.grace:
-            return
-        if job.kind in STAGES and STAGES[job.kind].saves:
-            with suppress(OSError):  # the terminal may be gone
-                on_word(
-                    f"asked to stop; saves at its next step, within {job.execution.grace:g} s (Ctrl-C: ends at once)"
-                )
-        with suppress(KeyboardInterrupt, StageFailed):
-            self._worker.stop(job.execution.grace)
+            return None
+        with signals.heard(), suppress(KeyboardInterrupt, StageFailed):
+            if job.kind in STAGES and STAGES[job.kind].saves:
+                with suppress(OSError):  # the terminal may be gone
+                    on_word(
+                        f"asked to stop; saves at its next step, within {job.execution.grace:g} s (Ctrl-C: ends at "
+                        "once)"
+                    )
+            return self._worker.stop(job.execution.grace)
+        return None
 
     def close(self) -> None:
         """Leave no process behind."""
@@ -156,6 +169,8 @@ def _new_lines(path: Path) -> Iterator[list[dict[str, Any]]]:
 def _result(job: Job, status: int, log: Path) -> Result:
     """What the worker made, or why it made nothing."""
     work = Path(job.work)
+    if status in (STOPPED, -signal.SIGTERM):
+        time.sleep(MOMENT)  # a signal to the whole tree may be about to raise here what ends the run
     if status == 0:
         return Result.model_validate_json((work / RESULT).read_text(encoding="utf-8"))
     if (work / ERROR).exists():

@@ -12,19 +12,22 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StageFailed
-from stages.runtime import environment
+from stages.runtime import environment, signals
 from stages.runtime.process import adopt_orphans, kill_marked, kill_tree
 
 WORKER = [sys.executable, "-P", "-m", "stages"]
 """The worker's command; -P, because no module of the working directory is ours."""
 
 
+TICK = 0.5
+"""Seconds between two looks at the clock; of what one takes longer, this process was stopped."""
 IMPORT_PATIENCE, FORK_PATIENCE = 600.0, 60.0
 """Seconds the worker may take to import torch and trl, and to fork a job."""
 
@@ -53,14 +56,15 @@ class ServingWorker:
         if threads:
             env["OMP_NUM_THREADS"] = str(threads)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
-        self._process = subprocess.Popen(
-            [*WORKER, "--serve" if preload else "--serve-bare", str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env=env,
-            start_new_session=True,  # Ctrl-C on the terminal is the launcher's to handle
-        )
+        with signals.held():
+            self._process = subprocess.Popen(
+                [*WORKER, "--serve" if preload else "--serve-bare", str(os.getpid())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                env=env,
+                start_new_session=True,  # Ctrl-C on the terminal is the launcher's to handle
+            )
         self._buffer = b""
         self._ready = False
         self.job: int | None = None  # pid of the one that runs
@@ -87,12 +91,13 @@ class ServingWorker:
         self.job = None
         return answer["status"]
 
-    def stop(self, seconds: float) -> None:
-        """Ask the job to stop (SIGTERM); returns when it has ended, or after `seconds`."""
-        if self.job:
-            with suppress(ProcessLookupError):
-                os.kill(self.job, signal.SIGTERM)
-            self.status(seconds)
+    def stop(self, seconds: float) -> int | None:
+        """Ask the job to stop (SIGTERM); returns its exit status once it has ended, None after `seconds`."""
+        if not self.job:
+            return None
+        with suppress(ProcessLookupError):
+            os.kill(self.job, signal.SIGTERM)
+        return self.status(seconds)
 
     def kill(self) -> None:
         """Kill the job, all it started, and the worker."""
@@ -104,15 +109,20 @@ class ServingWorker:
             with suppress(BrokenPipeError):
                 stream.close()  # type: ignore[union-attr]
 
-    def _answer(self, seconds: float | None = None) -> dict[str, Any] | None:
-        """The next line the worker says; None when it says none in time. Raises StageFailed when it is gone."""
+    def _answer(self, seconds: float) -> dict[str, Any] | None:
+        """The next line the worker says; None when it says none in time. Time in which this process was stopped does
+        not count. Raises StageFailed when the worker is gone."""
         assert self._process.stdout is not None
+        left = seconds
         while b"\n" not in self._buffer:
-            if not select.select([self._process.stdout], [], [], seconds)[0]:
+            began, wait = time.monotonic(), min(TICK, left)
+            if select.select([self._process.stdout], [], [], wait)[0]:
+                if not (read := os.read(self._process.stdout.fileno(), 4096)):
+                    raise self._gone()
+                self._buffer += read
+            elif left <= wait:
                 return None
-            if not (read := os.read(self._process.stdout.fileno(), 4096)):
-                raise self._gone()
-            self._buffer += read
+            left = max(0.0, left - min(wait, time.monotonic() - began))
         line, _, self._buffer = self._buffer.partition(b"\n")
         return json.loads(line)
 

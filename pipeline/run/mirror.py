@@ -28,6 +28,7 @@ from pipeline.errors import Damaged
 from pipeline.registry.stores.open import open_store
 from pipeline.registry.stores.store import Store
 from stages.errors import BadInput
+from stages.runtime import signals
 from stages.runtime.checkpoints import COMPLETE, Record, directory, whole
 from stages.runtime.disk import sync, sync_tree
 
@@ -137,7 +138,8 @@ def mirrored(store: Store | None, key12: str, work: Path, patience: float, say: 
     try:
         yield mirror.look
     except BaseException:
-        mirror.close(patience)
+        with signals.heard():  # SIGTERM again is the same wish
+            mirror.close(patience)
         raise
     mirror.close(0)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from pipeline.run.mirror import forget, mirrored
 from pipeline.run.run import Run
 from pipeline.run.user_files import as_planned
 from stages.job import Finding, Job, Result
-from stages.runtime import checkpoints
+from stages.runtime import checkpoints, signals
 from stages.runtime.metrics import FILE as METRICS
 from stages.runtime.workdir import directory_name
 
@@ -84,15 +85,19 @@ def _run_and_publish(planned: Planned, work: Path, run: Run) -> Published:
         _clear(work, run, say)
 
     at_start = checked_commit(step, run.made)
-    with as_planned(step, work, drop_checkpoints) as copies:
-        job = job_of(step, run.made, run.registry, run.execution, copies)
-        result = _launched(step, job, work, run, say)
-    if commit := checked_commit(step, run.made, at_start):
-        result = result.model_copy(update={"seen": {**result.seen, COMMIT: commit}})
-    for finding in result.findings:
-        run.observer.found(finding)
-    published = publish(step, job, result, sources, run)
-    _clear(work, run, say)
+    with ExitStack() as stack:
+        with as_planned(step, work, drop_checkpoints) as copies:
+            job = job_of(step, run.made, run.registry, run.execution, copies)
+            result = _launched(step, job, work, run, say)
+            stack.enter_context(signals.postponed())  # what the stage has made is published first
+        if commit := checked_commit(step, run.made, at_start):
+            result = result.model_copy(update={"seen": {**result.seen, COMMIT: commit}})
+        for finding in result.findings:
+            run.observer.found(finding)
+        published = publish(step, job, result, sources, run)
+        _clear(work, run, say)
+    if run.launcher.asked_to_end is not None:
+        raise run.launcher.asked_to_end
     return published
 
 

@@ -6,6 +6,10 @@
 User code sees the supervisor as its parent: killing it kills the worker and not the stage. The supervisor adopts
 orphans, and ends with the worker's exit code. The worker answers each line of JSON with one, in order. The first
 request makes it import the user's code. A process that user code forked and that returns here ends.
+
+A signal that asks a whole tree to end (SIGTERM, SIGINT, SIGHUP) ends neither supervisor nor worker, but it does end
+processes of user code. So a call that was hit is made again, and the stage hears of it, which then replaces a worker
+whose import left processes running.
 """
 
 from __future__ import annotations
@@ -25,11 +29,16 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import CallFailed, CodeRefused
+from stages.runtime import signals
 from stages.runtime.process import adopt_orphans, die_with_parent
 
 TARGETS = {"file": "stages.problems.custom.python_file_worker", "rewards": "stages.problems.custom.rewards_worker"}
 """What can be loaded -> the module whose `load(spec)` returns (what it says of itself, {call: function of a
 payload})."""
+AGAIN = "again"
+"""The failure of a call that is made again, since a signal came."""
+HITS = 3
+"""Signals in one call after which it is taken to send them itself, and ends its process."""
 Calls = dict[str, Callable[[Any], Any]]
 
 
@@ -44,6 +53,7 @@ async def _awaited(value: Any) -> Any:
 
 def keep(stage: int, requests: int, replies: int) -> None:
     """Run the supervisor, which starts the worker and ends with it."""
+    signals.ignore()
     die_with_parent(stage)
     adopt_orphans()
     with suppress(OSError):  # the kernel kills user code first where memory runs out
@@ -64,20 +74,39 @@ def keep(stage: int, requests: int, replies: int) -> None:
 
 def _work(requests: int, replies: int) -> None:
     """Answer until the requests end; never returns."""
-    me, calls, rest = os.getpid(), Calls(), b""
+    calls, rest, hits = Calls(), b"", list[int]()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signals.ignore(hits.append)
+    os.register_at_fork(after_in_child=signals.as_usual)
     sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
     for data in iter(lambda: os.read(requests, 2**16), b""):
         *lines, rest = (rest + data).split(b"\n")
         for line in lines:
-            reply = _answer(json.loads(line), calls)
-            if os.getpid() != me:
-                os._exit(0)
-            _write(replies, json.dumps(reply).encode() + b"\n")
+            _write(replies, _undisturbed(json.loads(line), calls, hits, replies))
     os._exit(0)
 
 
-def _write(fd: int, data: bytes) -> None:
+def _undisturbed(request: dict[str, Any], calls: Calls, hits: list[int], replies: int) -> dict[str, Any]:
+    """The answer of a call in which no signal came. `hits` gets the signals of this process, and those between two
+    calls count too."""
+    me, again = os.getpid(), {"id": request["id"], "value": None, "failure": AGAIN, "message": ""}
+    for _ in range(HITS):
+        if hits and calls:
+            _write(replies, again)
+        hits.clear()
+        reply = _answer(request, calls)
+        if os.getpid() != me:
+            os._exit(0)
+        if not hits:
+            return reply
+        if request["call"] in TARGETS:  # half an import cannot be made again
+            _write(replies, again)
+            break
+    os._exit(128 + hits[0])
+
+
+def _write(fd: int, reply: dict[str, Any]) -> None:
+    data = json.dumps(reply).encode() + b"\n"
     while data:
         data = data[os.write(fd, data) :]
 

@@ -19,8 +19,10 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from stages.guard.redaction import redacted
+from stages.guard.user_process import AGAIN
 from stages.runtime import environment
 from stages.runtime.process import descendants, kill_marked, kill_tree
+from stages.runtime.signals import held, overslept
 
 MARK = "SWITCHBACK_GUARD"
 """Environment variable that names a worker. Its forks inherit the variable, so they are found in any session."""
@@ -28,8 +30,13 @@ TAIL = 4000
 """Bytes of what a worker printed that are kept."""
 LONGEST = 256 * 2**20
 """Bytes that a reply may have, such as all rows of a range; a worker that writes more is killed."""
+ITS_OWN = 2
+"""Processes of a worker: the supervisor and its child."""
 SWEEPS = 20
 """How often what a call left behind is looked for, where it forks while it is killed."""
+TICK = 0.5
+"""Seconds between two looks at a worker, at most. Of what one takes longer, this process was stopped or had no core,
+and user code is not charged for it."""
 LOAD = -1
 """The number of a worker's first request: import the user's code."""
 
@@ -68,32 +75,34 @@ class Worker:
         name, _, value = self.mark.partition("=")
         variables = environment.cleaned(os.environ).variables
         env = {**variables, name: value, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=prints,
-            stderr=prints,
-            pass_fds=(reads, writes),
-            env=env,
-            start_new_session=True,
-        )
+        with held():
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=prints,
+                stderr=prints,
+                pass_fds=(reads, writes),
+                env=env,
+                start_new_session=True,
+            )
         for fd in (reads, writes, prints):
             os.close(fd)
         self.ended = os.pidfd_open(self.process.pid)
         for fd in (self.requests, self.replies, self.output):
             os.set_blocking(fd, False)
-        self.asked, self.kept = deque[int]([LOAD]), {self.process.pid}
+        self.asked, self.kept, self.spoilt = deque[int]([LOAD]), {self.process.pid}, False
         self.outgoing = bytearray(json.dumps({"id": LOAD, "call": target, "with": spec}).encode() + b"\n")
         self.incoming, self.tail = bytearray(), bytearray()
-        self.limit = import_seconds
-        self.ends_at = time.monotonic() + import_seconds
+        self.limit, self.looked = import_seconds, time.monotonic()
+        self.ends_at = self.looked + import_seconds
 
     def take(self, waiting: deque[int], share: int, lines: Lines, limit: float) -> None:
         """Ask for as many as its share; nothing while it imports."""
         if LOAD in self.asked:
             return
         if not self.asked:
-            self.ends_at = time.monotonic() + limit
+            self.looked = time.monotonic()
+            self.ends_at = self.looked + limit
         self.limit = limit
         while waiting and len(self.asked) < share:
             self.asked.append(waiting.popleft())
@@ -102,14 +111,16 @@ class Worker:
     def look(self) -> tuple[list[tuple[int, Reply]], bool]:
         """(what was answered, whether the worker is lost). Nothing here waits."""
         over = self.process.poll() is not None
+        self.ends_at += overslept(self.looked, TICK)
+        self.looked = time.monotonic()
         self._send()
         self._read_output()
         found, sound = self._answers()
-        if not self.asked:
-            return found, over or not sound
+        if self.spoilt or not self.asked:
+            return found, self.spoilt or over or not sound
         if over or not sound:
             return [*found, *self._failed_first("crash", self._how_it_ended())], True
-        if time.monotonic() > self.ends_at:
+        if self.looked > self.ends_at:
             return [*found, *self._failed_first("timeout", f"no answer within {self.limit:g} s")], True
         return found, False
 
@@ -188,6 +199,13 @@ class Worker:
             reply = _reply(line, expected)
             if reply is None:
                 return replies, False
+            if reply.failure == AGAIN:
+                # an import that was hit is not made twice in one process; what it left running may have ended
+                self.spoilt = expected == LOAD or len(self.kept) > ITS_OWN
+                self.ends_at = time.monotonic() + self.limit
+                if self.spoilt:
+                    break
+                continue
             if expected == LOAD:
                 self.kept |= descendants(self.process.pid)
             replies.append((self.asked.popleft(), reply))
@@ -226,7 +244,7 @@ def _read(fd: int) -> bytes | None:
 
 
 def wait(workers: Sequence[Worker]) -> None:
-    """Until a worker says something, can be written to, ends, or is out of time."""
+    """Until a worker says something, can be written to, ends, or is out of time, but no longer than TICK."""
     poll = select.poll()
     for worker in workers:
         for fd in (worker.replies, worker.output, worker.ended):
@@ -234,4 +252,4 @@ def wait(workers: Sequence[Worker]) -> None:
         if worker.outgoing:
             poll.register(worker.requests, select.POLLOUT)
     left = min((worker.ends_at for worker in workers if worker.asked), default=0.0) - time.monotonic()
-    poll.poll(max(0.0, left) * 1000 + 1)
+    poll.poll(min(TICK, max(0.0, left)) * 1000 + 1)

@@ -12,9 +12,9 @@ import signal
 from collections.abc import Callable
 from contextlib import suppress
 
-from stages.runtime import ranks
+from stages.runtime import ranks, signals
 from stages.runtime.process import die_with_parent, forked
-from stages.runtime.stopping import SIGNALS, STOPPED
+from stages.runtime.stopping import STOPPED
 
 
 def run(processes: int, meeting: str, rank: Callable[[], int]) -> int:
@@ -40,8 +40,7 @@ def _fork(number: int, processes: int, meeting: str, rank: Callable[[], int]) ->
 
     def life() -> int:
         die_with_parent(job)
-        for each in SIGNALS:  # the job's process hears them, and leaves a file for all ranks
-            signal.signal(each, lambda number, frame: None)
+        signals.ignore()  # the job's process hears them, and leaves a file for all ranks
         os.environ |= ranks.variables(number, processes, meeting)
         return rank()
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 import fcntl
 import os
 import time
+from pathlib import Path
 from typing import IO
+
+from stages.runtime.process import started_at
 
 RETRY = 0.1
 """Seconds between two attempts to get a lock."""
@@ -54,12 +57,28 @@ def erase_holder(file: IO[str]) -> None:
 
 
 def holder(file: IO[str], seconds: float = 0.0) -> str:
-    """The pid in the file; "" where no pid is written within `seconds`."""
+    """The pid in the file, or that of a process which inherited the lock from one that has ended; "" where neither is
+    found within `seconds`."""
     ends_at = time.monotonic() + seconds
     while True:
         file.seek(0)
-        if pid := file.read().strip():
+        pid = file.read().strip()
+        if pid and started_at(int(pid)):
             return pid
         if time.monotonic() > ends_at:
-            return ""
+            return _inheritor(file)
         time.sleep(RETRY / 2)
+
+
+def _inheritor(file: IO[str]) -> str:
+    """The pid of a process with a descriptor that holds the lock, as /proc tells; "" where none can be seen."""
+    wanted = os.fstat(file.fileno())
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if os.path.samestat(descriptor.stat(), wanted):
+                process = descriptor.parents[1]
+                if "FLOCK" in (process / "fdinfo" / descriptor.name).read_text():
+                    return process.name
+        except OSError:  # it has ended, or is not ours to look at
+            continue
+    return ""

@@ -22,7 +22,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def forked(life: Callable[[], int]) -> int:
-    """The pid of a child that runs `life` and ends with the exit code it returns, or with 1 where it raises."""
+    """The pid of a child that runs `life` and ends with the exit code it returns, with that of a SystemExit, or with 1
+    where it raises anything else."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()  # or the child would write it, too
     if pid := os.fork():
@@ -30,6 +31,8 @@ def forked(life: Callable[[], int]) -> int:
     code = 1
     try:
         code = life()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
     except BaseException:
         traceback.print_exc()
     finally:

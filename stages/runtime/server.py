@@ -4,7 +4,8 @@
 
 Orders come as JSON lines {"job", "log"}; answers go back as {"ready"}, {"pid"}, {"pid", "status"}. The launcher's
 death, however it dies, is the end of stdin: the server kills everything below it and exits. The server's death kills
-the job. The server starts no thread and touches no GPU, so a fork of it is clean."""
+the job. The server starts no thread and touches no GPU, so a fork of it is clean. Signals that ask it to end do
+nothing: the job hears its own."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import IO, Any
 
-from stages.runtime import worker
+from stages.runtime import signals, worker
 from stages.runtime.process import adopt_orphans, die_with_parent, forked, kill_tree, outlive_parent
 
 PRELOAD = (
@@ -33,6 +34,7 @@ STDIN = 0
 def serve(launcher: int, stages: Mapping[str, worker.Runs], preload: bool = True) -> None:
     """Answer orders until stdin ends. `launcher` is the pid of the process that holds the other end; `stages` says
     what runs each kind."""
+    signals.ignore()
     die_with_parent(launcher)  # while it imports, it does not listen
     adopt_orphans()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -86,6 +88,7 @@ def _fork(order: dict[str, Any], answers: int, stages: Mapping[str, worker.Runs]
     def life() -> int:
         os.setsid()
         die_with_parent(server)
+        signals.as_usual()  # until it knows what it has to save
         os.close(answers)  # or the launcher would wait for its end as long as anything of the job lives
         log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
@@ -93,7 +96,8 @@ def _fork(order: dict[str, Any], answers: int, stages: Mapping[str, worker.Runs]
         os.dup2(os.open(os.devnull, os.O_RDONLY), STDIN)
         return worker.main(order["job"], stages)
 
-    return forked(life)
+    with signals.held():
+        return forked(life)
 
 
 def _wait(pid: int) -> bool:

@@ -1,6 +1,6 @@
-"""How a stage is asked to stop: SIGTERM (or Ctrl-C where it runs on a terminal) leaves a file in `work`, which training
-looks for after every optimiser step. A second signal, and any signal to a stage that has nothing to save, ends it at
-once.
+"""How a stage is asked to stop: SIGTERM, SIGHUP or Ctrl-C leaves a file in `work`, which training looks for after every
+optimiser step. One signal more is the same wish, since the launcher and a machine that ends its whole tree both send
+one. A second Ctrl-C, and any signal to a stage that has nothing to save, ends it at once.
 """
 
 from __future__ import annotations
@@ -8,28 +8,27 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from types import FrameType
 
 from stages.job import Job
+from stages.runtime import signals
 
 FILE = "stop"
 STOPPED = 143
 """Exit code of a stage that was asked to stop, and did: 128 + SIGTERM."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def listen(job: Job, saves: bool) -> None:
     """Take signals from now on. `saves`: the stage looks for the file."""
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        for other in SIGNALS:
-            signal.signal(other, signal.SIG_DFL)
+    def ask(number: int) -> None:
         if not saves:
+            signals.ignore()  # one is enough
             sys.exit(STOPPED)
         Path(job.work, FILE).touch()
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
-    for number in SIGNALS:
-        signal.signal(number, ask)
+    signals.ignore(ask)
 
 
 def asked(job: Job) -> bool:

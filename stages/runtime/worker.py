@@ -21,7 +21,7 @@ from typing import IO, Any, Protocol
 
 from stages.errors import BadInput, NoSignal, StageStopped, TooManyFailures
 from stages.job import Job, Result
-from stages.runtime import checkpoints, chunks, forked_ranks, locks, ranks, stopping
+from stages.runtime import checkpoints, chunks, forked_ranks, locks, ranks, signals, stopping
 from stages.runtime.disk import replace
 from stages.runtime.metrics import FILE as METRICS
 from stages.runtime.metrics import say, seconds_so_far
@@ -73,16 +73,19 @@ def main(path: str, stages: Mapping[str, Runs]) -> int:
         stopping.listen(job, saves=job.kind in stages and stages[job.kind].saves)
         if job.execution.processes > 1 or job.execution.accelerate:
             return _share_out(job, path, stages)
+        os.register_at_fork(after_in_child=signals.obey_parent)  # a loader's processes, whose end would be an error
         return attempt(job, stages)
 
 
 def main_of_rank(path: str, stages: Mapping[str, Runs]) -> int:
     """One of the processes of a job whose directory is held and emptied; it dies with the one that started it."""
     die_with_parent(os.getppid())
+    signals.obey_parent()
     return _attempt_of_rank(Job.model_validate_json(Path(path).read_text(encoding="utf-8")), stages)
 
 
 def _attempt_of_rank(job: Job, stages: Mapping[str, Runs]) -> int:
+    os.register_at_fork(after_in_child=signals.obey_parent)
     code = attempt(job, stages)
     if code == 0:
         ranks.part()
@@ -134,7 +137,13 @@ def _accelerate(job: Job, path: str) -> int:
     env = {"GLOO_SOCKET_IFNAME": "lo", **os.environ}
     if job.execution.threads:
         env["OMP_NUM_THREADS"] = str(job.execution.threads)
-    return subprocess.call([*launch, *how, *rank], env=env, close_fds=False)  # they inherit the directory's lock
+    me = os.getpid()
+    return subprocess.call(
+        [*launch, *how, *rank],
+        env=env,
+        close_fds=False,  # they inherit the directory's lock
+        preexec_fn=lambda: signals.deaf_child(me),
+    )
 
 
 def _run(job: Job, stage: Runs) -> Result:
