@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,16 @@ def wait_for(condition, seconds):
     while not condition() and time.monotonic() < ends_at:
         time.sleep(0.05)
     return condition()
+
+
+def signal_tree(root: int, number: int) -> set[int]:
+    """Send a signal to every process of a tree, as systemd and Slurm do; the pids that got it."""
+    told = set()
+    for pid in sorted({root, *descendants(root)}):
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+            told.add(pid)
+    return told
 
 
 SOON = 30.0

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import uuid
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import yaml
@@ -20,7 +22,7 @@ from stages.runtime.process import kill_marked, marked
 from tests.conftest import ROOT, SWITCHBACK, environment, run_cli, stage
 from tests.one_and_two import one_and_two
 from tests.pipeline.flows.test_server import listening
-from tests.pipeline.launch.test_processes import SOON, STARTED, TOKEN, is_training, wait_for
+from tests.pipeline.launch.test_processes import SOON, STARTED, TOKEN, is_training, signal_tree, wait_for
 from tests.stages.trl.test_sft_loss import relative
 
 TORCHRUN = [
@@ -93,16 +95,21 @@ def test_the_climb_in_two_processes_with_adapters(settings, write, tmp_path):
     assert max((a[name] - b[name]).abs().max().item() for name in a) < 1e-4
 
 
-def test_rollouts_do_not_depend_on_how_many_processes_sample(settings, write, tmp_path):
+def test_rollouts_do_not_depend_on_how_many_processes_sample_nor_on_a_signal_to_all_of_them(settings, write, tmp_path):
     """Every sequence has a seed of its own, and the first or the second process samples it the same, beside whichever
-    others."""
+    others. Of what two processes sampled before SIGTERM came to each process of the run, nothing is sampled again."""
     settings["stages"] = [{**stage(settings, "harvest"), "policy": "base", "rows": "train[0:24]", "samples": 64}]
     rollouts = []
     for processes in (1, 2):
         settings["launch"] |= {"processes": processes, "sampler_tokens": 2**14 * processes}
         registry = Registry(tmp_path / str(processes))
-        done = run_cli("run", write(settings), "--registry", registry.store.root, "--no-prefect")
+        command = ("run", write(settings), "--registry", registry.store.root, "--no-prefect")
+        sampled = sampled_until_sigterm(command, Path(registry.store.root)) if processes == 2 else 0
+        done = run_cli(*command)
         assert done.returncode == 0, done.stderr
+        if sampled:
+            (said,) = re.findall(r"harvest: resumed with (\d+) batches", done.stdout)
+            assert int(said) >= sampled
         assert {(one.kind, one.provenance["processes"]) for one in registry.artifacts()} == {
             ("evaluate", processes),
             ("rejection", processes),
@@ -110,6 +117,30 @@ def test_rollouts_do_not_depend_on_how_many_processes_sample(settings, write, tm
         made = next(artifact for artifact in registry.artifacts() if artifact.kind == "rejection")
         rollouts.append((registry.path(made) / "rollouts" / "rollouts.jsonl").read_text())
     assert rollouts[0] == rollouts[1] and len(rollouts[0].splitlines()) == 24 * 64
+
+
+def sampled_until_sigterm(command, registry):
+    """How many batches a rejection stage had sampled when SIGTERM came to every process of the run."""
+
+    def sampled() -> int:
+        jobs = [path for path in registry.glob("work/*/job.json") if '"rejection"' in path.read_text()]
+        return sum(len(list(path.parent.glob("chunks/[!.]*.json"))) for path in jobs)
+
+    run = subprocess.Popen(
+        [str(SWITCHBACK), *map(str, command)],
+        cwd=ROOT,
+        env=environment(),
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert wait_for(lambda: sampled() > 0, STARTED), run.communicate()
+    before = sampled()
+    signal_tree(run.pid, signal.SIGTERM)
+    _, err = run.communicate(timeout=STARTED)
+    assert run.returncode == 143 and len(err.splitlines()) == 1, err
+    return before
 
 
 @pytest.mark.parametrize(

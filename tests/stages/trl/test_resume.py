@@ -27,7 +27,7 @@ from stages.runtime.disk import digest_file
 from stages.trl.resume import random_state_kept
 from tests.conftest import LEARNED, ROOT, SWITCHBACK, environment, printed_json, run_cli, stage
 from tests.models import save
-from tests.pipeline.launch.test_processes import STARTED, wait_for
+from tests.pipeline.launch.test_processes import STARTED, signal_tree, wait_for
 from tests.stage_crashes import digests
 from tests.stages.test_grpo import trained
 
@@ -298,6 +298,12 @@ class Running:
         logs = [path for path in self.registry.glob("work/*/out/metrics.jsonl") if '"reward"' in path.read_text()]
         return len(logs[0].read_text().splitlines()) if logs else 0
 
+    def is_saving(self) -> bool:
+        """Whether it has asked its job to stop."""
+        registry = Registry(self.registry)
+        events = runs.events(registry, runs.runs(registry)[0].run)
+        return any(event.get("text", "").startswith("asked to stop") for event in events)
+
     @property
     def job(self) -> int:
         """The pid of the job, which holds its directory."""
@@ -315,10 +321,16 @@ def registry(climbed, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_saves_at_the_next_step_and_the_same_command_goes_on(long_recipe, registry, uninterrupted):
-    """Without any checkpoint on the way: save_every is 10 minutes. What was never saved ends where what was saved and
-    resumed ends."""
-    checkpoint = stopped(Running(long_recipe, registry).after(10), signal.SIGTERM, 143)
+def test_sigterm_to_every_process_saves_at_the_next_step_and_the_same_command_goes_on(
+    long_recipe, registry, uninterrupted
+):
+    """As a service manager sends it, and again before the stage has saved. Without any checkpoint on the way:
+    save_every is 10 minutes. What was never saved ends where what was saved and resumed ends."""
+    running = Running(long_recipe, registry).after(10)
+    signal_tree(running.process.pid, signal.SIGTERM)
+    assert wait_for(running.is_saving, STARTED)
+    signal_tree(running.process.pid, signal.SIGTERM)
+    checkpoint = saved(running, 143)
     before = runs.runs(Registry(registry))[0].run
     done = run_cli("run", long_recipe, "--registry", registry, "--no-prefect", "--only", "rl1")
     assert f"continues run {before}, which is stopped" in done.stdout
@@ -342,6 +354,11 @@ def test_ctrl_c_saves_as_well_and_a_single_stage_goes_on_from_its_job_file(long_
 def stopped(running: Running, number: int, code: int) -> Path:
     """The checkpoint that a run saves when it is told to stop."""
     os.kill(running.process.pid, number)
+    return saved(running, code)
+
+
+def saved(running: Running, code: int) -> Path:
+    """The checkpoint of a run that has been told to stop."""
     ended, out, err = running.end()
     assert ended == code and len(err.splitlines()) == 1, err
     assert "rl1: asked to stop" in out
