@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from stages.errors import BadInput, TooManyFailures
+from stages.guard.user_process import HITS
 from stages.guard.worker import LOAD, Lines, Reply, Worker, wait
 from stages.runtime import ranks
 
@@ -53,6 +54,8 @@ class Guard:
         self._most = limits.workers or max(1, len(os.sched_getaffinity(0)) // ranks.world())
         self._workers: list[Worker] = []
         self._about: Any = None
+        self._hits = Counter[int]()
+        """Payload -> workers that were replaced because a signal came while they were at it."""
         self.judged, self._failed, self.first = 0, Counter[str](), ""
         self._finalizer = weakref.finalize(self, _end, self._workers)
 
@@ -86,6 +89,7 @@ class Guard:
         limit = seconds or self.limits.seconds
         waiting, replies = deque(range(len(payloads))), dict[int, Reply]()
         lines, done = Lines(call, payloads), 0
+        self._hits.clear()
         while len(replies) < len(payloads):
             self._start(len(waiting))
             share = max(1, min(AHEAD, len(waiting) // (2 * max(1, len(self._workers)))))
@@ -132,6 +136,7 @@ class Guard:
             if lost:
                 self._workers.remove(worker)
                 worker.end()
+                found += self._given_up(worker)
                 waiting.extendleft(reversed([i for i in worker.asked if i != LOAD]))
             for i, reply in found:
                 if i == LOAD:
@@ -144,11 +149,22 @@ class Guard:
                     answered.append(i)
         return answered
 
+    def _given_up(self, worker: Worker) -> list[tuple[int, Reply]]:
+        """The failed reply of a call that signals hit in one worker after another, since it may send them itself."""
+        if not worker.spoilt:
+            return []
+        call = worker.asked[0]
+        self._hits[call] += 1
+        if self._hits[call] <= HITS * (self._most if call == LOAD else 1):
+            return []
+        return [(worker.asked.popleft(), Reply(None, "crash", "a signal ended it again and again"))]
+
     def _loaded(self, reply: Reply) -> None:
         if reply.failure:
             _end(self._workers)
             raise BadInput(_import_failed(self.spec["name"], reply, self.limits.import_seconds))
         self._about = reply.value
+        del self._hits[LOAD]
 
     def _count(self, reply: Reply, seen: int, of: int) -> None:
         """Stop as soon as the share of failures is sure to be too high when this call ends, in whatever order answers

@@ -77,7 +77,7 @@ def _work(requests: int, replies: int) -> None:
     calls, rest, hits = Calls(), b"", list[int]()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signals.ignore(hits.append)
-    os.register_at_fork(after_in_child=signals.as_usual)
+    signals.at_fork(signals.as_usual)
     sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
     for data in iter(lambda: os.read(requests, 2**16), b""):
         *lines, rest = (rest + data).split(b"\n")

@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from stages.runtime.process import die_with_parent
 
@@ -76,6 +77,17 @@ def obey_parent() -> None:
         os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=listen, daemon=True).start()
+
+
+def at_fork(in_child: Callable[[], None]) -> None:
+    """Run `in_child` in every process that is forked from here on. No ending that comes before it is lost or does
+    anything else."""
+    masks: list[Any] = []
+    os.register_at_fork(
+        before=lambda: masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, masks.pop()),
+        after_in_child=in_child,
+    )
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def main(path: str, stages: Mapping[str, Runs]) -> int:
         stopping.listen(job, saves=job.kind in stages and stages[job.kind].saves)
         if job.execution.processes > 1 or job.execution.accelerate:
             return _share_out(job, path, stages)
-        os.register_at_fork(after_in_child=signals.obey_parent)  # a loader's processes, whose end would be an error
+        signals.at_fork(signals.obey_parent)  # a loader's processes, whose end would be an error
         return attempt(job, stages)
 
 
@@ -85,7 +85,7 @@ def main_of_rank(path: str, stages: Mapping[str, Runs]) -> int:
 
 
 def _attempt_of_rank(job: Job, stages: Mapping[str, Runs]) -> int:
-    os.register_at_fork(after_in_child=signals.obey_parent)
+    signals.at_fork(signals.obey_parent)
     code = attempt(job, stages)
     if code == 0:
         ranks.part()

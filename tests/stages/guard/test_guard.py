@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
+import threading
+import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,7 @@ from stages.guard.worker import MARK
 from stages.problems import catalog
 from stages.problems.base import Answer, passes
 from tests.conftest import environment
-from tests.pipeline.launch.test_processes import wait_for
+from tests.pipeline.launch.test_processes import signal_tree, wait_for
 
 OWN = """
 import os, signal, sys, time
@@ -405,3 +409,107 @@ def test_a_set_is_walked_in_the_same_order_in_every_process_and_foreign_variable
     assert first == second
     seen = first[0].split()
     assert "SOME_API_KEY" in seen and not {"RANK", "PYTHONPATH"} & {*seen}
+
+
+STARTS_PROCESSES = """
+import multiprocessing, os, subprocess, time
+REWARDS = {"right": 1.0}
+calculator = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) if HELPER else None
+def rows(rng):
+    for i in range(400):
+        yield {"prompt": f"What is {i} + 1?", "n": i}
+def rewards(row, completion):
+    return {"right": 1.0}
+def score(row, completion):
+    return ACTS[completion](row)
+def by_a_process(row):
+    open(os.environ["TEST_BEGAN"], "a").close()
+    done = subprocess.run(["sh", "-c", "while [ ! -e $TEST_GO ]; do sleep 0.05; done; echo 1"], capture_output=True)
+    return float(done.stdout or 0)
+def by_the_helper(row):
+    try:
+        print("1", file=calculator.stdin, flush=True)
+        return float(calculator.stdout.readline() or 0)
+    except BrokenPipeError:
+        return 0.0
+def by_a_fork(row):
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    child.start()
+    child.terminate()
+    child.join()
+    return 1.0
+def as_usual(row):
+    status = subprocess.run(["cat", "/proc/self/status"], capture_output=True, text=True).stdout
+    masks = dict(line.split(":\\t") for line in status.splitlines() if line.startswith("Sig"))
+    return float(not (int(masks["SigIgn"], 16) | int(masks["SigBlk"], 16)) & 1 << 14)
+def ends_itself(row):
+    os.kill(os.getpid(), 15)
+    return 1.0
+ACTS = {each.__name__: each for each in (by_a_process, by_the_helper, by_a_fork, as_usual, ends_itself)}
+"""
+
+
+def terminate(mark: str) -> None:
+    """SIGTERM to each process of a guard, as one that comes to the whole tree."""
+    for pid in sorted(workers_alive(mark)):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("helper", [False, True])
+def test_a_signal_to_every_process_changes_no_answer(helper, tmp_path, mark, monkeypatch):
+    """Processes that user code started end by it, as it expects of them: a call that has one is made again, and a
+    worker whose import left one running is replaced."""
+    began, go = tmp_path / "began", tmp_path / "go"
+    monkeypatch.setenv("TEST_BEGAN", str(began))
+    monkeypatch.setenv("TEST_GO", str(go))
+    mine = own(tmp_path, STARTS_PROCESSES.replace("HELPER", str(helper)), workers=1)
+    (row,) = mine.rows("train", 0, 1, 0)
+
+    def tell_all():
+        assert wait_for(began.exists, PATIENT)
+        terminate(mark)
+        go.touch()
+
+    thread = threading.Thread(target=tell_all)
+    thread.start()
+    judged = mine.judge([Answer(row, "by_a_process")])
+    thread.join()
+    if helper:
+        terminate(mark)
+        judged += mine.judge([Answer(row, "by_the_helper")])
+    judged += mine.judge([Answer(row, act) for act in ("by_a_fork", "as_usual")])
+    assert [(one.score, one.failure) for one in judged] == [(1.0, None)] * len(judged)
+    (ended,) = mine.judge([Answer(row, "ends_itself")])
+    assert ended.failure == "crash"
+    mine.guard.close()
+
+
+def test_time_in_which_the_stage_itself_stood_still_is_not_user_codes(tmp_path, mark):
+    """As where a container is paused, or a scheduler suspends a job: the call takes longer than its limit by the clock
+    on the wall, and as long as it takes."""
+    limit, began, go = 3.0, tmp_path / "began", tmp_path / "go"
+    acts = (
+        f"import pathlib\ndef pause():\n    pathlib.Path({str(began)!r}).touch()\n"
+        f"    while not pathlib.Path({str(go)!r}).exists(): time.sleep(0.05)\n    return 1.0\n"
+    )
+    (tmp_path / "mine.py").write_text(
+        OWN.replace("def boom()", acts + "def boom()").replace('"print":', '"pause": pause, "print":')
+    )
+    code = (
+        "from stages.problems import catalog\nfrom stages.problems.base import Answer\n"
+        f"p = catalog.load({{'file': {str(tmp_path / 'mine.py')!r}, 'workers': 1, 'time_limit': {limit}}})\n"
+        "row, = p.rows('train', 0, 1, 0)\nfor act in 'pause', 'sleep': print(p.judge([Answer(row, act)])[0].failure)"
+    )  # fmt: skip
+    stage = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment())
+    assert wait_for(began.exists, PATIENT)
+    told = signal_tree(stage.pid, signal.SIGSTOP)
+    assert len(told) == 3, "the stage, a supervisor and its child"
+    time.sleep(1.5 * limit)
+    go.touch()
+    os.kill(stage.pid, signal.SIGCONT)
+    time.sleep(0.2)  # it looks at the clock before user code can answer
+    for pid in told:
+        os.kill(pid, signal.SIGCONT)
+    out, _ = stage.communicate(timeout=PATIENT)
+    assert out.splitlines() == ["None", "timeout"], "what hangs still meets its limit"
