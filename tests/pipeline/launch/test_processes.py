@@ -106,7 +106,9 @@ def run(job):
     if os.fork() == 0:
         time.sleep(600)
     Path(job.out, 'started.txt').touch()
-    time.sleep(600)
+    while not Path(job.work, 'go').exists():
+        time.sleep(0.05)
+    return Result(outputs={}, metrics={})
 """
 
 WORKER = """
@@ -168,6 +170,25 @@ def test_a_deadline_kills_a_grandchild_in_its_own_session_too(sleepy):
     out, err = launcher.communicate(timeout=STARTED)
     assert "killed after its deadline of 4 s" in out, err
     assert not marked(mark)
+
+
+def test_time_in_which_everything_stood_still_counts_in_no_deadline(sleepy):
+    """As where a container is paused, for longer than the deadline."""
+    deadline = 5.0
+    launch, mark, started = sleepy
+    launcher = launch(deadline)
+    assert wait_for(started.exists, STARTED), launcher.communicate()
+    told = signal_tree(launcher.pid, signal.SIGSTOP)
+    time.sleep(1.2 * deadline)
+    (started.parents[1] / "go").touch()
+    os.kill(launcher.pid, signal.SIGCONT)
+    time.sleep(0.5)  # it looks at the clock before the job can end
+    for pid in told:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+    out, err = launcher.communicate(timeout=STARTED)
+    assert (out, launcher.returncode) == ("", 0), err
+    assert wait_for(lambda: not marked(mark), SOON)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

@@ -433,3 +433,89 @@ def test_resume_runs_what_a_changed_field_needs_and_names_the_field(climbed, reg
 def test_a_run_that_is_not_there_cannot_be_resumed(registry):
     done = run_cli("resume", "nothing", "--registry", registry)
     assert done.returncode == 2 and "there is no run nothing" in done.stderr
+
+
+ENDS_BY_SIGTERM = """
+import subprocess
+REWARDS = {"short": 1.0, "by_a_process": 1.0}
+def rows(rng):
+    for i in range(400):
+        yield {"prompt": f"Say {i}", "n": i}
+def rewards(row, completion):
+    done = subprocess.run(["sh", "-c", "sleep 0.02; echo 1"], capture_output=True)
+    return {"short": 1 / (1 + len(completion)), "by_a_process": float(done.stdout or 0)}
+def score(row, completion):
+    return 1 / (1 + len(completion))
+def demonstration(row, rng):
+    return str(row["n"])
+"""
+MOMENTS = 20
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_to_every_process_at_any_moment_loses_the_step_under_way_and_no_more(processes, settings, tmp_path):
+    """sft, grpo and rejection with user code that starts processes, each stopped many times and evaluated, by signals
+    to launcher, server, jobs, ranks, keepers, user code and what that started: make test-full."""
+    (tmp_path / "mine.py").write_text(ENDS_BY_SIGTERM)
+    few = {"max_completion_length": 8}
+    settings |= {"problem": {"file": str(tmp_path / "mine.py")}, "format": {"prompt": "plain"}}
+    settings["evaluate"] |= few
+    settings["launch"] |= {"processes": processes, "sampler_tokens": 2**11, "grace": 120.0}
+    stage(settings, "warmup").update(rows="train[0:64]", rows_per_step=4, epochs=2.0)
+    stage(settings, "rl1").update(rows="train[64:96]", steps=30, audit=False, **few)
+    stage(settings, "harvest").update(samples=16, **few)
+    settings["stages"] = settings["stages"][:3]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    whole, stopped = (Registry(tmp_path / name) for name in ("whole", "stopped"))
+    assert run_cli("run", tmp_path / "recipe.yaml", "--registry", tmp_path / "whole", "--no-prefect").returncode == 0
+    draw = random.Random(processes)
+    moments = sum(stopped_once(tmp_path, draw) for _ in range(MOMENTS))
+    done = run_cli("run", tmp_path / "recipe.yaml", "--registry", tmp_path / "stopped", "--no-prefect")
+    assert done.returncode == 0, done.stderr
+    print(f"{processes} processes: stopped at {moments} moments")
+    for one in whole.artifacts():
+        (other,) = [other for other in stopped.artifacts() if other.key == one.key]
+        a, b = (
+            {file.path: file.sha256 for file in each.files if file.path != "metrics.jsonl"} for each in (one, other)
+        )
+        assert a == b, one.stage
+
+
+def stopped_once(directory: Path, draw: random.Random) -> bool:
+    """Run the recipe until it has made some lines more, and signal all its processes; whether it was still running."""
+    registry, lines = directory / "stopped", draw.randint(1, 6)
+    command = [SWITCHBACK, "run", directory / "recipe.yaml", "--registry", registry, "--no-prefect"]
+    before = sum(made(registry).values())
+    run = subprocess.Popen(
+        [str(part) for part in command], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    assert wait_for(lambda: run.poll() is not None or sum(made(registry).values()) >= before + lines, STARTED)
+    time.sleep(draw.random() / 2)
+    known = made(registry)
+    signal_tree(run.pid, signal.SIGTERM)
+    _, err = run.communicate(timeout=STARTED)
+    assert run.returncode in (0, 143), err
+    for work, steps in known.items():
+        kept = made(registry, saved=True).get(work)
+        assert kept is None or kept >= steps, f"{work}: {steps} were made, {kept} are kept"
+    return run.returncode == 143
+
+
+def made(registry: Path, saved: bool = False) -> dict[str, int]:
+    """Directory of a step that is not published yet -> the optimiser steps and the batches of completions that were
+    made, or those that are saved for good."""
+    found = {}
+    for job in registry.glob("work/*/job.json"):
+        if not (job.parent / "out").exists():
+            continue
+        batches = len(list(job.parent.glob("chunks/[!.]*.json")))
+        log = job.parent / "out" / "metrics.jsonl"
+        trains = json.loads(job.read_text())["kind"] in ("sft", "grpo")
+        steps = len(log.read_text().splitlines()) if trains and log.exists() else 0
+        if trains and saved:
+            whole = [path.parent.name for path in job.parent.glob("checkpoint-*/complete.json")]
+            steps = max((int(name.partition("-")[2]) for name in whole), default=0)
+        found[job.parent.name] = steps + batches
+    return found
