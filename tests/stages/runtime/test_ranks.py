@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from pipeline.registry import Registry
 from stages.job import Execution, Job
-from stages.runtime.process import kill_marked, marked
+from stages.runtime.process import descendants, kill_marked, marked, started_at
 from tests.conftest import ROOT, SWITCHBACK, environment, run_cli, stage
 from tests.one_and_two import one_and_two
 from tests.pipeline.flows.test_server import listening
@@ -293,3 +293,30 @@ def test_a_stage_runs_under_somebody_elses_torchrun(settings, tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "result.json").read_text())["seen"]["processes"] == 2
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.full
+def test_sigterm_to_every_process_saves_where_accelerate_started_them_and_none_outlives_its_job(
+    settings, write, tmp_path
+):
+    """accelerate's launcher is a program that would end its processes. Afterwards the job goes on by itself, and is
+    killed: make test-full."""
+    file = tmp_path / "accelerate.yaml"
+    config = {"distributed_type": "MULTI_GPU", "use_cpu": True, "num_processes": 2, "mixed_precision": "no"}
+    file.write_text(yaml.safe_dump({**config, "num_machines": 1}))
+    settings["launch"] |= {"accelerate": str(file), "grace": 120.0}
+    with endless_training(settings, write, tmp_path) as (launcher, _):
+        told = signal_tree(launcher.pid, signal.SIGTERM)
+        assert len(told) >= 6, "launcher, server, job, accelerate's launcher and two ranks"
+        launcher.communicate(timeout=STARTED)
+        assert launcher.returncode == 143
+    (saved,) = (tmp_path / "r").glob("work/*/checkpoint-*/complete.json")
+    (job,) = [path for path in (tmp_path / "r").glob("work/*/job.json") if '"sft"' in path.read_text()]
+    alone = subprocess.Popen(
+        [sys.executable, "-m", "stages", str(job)], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    assert alone.stdout and alone.stdout.readline() == f"resumed from {saved.parent.name}\n"
+    started = descendants(alone.pid)
+    alone.kill()
+    assert len(started) >= 3 and wait_for(lambda: not any(map(started_at, started)), SOON)
+    alone.communicate()
