@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -318,5 +318,10 @@ def test_sigterm_to_every_process_saves_where_accelerate_started_them_and_none_o
     assert alone.stdout and alone.stdout.readline() == f"resumed from {saved.parent.name}\n"
     started = descendants(alone.pid)
     alone.kill()
-    assert len(started) >= 3 and wait_for(lambda: not any(map(started_at, started)), SOON)
-    alone.communicate()
+    try:
+        assert len(started) >= 3 and wait_for(lambda: not any(map(started_at, started)), SOON)
+    finally:
+        for pid in started:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        alone.communicate()
