@@ -161,6 +161,8 @@ VARIABLE = re.compile(r"\$\{|^\$\w")
 def expanded(path: str) -> str:
     """A path as a user writes it, with `~` expanded. Raises ValueError for a variable, and for a home that is not
     there."""
+    if "\0" in path:
+        raise ValueError(f"a path holds no NUL (found {path!r:.200}). Fix: remove it")
     if VARIABLE.search(path):
         raise ValueError(f"variables are not expanded (found {path!r:.200}, expected a path). Fix: write the path out")
     if not path.startswith("~"):

@@ -27,12 +27,16 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "held_out")
 """Training stages read `train`; `validation` decides between settings; `held_out` only reports."""
 
 
+MOST_PROCESSES = 4096
+"""More than any machine has cores or accelerators; a number beyond it is a slip."""
+
+
 class Execution(Config):
     """How a stage is run. None of it is identity: the key says what was asked, not which machine did it."""
 
-    processes: int = execution(1, ge=1)
+    processes: int = execution(1, ge=1, le=MOST_PROCESSES)
     """Processes of one stage (data parallel)."""
-    threads: int | None = execution(None, ge=1)
+    threads: int | None = execution(None, ge=1, le=MOST_PROCESSES)
     """CPU threads of each process. Off: torch's default, or 1 where there are several processes. Tiny models are
     fastest with 1."""
     device: Literal["auto", "cpu", "cuda"] = execution("auto")

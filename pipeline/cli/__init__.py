@@ -88,7 +88,9 @@ def _before_every_command(
 
 def main() -> None:
     """The `switchback` command. A letter that the terminal's encoding does not have is shown as its escape."""
-    for stream in (sys.stdout, sys.stderr):
+    if sys.stdout is None:  # as some daemons start a program
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     garbage.set_threshold(COLLECT_EVERY, 50, 1_000)
     sys.exit(exit_code(sys.argv[1:]))
@@ -131,6 +133,8 @@ def _unexpected(error: Exception) -> int:
         return complain(
             f"the disk is full ({error.strerror}); free some space (switchback gc) and run the same command again", 1
         )
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return complain(f"{str(error.filename)[:60]}...: {error.strerror}. Fix: give a shorter path", 2)
     if isinstance(error, OSError) and error.errno in BARRED:
         return complain(
             f"{error.filename}: {error.strerror}; give a place that can be written, or change its permissions", 2

@@ -58,9 +58,12 @@ def api_url() -> str | None:
 
 
 def without_user(url: str) -> str:
-    """A URL without the user and password that it may hold."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    """A URL without the user, password and query that it may hold."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "an address that is no URL"
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
 
 
 @contextmanager
@@ -70,6 +73,8 @@ def own_server(home: Path, run: str) -> Iterator[Own]:
     Raises Failed when it does not answer, OSError where its home cannot be written.
     """
     home.mkdir(parents=True, exist_ok=True)
+    if home.is_symlink() or home.stat().st_uid != os.geteuid():
+        raise Failed(f"{home} is a link or another user's (found it there, expected none). Fix: remove it")
     home.chmod(0o700)
     password = secrets.token_urlsafe(32)
     file = home / f"password-{run}"

@@ -85,7 +85,7 @@ def _is_ours(seen: os.stat_result) -> bool:
 def _remember(path: str, state: State, digest: str) -> None:
     """Add one entry to what is there now; processes take turns, and a reader sees the file before or after."""
     directory = cache_directory()
-    directory.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     with (directory / f".{FILE}.lock").open("a", encoding="utf-8") as lock:
         locks.lock(lock)
         entries = {name: entry for name, entry in _read().items() if name != path}

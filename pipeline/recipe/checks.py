@@ -24,6 +24,8 @@ from stages.training import NO_MIX
 
 ADAPTER = "adapter_config.json"
 """What makes `from_pretrained` load another model first, and its digest would not know that one."""
+HUB_MODEL = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
+"""What a model on the hub is called; the oldest have no owner."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 """What a dataset on the hub is called; what has such a name and is a path here is none."""
 
@@ -87,6 +89,8 @@ def _batch_divides(stage: Box, recipe: Recipe) -> None:
 def _files(recipe: Recipe) -> None:
     if recipe.model.path:
         _model(Path(recipe.model.path))
+    if recipe.model.hub and not HUB_MODEL.fullmatch(recipe.model.hub):
+        raise BadInput(f"model.hub: found {recipe.model.hub!r:.200}, expected owner/name, such as Qwen/Qwen3-0.6B")
     for where, settings in _formats(recipe):
         try:
             prompts.load(settings.prompt or "plain")

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import IO
 
 from pipeline.registry.registry import Registry
-from pipeline.registry.stores.shared import make_directory, share, share_tree
 from stages.errors import BadInput
 from stages.runtime import locks
+from stages.runtime.disk import make_directory, share, share_tree, shared
 from stages.runtime.workdir import RUN_LOCK
 
 WORK = "SWITCHBACK_WORK"
@@ -46,7 +46,8 @@ def alone(
                 on_tick()
         locks.write_holder(lock)
         try:
-            yield
+            with shared(work):
+                yield
         finally:
             locks.erase_holder(lock)  # so that no run names a holder that has ended
             share_tree(work, root)  # another user may resume what this one began
@@ -74,7 +75,14 @@ def prefect_home(registry: Registry) -> Path:
     with suppress(OSError):  # a run that cannot make it says so when it makes a step
         make_directory(work, _shared_as(registry, work))
     home = work / "prefect"
-    return home if not home.exists() or home.stat().st_uid == os.geteuid() else work / f"prefect-{os.geteuid()}"
+    return home if _is_free_or_ours(home) else work / f"prefect-{os.geteuid()}"
+
+
+def _is_free_or_ours(home: Path) -> bool:
+    """Whether nothing is there, or a directory of this user; a link may lead anywhere."""
+    if home.is_symlink():
+        return False
+    return not home.exists() or home.stat().st_uid == os.geteuid()
 
 
 def _shared_as(registry: Registry, work: Path) -> Path:

@@ -120,25 +120,37 @@ def _refuse_quantization(path: str, config: Any) -> None:
 
 
 def _refuse_architecture(path: str, config: Any) -> None:
-    """A small copy is built without memory, so that what is missing shows. What only the copy raises is no reason."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
+    """A small copy is built without memory, so that what is missing shows. What only the copy raises is no reason: the
+    model itself decides, which takes longer."""
     from stages.policy.small_copy import small_copy
 
     try:
-        with torch.device("meta"):
-            AutoModelForCausalLM.from_config(small_copy(config), trust_remote_code=False)
+        _build(small_copy(config))
     except ImportError as error:
         raise BadInput(f"{path}: it cannot be built here ({_line(error)}). Fix: install what it needs") from None
     except Exception:
-        return
+        try:
+            _build(config)
+        except Exception as error:
+            raise BadInput(
+                f"{path}/{CONFIG}: no model can be built from it ({_line(error)}). Fix: save the model again"
+            ) from None
+
+
+def _build(config: Any) -> None:
+    """The model without its weights, on no device."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def refuse_weights(source: str, path: str) -> None:
     """Raise BadInput for a model without weights as safetensors. `source` may be a model on the hub, whose weights need
     not be in `path` yet."""
     names = _names(source, path)
+    _refuse_headers(path)
     if names is None or WHOLE in names or _named_by_config(path, names):
         return
     if INDEX in names:
@@ -149,6 +161,18 @@ def refuse_weights(source: str, path: str) -> None:
     raise BadInput(
         f"{source}: there is no {WHOLE} ({found}expected safetensors). Fix: save the model again with save_pretrained"
     )
+
+
+def _refuse_headers(path: str) -> None:
+    """Each file of weights that is here begins with a header that describes it, to its last byte."""
+    from safetensors import safe_open
+
+    for file in sorted(Path(path).glob("*.safetensors")):
+        try:
+            with safe_open(file, "np"):
+                pass
+        except Exception as error:  # safetensors has a class of its own, and OSError
+            raise BadInput(f"{file}: it is damaged ({_line(error)}). Fix: copy or download it again") from None
 
 
 def _names(source: str, path: str) -> Collection[str] | None:

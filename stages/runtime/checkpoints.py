@@ -20,7 +20,7 @@ from pydantic import AfterValidator, ValidationError
 
 from stages.config import Frozen
 from stages.runtime import chunks
-from stages.runtime.disk import HashedFile, digest_files, replace, sync_tree
+from stages.runtime.disk import HashedFile, digest_files, replace, share_tree, sync_tree
 from stages.runtime.workdir import FILES, MEETING
 
 COMPLETE = "complete.json"
@@ -84,6 +84,7 @@ def seal(checkpoint: Path, step: int, belongs: Belongs) -> None:
         for path, digest in zip(paths, digest_files(paths), strict=True)
     )
     record = Record(step=step, asked=belongs.asked, execution=belongs.execution, files=files)
+    share_tree(checkpoint, checkpoint.parent)  # safetensors gives a file to its user alone
     sync_tree(checkpoint)
     replace(checkpoint / COMPLETE, record.model_dump_json(indent=1).encode())
 

@@ -22,7 +22,7 @@ from typing import IO, Any, Protocol
 from stages.errors import BadInput, NoSignal, StageStopped, TooManyFailures
 from stages.job import Job, Result
 from stages.runtime import checkpoints, chunks, forked_ranks, locks, ranks, signals, stopping
-from stages.runtime.disk import replace
+from stages.runtime.disk import replace, share_from_now_on
 from stages.runtime.metrics import FILE as METRICS
 from stages.runtime.metrics import say, seconds_so_far
 from stages.runtime.process import die_with_parent
@@ -59,6 +59,7 @@ def main(path: str, stages: Mapping[str, Runs]) -> int:
     kind."""
     job = Job.model_validate_json(Path(path).read_text(encoding="utf-8"))
     work = Path(job.work)
+    share_from_now_on(work)
     with (work / LOCK).open("a+", encoding="utf-8") as lock:
         if not _take(lock):
             print(

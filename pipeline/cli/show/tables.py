@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -14,11 +15,14 @@ from pipeline.cli.show.terminal import console, write
 from pipeline.registry import Artifact, Registry
 from pipeline.registry.runs import Run
 from pipeline.results.summary import RunSummary, StageSummary
+from stages.visible import visible
 
 if TYPE_CHECKING:
     from pipeline.plan.plan import Planned
 
 ACTION_STYLE = {"reuse": "green", "run": "yellow", "skip": "dim"}
+WIDE, LEFT_OUT = 110, ("kind", "solved", "format")
+"""Columns of a terminal that holds a whole line per stage; what a narrower one does without."""
 SEVERITY_STYLE = {"stop": "bold red", "warn": "yellow", "note": "dim"}
 
 
@@ -27,9 +31,17 @@ def show(table: Table) -> None:
     console().print(table)
 
 
+class _Table(Table):
+    """A table that makes its cells visible before it measures them, so that no escape pushes text out of its cell."""
+
+    def add_row(self, *cells: Any, **more: Any) -> None:
+        """As rich's."""
+        super().add_row(*(visible(cell) if isinstance(cell, str) else cell for cell in cells), **more)
+
+
 def table(*columns: str, right: Sequence[str] = ()) -> Table:
     """An empty table; the columns in `right` hold numbers."""
-    empty = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    empty = _Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in columns:
         is_number = column in right
         empty.add_column(column, justify="right" if is_number else "left", overflow="fold", no_wrap=is_number)
@@ -87,10 +99,13 @@ def runs_table(runs: Sequence[Run]) -> Table:
 def run_table(summary: RunSummary) -> Table:
     """A line per stage: held-out score with interval, solved and format share, seconds, place."""
     numbers = ("greedy", "mean", "95 %", "solved", "format", "pass@1", "seconds")
-    rows = table("stage", "kind", *numbers, "artifact", right=numbers)
+    columns: tuple[str, ...] = ("stage", "kind", *numbers, "artifact")
+    shown = columns if console().width >= WIDE else tuple(name for name in columns if name not in LEFT_OUT)
+    rows = table(*shown, right=numbers)
     for stage in summary.stages:
-        place = stage.artifact or stage.path or "-"
-        rows.add_row(stage.name, stage.kind, *_scores(stage), _seconds(stage), place)
+        place = stage.artifact or (Path(stage.path).name if stage.path else "-")
+        cells = (stage.name, stage.kind, *_scores(stage), _seconds(stage), place)
+        rows.add_row(*(cell for name, cell in zip(columns, cells, strict=True) if name in shown))
     return rows
 
 

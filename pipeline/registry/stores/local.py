@@ -22,11 +22,19 @@ from pathlib import Path
 from typing_extensions import override
 
 from pipeline.errors import Damaged, Unreadable
-from pipeline.registry.stores.shared import make_directory, share, share_tree
 from pipeline.registry.stores.store import JSON_LIMIT, PART, Stopped, Store, inside, never
 from stages.errors import BadInput, printable
 from stages.runtime import locks
-from stages.runtime.disk import HashedFile, digest_file, sync, sync_tree, write_through
+from stages.runtime.disk import (
+    HashedFile,
+    digest_file,
+    make_directory,
+    share,
+    share_tree,
+    sync,
+    sync_tree,
+    write_through,
+)
 
 NO_FILE = (errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENAMETOOLONG)
 """Errors on opening a link, a socket, a directory or an impossible name."""

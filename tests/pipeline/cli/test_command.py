@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, run_alone
+from tests.conftest import ROOT, SWITCHBACK, environment, run_alone
 
 
 def package(directory: Path, name: str) -> Path:
@@ -44,6 +45,17 @@ def test_what_shadows_a_package_of_ours_is_named_and_not_run(put, name, tmp_path
 def test_a_folder_without_init_shadows_nothing(tmp_path):
     without_init(tmp_path, "stages")
     assert run_alone("--version", env={"PYTHONPATH": str(tmp_path)}).returncode == 0
+
+
+def test_a_closed_stdout_is_no_error(climbed):
+    command = f"exec {SWITCHBACK} ls --registry {climbed[1]} >&-"
+    done = subprocess.run(["bash", "-c", command], env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_path_that_is_too_long_is_one_short_line():
+    done = run_alone("ls", "--registry", "a" * 5000)
+    assert done.returncode == 2 and len(done.stderr) < 200 and "File name too long. Fix: give a sh" in done.stderr
 
 
 def test_the_version_is_that_of_the_project():

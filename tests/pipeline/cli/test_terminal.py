@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 
 import pytest
 from rich.text import Text
@@ -10,7 +11,10 @@ from rich.text import Text
 from pipeline.cli import complain
 from pipeline.cli.show import terminal
 from pipeline.cli.show.loss_map import show_map
-from pipeline.cli.show.tables import show, table
+from pipeline.cli.show.tables import run_table, show, table
+from pipeline.registry import Registry
+from pipeline.registry.runs import runs
+from pipeline.results.summary import summarise
 from tests.conftest import ROOT
 from tests.stages.test_visible import ATTACKS
 
@@ -49,6 +53,25 @@ def test_lines_tables_texts_and_complaints_are_visible(capsys):
     assert complain(HOSTILE, 2) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and line[:-1].isprintable() and "\\u202egnp" in line
+
+
+def test_what_a_terminal_hides_pushes_no_text_out_of_its_cell(capsys):
+    rows = table("who", "why")
+    rows.add_row("\u200b" * 20 + "mallory", "\u200b" * 40 + "REVERTED: the reward was hacked")
+    show(rows)
+    said = "".join(capsys.readouterr().out.split())
+    assert "mallory" in said and "REVERTED:therewardwashacked" in said
+
+
+def test_a_table_of_stages_keeps_each_name_whole_in_80_columns(climbed, monkeypatch, capsys):
+    registry = Registry(climbed[1])
+    summary = summarise(registry, runs(registry)[0].run)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as a terminal
+    monkeypatch.setenv("COLUMNS", "80")
+    show(run_table(summary))
+    said = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert max(map(len, said.splitlines())) <= 80
+    assert all(stage.artifact in said.split() for stage in summary.stages if stage.artifact)
 
 
 def test_a_complaint_without_end_is_cut_in_its_middle(capsys):

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from pipeline.errors import Failed
 from pipeline.flows.report import flow_process
 from pipeline.flows.server import API_URL, Own, own_server
 from pipeline.registry import Registry
@@ -85,6 +86,14 @@ def test_its_database_is_in_its_home_whatever_the_path(server):
 def second(server) -> Iterator[Started]:
     """The server of another run in the same registry."""
     yield from started(server.home, "another-run")
+
+
+def test_a_home_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "elsewhere").mkdir(mode=0o755)
+    (tmp_path / "prefect").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(Failed, match="is a link or another user's"), own_server(tmp_path / "prefect", "a-run"):
+        pass
+    assert not list((tmp_path / "elsewhere").iterdir()) and (tmp_path / "elsewhere").stat().st_mode & 0o077 == 0o055
 
 
 def status(server: Started, path: str, body: object = None, password: str | None = None, **headers: str) -> int:

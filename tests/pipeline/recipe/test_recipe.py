@@ -96,6 +96,10 @@ BAD = {
     "no list": ({"stages.rl1.rewards": {"clip": 5}}, "rewards.clip: found 5, expected a list"),
     "no duration": ({"deadline": "banana"}, "deadline: found 'banana', expected seconds, or a duration such as 90s"),
     "no stage": ({"stages": ["warmup"]}, "stages.0: found 'warmup', expected a mapping"),
+    "a hub name that is none": ({"model": {"hub": "a b/c"}}, "model.hub: found 'a b/c', expected owner/name"),
+    "a hub name that leads away": ({"model": {"hub": "../../x"}}, "model.hub: found '../../x', expected owner/name"),
+    "more threads than any machine has": ({"launch.threads": 10**30}, "launch.threads: found 1000000"),
+    "a path with NUL": ({"registry": "a\0b"}, "registry: a path holds no NUL"),
     "a pass-rate band": ({"stages.harvest.keep": {"pass_rate": [0.9, 0.1]}}, "expected two shares"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pipeline.registry.cleanup.gc import clean
 from pipeline.registry.pins import keep, pins
 from pipeline.registry.workdir import alone
 from stages.errors import BadInput
+from stages.runtime import checkpoints
 from tests.artifacts import draft, make
 from tests.conftest import ROOT, environment
 from tests.crashes import FAILED
@@ -29,6 +31,7 @@ A, B = 20001, 20002
 STRANGER = 20003
 """Of the same machine, and not of the team."""
 RUN = "a-run"
+BELONGS = checkpoints.Belongs("a-job", {"processes": 1})
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
 
@@ -53,6 +56,8 @@ def as_user(uid: int, umask: int, action: Callable[[], object], groups: tuple[in
         _, status = os.waitpid(child, 0)
         errors.seek(0)
         said = errors.read()
+    if status == signal.SIGKILL:
+        return "killed"
     assert status in (0, FAILED << 8), said
     return said.splitlines()[-1] if said else ""
 
@@ -98,6 +103,41 @@ def work_on(place: Path) -> None:
     with alone(registry, registry.store.work / "0123456789ab", on_wait=lambda pid: None):
         (registry.store.work / "0123456789ab" / "checkpoint-1").mkdir(exist_ok=True)
         (registry.store.work / "0123456789ab" / "checkpoint-1" / "state.json").write_text("{}")
+
+
+def begin_and_die(place: Path) -> None:
+    """A run that is killed without a warning: its job has sealed a checkpoint and is in the middle of the next."""
+    registry = team(place)
+    work = registry.store.work / "0123456789ab"
+    with alone(registry, work, on_wait=lambda pid: None):
+        for name in ("files/ab/mine.py", "out/metrics.jsonl", "checkpoint-1/trainer_state.json", "checkpoint-2/half"):
+            (work / name).parent.mkdir(parents=True)
+            (work / name).write_text("{}")
+        (work / "job.json").write_text("{}")
+        (work / "checkpoint-1" / "model.safetensors").write_bytes(b"")
+        (work / "checkpoint-1" / "model.safetensors").chmod(0o600)  # as safetensors leaves it
+        checkpoints.seal(work / "checkpoint-1", 1, BELONGS)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def resume(place: Path) -> None:
+    registry = team(place)
+    work = registry.store.work / "0123456789ab"
+    with alone(registry, work, on_wait=lambda pid: None):
+        found = checkpoints.newest(work, BELONGS)
+        assert found.checkpoint == work / "checkpoint-1", found
+        assert (work / "checkpoint-1" / "model.safetensors").read_bytes() == b""
+        for name in ("files", "out", "checkpoint-2"):
+            shutil.rmtree(work / name, ignore_errors=name == "checkpoint-2")  # it may have been set aside
+        (work / "job.json").write_text("{}")
+        checkpoints.clear(work)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_another_user_resumes_what_was_killed_without_a_warning(umask, place):
+    assert as_user(A, umask, lambda: begin_and_die(place)) == "killed"
+    assert as_user(B, umask, lambda: resume(place)) == ""
+    assert not list((place / "team" / "work" / "0123456789ab").glob("checkpoint-*"))
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])

@@ -30,6 +30,8 @@ CONFIGS = {
     "4 bits": ({"quantization_config": NF4}, "its quantization_config cannot be used here"),
     "GPTQ": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "its quantization_config cannot be used"),
     "AWQ": ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "its quantization_config cannot be used"),
+    "no such activation": ({"hidden_act": "nosuch"}, "config.json: no model can be built from it (KeyError"),
+    "no heads": ({"num_attention_heads": 0}, "config.json: no model can be built from it (ZeroDivisionError"),
     "no such architecture": ({"model_type": "nosuch"}, "config.json cannot be loaded"),
 }
 
@@ -62,7 +64,7 @@ def test_a_config_that_cannot_be_loaded_is_refused_before_anything_is_trained(ch
     configured(model, changes)
     assert said in refused(model, tmp_path)
     if "text_config" not in changes:
-        with pytest.raises((BadInput, ImportError, ValueError, RuntimeError)):
+        with pytest.raises((BadInput, ImportError, LookupError, ArithmeticError, ValueError, RuntimeError)):
             models.load_policy(str(model), "float32")
 
 
@@ -130,3 +132,9 @@ def test_nothing_is_fetched_and_no_memory_is_taken_for_a_large_config(model):
     configured(model, {"hidden_size": 2**16, "intermediate_size": 2**20, "head_dim": 2**12, "vocab_size": 2**24})
     loadable.refuse_config(str(model))
     assert not torch.cuda.is_available() or torch.cuda.memory_allocated() == 0
+
+
+def test_weights_that_were_cut_off_are_named(model, tmp_path):
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert f"{weights}: it is damaged (" in refused(model, tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 from pathlib import Path
 from types import FrameType
@@ -97,4 +98,4 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def _report(registry: Registry, run: str) -> None:
     show(run_table(summarise(registry, run)))
     write("scores are x 100, on held-out rows; mean of the samples with a 95 % interval over rows")
-    write(f"run {run} in {registry.url}: switchback show {run} --registry {registry.url}")
+    write(f"run {run} in {registry.url}: switchback show {run} --registry {shlex.quote(registry.url)}")
