@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import tomllib
 from pathlib import Path
 
 import pytest
 
+from pipeline.cli.commands.run import run
 from tests.conftest import ROOT, SWITCHBACK, environment, run_alone
 
 
@@ -56,6 +58,22 @@ def test_a_closed_stdout_is_no_error(climbed):
 def test_a_path_that_is_too_long_is_one_short_line():
     done = run_alone("ls", "--registry", "a" * 5000)
     assert done.returncode == 2 and len(done.stderr) < 200 and "File name too long. Fix: give a sh" in done.stderr
+
+
+def test_nohup_outlives_its_terminal():
+    """SIGHUP is ignored then, and a run leaves it so."""
+    before = {number: signal.getsignal(number) for number in run.ENDINGS}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        run._listen()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) == run._terminate
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        run._listen()
+        assert signal.getsignal(signal.SIGHUP) == run._terminate
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_the_version_is_that_of_the_project():

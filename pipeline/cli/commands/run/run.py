@@ -78,8 +78,7 @@ def _run(
     planned = planning.plan(recipe, place, selection)
     if resumes:
         write(f"continues run {resumes}, which is {runs.state(place, resumes)}")
-    for number in ENDINGS:
-        signal.signal(number, _terminate)
+    _listen()
     try:
         with Progress() as progress:
             id = execute(recipe, planned, place, progress, use_prefect, selection, resumes)
@@ -87,6 +86,13 @@ def _run(
         # typer would end without a line
         raise RunInterrupted("interrupted; run the same command to go on with what is done") from None
     _report(place, id)
+
+
+def _listen() -> None:
+    """Let each of ENDINGS end the run, but for one that is ignored already: nohup means to outlive a terminal."""
+    for number in ENDINGS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _terminate)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
