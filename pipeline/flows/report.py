@@ -28,6 +28,7 @@ from pipeline.errors import Failed
 from pipeline.flows.server import API_URL, api_url, own_server, without_user
 from pipeline.plan.plan import Planned
 from stages.errors import BadInput
+from stages.runtime import signals
 from stages.runtime.environment import cleaned
 
 IMPORT_PATIENCE, VERDICT_PATIENCE = 300.0, 7.0
@@ -84,15 +85,16 @@ class FlowProcess:
         self._buffer = b""
         self._ended = self._begun = False
         """The process will say no more; the run's plan has been sent."""
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "pipeline.flows.flow", str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # what it has to say is a line of its answers
-            env=environment,
-            cwd=cwd,
-            start_new_session=True,  # Ctrl-C on the terminal is the run's to handle
-        )
+        with signals.held():
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "pipeline.flows.flow", str(os.getpid())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,  # what it has to say is a line of its answers
+                env=environment,
+                cwd=cwd,
+                start_new_session=True,  # Ctrl-C on the terminal is the run's to handle
+            )
         assert self._process.stdin is not None
         os.set_blocking(self._process.stdin.fileno(), False)
 
