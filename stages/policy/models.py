@@ -90,7 +90,6 @@ def load_tokenizer(path: str, format: Format | None = None) -> PreTrainedTokeniz
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     chat.end_turns_as_the_template(tokenizer, declared_ends(path))
-    chat.refuse_addresses(tokenizer)
     return tokenizer
 
 

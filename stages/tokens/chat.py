@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
 
-from prompts.templates import ADDRESS, ADVICE
+from prompts.templates import ADVICE, address
 from stages.errors import BadInput
 from stages.tokens import limits, turns
 from stages.tokens.token_rows import SYSTEM, TEMPLATE, USER
@@ -90,7 +90,8 @@ def _takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _renderer(tokenizer: PreTrainedTokenizerBase) -> Render:
-    """The template as a function. It raises TemplateError, and BadInput for a template that does not end."""
+    """The template as a function. It raises TemplateError, and BadInput for a template that does not end or writes
+    where an object lies in memory, which is elsewhere in each process."""
 
     def render(messages: Sequence[Message], generation_prompt: bool) -> str:
         template = training_template(tokenizer)
@@ -102,7 +103,13 @@ def _renderer(tokenizer: PreTrainedTokenizerBase) -> Render:
             return cast(str, made)
 
         limits.refuse_endless(WHAT, template, text)
-        return limits.rendered(WHAT, text)
+        made = limits.rendered(WHAT, text)
+        if found := address(made, template, list(messages)):
+            raise BadInput(
+                f"{WHAT} writes the address of an object ({found!r}), and {ADVICE}. Fix: set format.chat_template to "
+                f"one without it"
+            )
+        return made
 
     return render
 
@@ -227,19 +234,6 @@ def end_turns_as_the_template(tokenizer: PreTrainedTokenizerBase, declared: Coll
     token = turns.last_token(found, alone(tokenizer))
     if token and token != tokenizer.eos_token:
         tokenizer.eos_token = token
-
-
-def refuse_addresses(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise BadInput for a template that writes where an object lies in memory, which is elsewhere in each process."""
-    try:
-        text = _renderer(tokenizer)([turns.QUESTION], True)
-    except TemplateError:
-        return
-    if found := ADDRESS.search(text):
-        raise BadInput(
-            f"the chat template writes the address of an object ({found[0]!r}), and {ADVICE}. Fix: set "
-            f"format.chat_template to one without it"
-        )
 
 
 def ending(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -94,6 +94,11 @@ def messages(format: Format, row: Columns) -> list[Message]:
         user = limits.rendered(what, render)
     except TemplateError as error:
         raise BadInput(f"prompt {format.prompt}: {error}; a row has {', '.join(columns)}") from None
+    if found := templates.address(user, format.user_template, dict(columns)):
+        raise BadInput(
+            f"{what} writes the address of an object ({found!r}), and {templates.ADVICE}. Fix: leave it out; a "
+            f"hexadecimal number has to stand in a column of the row"
+        )
     system = [{"role": "system", "content": format.system_prompt}] if format.system_prompt else []
     return [*system, {"role": "user", "content": user}]
 

@@ -55,6 +55,11 @@ def test_what_is_wrong_with_a_file_is_said(wrong, said):
 REFUSED = {
     "{{ [1, 2] | random }}": "random is refused, because it makes another prompt each time",
     "{{ [[1, 2]] | map('random') | first }}": "random is refused",
+    "{{ [[1]] | map('map', 'random') | first }}": "random is refused",
+    "{{ [[1]] | map('ran' ~ 'dom') | list }}": "a map whose filter is not written out is refused",
+    "{{ [[1]] | map(name) | list }}": "a map whose filter is not written out is refused",
+    "{{ [[1]] | map(*['random']) | list }}": "a map whose filter is not written out is refused",
+    "{{ [[1]] | map('map', *['random']) | list }}": "a map whose filter is not written out is refused",
     "{{ lipsum() }}": "lipsum is refused",
     "{% include 'other.md' %}": "a prompt includes no other template",
     "{% from 'other.md' import x %}": "a prompt includes no other template",
@@ -70,16 +75,60 @@ def test_a_user_template_that_says_something_else_each_time_or_cannot_stand_alon
         prompts.parse("p", GOOD.replace("{{ prompt }}", template))
 
 
-@pytest.mark.parametrize("value", ["range", "prompt.upper", "[1] | map('upper')", "joiner()", "[range]"])
-def test_what_has_an_address_in_its_name_is_not_written(value):
+GENERATORS = (
+    "[1] | map('upper')",
+    "[1] | select",
+    "{'a': 1} | items",
+    "[1] | unique",
+    "[1] | batch(1)",
+    "[1] | reverse",
+)
+"""What jinja2 makes an iterator of, whose text is its address."""
+TEXTS = (
+    "{}",
+    "'x' ~ ({})",
+    "'%s' | format({})",
+    "'{{}}'.format({})",
+    "({}) | pprint",
+    "({}) | e",
+    "[{}] | join",
+    "[{}]",
+)
+"""Ways to make it a text."""
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "({}) | string | replace('at', '') | upper"])
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_the_text_of_a_generator_is_its_address_and_not_there(generator, text):
     with pytest.raises(TemplateError, match="another prompt each time"):
-        templates.compiled(f"{{{{ {value} }}}}").render(prompt="?")
+        templates.compiled(f"{{{{ {text.format(generator)} }}}}").render()
+
+
+def test_a_generator_is_what_it_is_in_plain_jinja2():
+    """Items are taken once, and only those that are asked for."""
+    template = (
+        "{% set up = many | map('upper') %}{% for one in up %}{{ loop.index }}{{ one }}{% endfor %}{{ up | list }}"
+        "{{ many | map(attribute='a', default=1) | join }}{{ ['a'] | map('default', 'b') | list }}{{ up is iterable }}"
+        "{{ (none, 1) | select | map('string') | first }}{{ [1, 'x'] | map('abs') | first }}{{ [1] | reverse | list }}"
+        "{% for k, v in {'a': 1} | items %}{{ k }}{{ v }}{% endfor %}{{ 'a' in up }}{{ up is sequence }}"
+        "{% for b in many | batch(2) %}{{ b }}{% endfor %}"
+        "{% for one in many %}{{ (loop | default(1)).index }}{% endfor %}"
+    )
+    plain = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(template)
+    assert templates.compiled(template).render(many=["a", "b", "c"]) == plain.render(many=["a", "b", "c"])
 
 
 def test_dice_that_are_hidden_are_not_there():
-    for hidden in ("{{ [[1]] | map('ran' ~ 'dom') | list }}", "{{ [1] | map(name) | list }}"):
-        with pytest.raises(TemplateError, match="No filter named 'random'"):
-            templates.compiled(hidden).render(name="random")
+    assert "random" not in templates.compiled("").environment.filters
+
+
+def test_an_address_is_what_stands_nowhere_in_what_a_text_was_made_of():
+    for value in ([].append, [{}.get], {}.items, str({}.items).upper(), str(object()).replace(" at ", "")):
+        assert templates.address(f"a {value} b", "{{ x }}", {"x": value if not isinstance(value, str) else "y"}), value
+    assert templates.address("<type object at 0x9cf6c0>", "") == "0x9cf6c0"
+    made = "0xDEADBEEF at 0xdeadbeef01 0x12345678 0x7f"
+    assert templates.address(made, "0x12345678", {"x": ["deadbeef01", {"y": "0xdeadbeef"}]}) is None
+    assert templates.address(made, "0x12345678", {"x": [].append}) == "0xDEADBEEF"
 
 
 def test_nothing_is_computed_while_a_template_is_compiled():
