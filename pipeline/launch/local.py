@@ -24,7 +24,10 @@ from stages.runtime import locks, signals
 from stages.runtime.metrics import FILE as METRICS
 from stages.runtime.stopping import STOPPED
 from stages.runtime.workdir import BUSY, ERROR, LOCK, PATIENCE, RESULT, WORDS
+from stages.tokens import limits
 
+ENDLESS = (-signal.SIGPROF, 128 + signal.SIGPROF)
+"""How a job, or a rank of it, ends in which one call of a template does not (`stages.tokens.limits`)."""
 TICK = 0.2
 """Seconds between two looks at a job."""
 MOMENT = 1.0
@@ -173,6 +176,11 @@ def _result(job: Job, status: int, log: Path) -> Result:
         time.sleep(MOMENT)  # a signal to the whole tree may be about to raise here what ends the run
     if status == 0:
         return Result.model_validate_json((work / RESULT).read_text(encoding="utf-8"))
+    if status in ENDLESS:
+        raise BadInput(
+            f"{job.name}: a template did not end within {limits.ENDED_AFTER * limits.SECONDS:g} s of CPU time (log: "
+            f"{log}). Fix: use another template"
+        )
     if (work / ERROR).exists():
         error = json.loads((work / ERROR).read_text(encoding="utf-8"))
         if error["bad_input"]:

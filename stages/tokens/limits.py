@@ -6,7 +6,8 @@ a function that renders -> its text; BadInput for a limit, TemplateError for wha
 jinja2 cannot be stopped from inside, so there are two limits. A process tries each template once in a child that the
 kernel limits (`refuse_endless`), which ends a single call into C, too. Every rendering has a timer (`rendered`), for
 templates that are slow on some rows only. Both count time in which the thread computes, so a machine that was paused or
-is busy changes nothing. What is rendered is never changed."""
+is busy changes nothing. Python hears the timer between two calls only, so the kernel ends the process (SIGPROF) where
+one call computes twice as long. What is rendered is never changed."""
 
 from __future__ import annotations
 
@@ -27,6 +28,8 @@ from stages.runtime.process import die_with_parent, forked
 
 SECONDS = 30.0
 """CPU time of one rendering."""
+ENDED_AFTER = 2.0
+"""Times SECONDS: CPU time, of all threads of the process, after which the kernel ends it."""
 MEMORY = 2**30
 """Bytes that the first rendering may take."""
 LONGEST = 2**24
@@ -81,7 +84,8 @@ def _too_long(what: str) -> str:
 @contextmanager
 def timed(what: str, seconds: float = SECONDS) -> Iterator[None]:
     """A BadInput once this thread has computed so long. Python hears signals in its main thread only; any other has no
-    timer."""
+    timer. Within one call into C nothing is raised, and SIGPROF ends the process after ENDED_AFTER times as long,
+    unless somebody else handles that signal."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -95,9 +99,14 @@ def timed(what: str, seconds: float = SECONDS) -> Iterator[None]:
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)
+    ours = signal.getsignal(signal.SIGPROF) == signal.SIG_DFL
+    if ours:
+        signal.setitimer(signal.ITIMER_PROF, ENDED_AFTER * seconds)
     try:
         yield
     finally:
+        if ours:
+            signal.setitimer(signal.ITIMER_PROF, 0.0)
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
 

@@ -18,8 +18,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import StageFailed
+from pipeline.launch import local
 from pipeline.launch.local import Launcher
 from pipeline.registry import Registry, runs
+from stages.errors import BadInput
 from stages.job import Execution, Job
 from stages.runtime.process import descendants, kill_marked, marked, started_at
 from tests.conftest import LEARNED, ROOT, SWITCHBACK, environment, stage
@@ -294,14 +296,9 @@ def test_one_job_runs_from_its_file_alone_in_a_directory_of_its_own(climbed, tmp
     assert sorted(path.name for path in work.iterdir()) == before, "it touches nothing of the other's"
 
 
-def test_a_launcher_touches_nothing_where_another_job_works(tmp_path):
-    work = tmp_path / "work"
-    (work / "out").mkdir(parents=True)
-    kept = [work / "job.json", work / "out" / "metrics.jsonl", work / "said.jsonl"]
-    for path in kept:
-        path.write_text("somebody's")
+def sft_job(work):
     config = {"name": "x", "kind": "sft", "policy": "base"}
-    job = Job(
+    return Job(
         kind="sft",
         name="x",
         config=config,
@@ -315,6 +312,24 @@ def test_a_launcher_touches_nothing_where_another_job_works(tmp_path):
         dtype="float32",
         execution=Execution(),
     )
+
+
+@pytest.mark.parametrize("status", [-signal.SIGPROF, 128 + signal.SIGPROF])
+def test_a_job_that_ended_in_an_endless_template_is_the_users_to_change(status, tmp_path):
+    """The kernel ended the job, or a rank of it, which wrote no word; another rank may have written what it saw."""
+    (tmp_path / "error.json").write_text('{"message": "a rank is gone", "bad_input": false, "refused": false}')
+    said = r"^x: a template did not end within 60 s of CPU time \(log: .*attempt-1.log\)\. Fix: use another template$"
+    with pytest.raises(BadInput, match=said):
+        local._result(sft_job(tmp_path), status, tmp_path / "attempt-1.log")
+
+
+def test_a_launcher_touches_nothing_where_another_job_works(tmp_path):
+    work = tmp_path / "work"
+    (work / "out").mkdir(parents=True)
+    kept = [work / "job.json", work / "out" / "metrics.jsonl", work / "said.jsonl"]
+    for path in kept:
+        path.write_text("somebody's")
+    job = sft_job(work)
     with (work / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with Launcher(preload=False) as launcher, pytest.raises(StageFailed, match="another job still works"):
