@@ -129,6 +129,8 @@ def _refuse_architecture(path: str, config: Any) -> None:
     except ImportError as error:
         raise BadInput(f"{path}: it cannot be built here ({_line(error)}). Fix: install what it needs") from None
     except Exception:
+        if getattr(config, "vision_config", None) is not None:
+            return  # `stages.policy.models.refuse_vision` says more
         try:
             _build(config)
         except Exception as error:
