@@ -1,8 +1,8 @@
 """Supervised fine-tuning with a loss weight for every token, by its role.
 
 policy + token rows -> policy. The rows are a problem's demonstrations or a file of conversations, tokenised here, or
-what a rejection stage kept, trained as it was sampled (`stages.data.sources`); general conversations may go beside
-them (`mix`). Cheap to import: torch and trl come with `run`."""
+what a rejection stage kept, trained as it was sampled (`stages.data.sources`). A stage may add general
+conversations (`mix`). Cheap to import: torch and trl come with `run`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from stages.training import TrainingConfig, accumulation, trl_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+    from trl.trainer.sft_config import SFTConfig
 
     from stages.data.sources import Rows
 
@@ -109,7 +110,7 @@ class SftConfig(TrainingConfig):
     """Lay the rows of a micro-batch end to end in place of padding them. The gradient is the same: a model whose rows
     would see each other is refused. On a GPU it is fast with FlashAttention."""
     mix: Mix | None = identity(None)
-    """General conversations that are trained on beside the stage's own rows (docs/mix.md). Off: none."""
+    """General conversations that are trained on in addition to the stage's own rows (docs/mix.md). Off: none."""
     epochs: float = identity(3.0, gt=0)
     """Passes over the rows. TRL's default."""
     rows_per_step: int = identity(32, ge=1)
@@ -182,7 +183,6 @@ def run(job: Job) -> Result:
     """Train on the data and write the policy to `job.out`. Raises BadInput when there is no row to train on."""
     from datasets import Dataset
     from transformers import set_seed
-    from trl.trainer.sft_config import SFTConfig
 
     from stages.data import sources
     from stages.policy import lora, models, publishing
@@ -202,19 +202,9 @@ def run(job: Job) -> Result:
     loaded = sources.load(job, job.format, tokenizer, config.mix, config.drop_overlap)
     trained = loaded.all
     refuse_stretched(job, config, path, trained)
-    micro, steps = accumulation(config.rows_per_step, job)
-    arguments = trl_arguments(
-        job,
-        config,
-        models.pick_device(job.execution),
-        SFTConfig,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=steps,
-        **sequences(config, trained),
-    )
     trainer = WeightedSFTTrainer(
         model=models.load_policy(path, job.dtype, adapters=job.lora),
-        args=arguments,
+        args=_arguments(job, config, trained),
         train_dataset=Dataset.from_list([token_rows.labelled(row) for row in trained]),
         processing_class=tokenizer,
         peft_config=lora.peft_config(job.lora) if job.lora else None,
@@ -242,6 +232,24 @@ def run(job: Job) -> Result:
     metrics |= latest(out, ("completion_loss", "prompt_loss", "entropy"))
     return Result(
         outputs={"policy": "."}, metrics=metrics, findings=findings, format=prefix.seen_format(job.format, tokenizer)
+    )
+
+
+def _arguments(job: Job, config: SftConfig, rows: Sequence[TokenRow]) -> SFTConfig:
+    """TRL's arguments: the stage's settings, as the job wants them executed."""
+    from trl.trainer.sft_config import SFTConfig
+
+    from stages.policy import models
+
+    micro, steps = accumulation(config.rows_per_step, job)
+    return trl_arguments(
+        job,
+        config,
+        models.pick_device(job.execution),
+        SFTConfig,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=steps,
+        **sequences(config, rows),
     )
 
 
@@ -280,7 +288,7 @@ def laid_end_to_end(config: SftConfig) -> str | None:
 
 
 def refuse_stretched(job: Job, config: SftConfig, path: str, rows: Sequence[TokenRow]) -> None:
-    """Raise BadInput for rows so long that they change the positions of the rows beside them."""
+    """Raise BadInput for rows so long that they change the positions of other rows in their batch."""
     from stages.trl import apart
 
     field = laid_end_to_end(config)

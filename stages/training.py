@@ -51,7 +51,7 @@ class TrainingConfig(StageConfig):
     """The class of TRL that takes the settings."""
 
     REFUSED: ClassVar[dict[str, str]] = {}
-    """Names of TRL that cannot be passed to this kind of stage, beside those of `trl_settings`, and what to do
+    """Names of TRL that cannot be passed to this kind of stage, in addition to those of `trl_settings`, and what to do
     instead."""
 
     WORDS: ClassVar[dict[str, tuple[str | bool, ...]]] = {}

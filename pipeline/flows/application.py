@@ -8,7 +8,6 @@ machine runs pages of others too, and each may send requests to loopback. So thi
 
 from __future__ import annotations
 
-import signal
 import socket
 import sys
 
@@ -21,9 +20,7 @@ from stages.runtime.process import die_with_parent
 
 def main(fd: int, parent: int) -> None:
     """Serve on the listening socket `fd` until the run, process `parent`, ends or kills this one."""
-    # SIGTERM to the whole process tree is for the run, which stops this server when it has no more use for it
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP, signal.SIGINT})
-    die_with_parent(parent)
+    die_with_parent(parent)  # signals stay blocked, as it was started: those to the whole process tree are for the run
     import uvicorn
     from prefect.server.api.server import create_app
 

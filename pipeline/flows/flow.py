@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import sys
 from typing import IO, Any
 
@@ -26,9 +25,7 @@ FLUSH = 10.0
 
 def main(parent: int) -> None:
     """Show the run of process `parent`."""
-    # SIGTERM to the whole process tree is for the run, which then says how each step ended
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP, signal.SIGINT})
-    die_with_parent(parent)
+    die_with_parent(parent)  # signals stay blocked, as it was started: those to the whole process tree are for the run
     answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)  # what a library prints is no answer
 

@@ -34,7 +34,7 @@ from stages.runtime.environment import cleaned
 IMPORT_PATIENCE, VERDICT_PATIENCE = 300.0, 7.0
 """Seconds that the process may take to import Prefect, and the user's server to answer two requests."""
 PATIENCE, STOPPED_PATIENCE = 20.0, 3.0
-"""Seconds for the last lines of a run that ended by itself, and of one that was told to stop."""
+"""Seconds for the last lines of a run that ended by itself, and of one that a signal stopped."""
 OURS = {"PREFECT_API_REQUEST_TIMEOUT": "5", "PREFECT_CLIENT_MAX_RETRIES": "1"}
 """For the user's server: it has 5 s for an answer, and a request is repeated once, for a SQLite server that is well
 answers 503 while its database is locked."""
@@ -107,7 +107,7 @@ class FlowProcess:
             said = self._answer(VERDICT_PATIENCE) or {"complaint": late}
         unusable = f"Prefect's settings for {url} cannot be used ({said.get('lost')}). Fix: look at PREFECT_*"
         if complaint := unusable if "lost" in said else said["complaint"]:
-            raise BadInput(f"{API_URL}: {_printable(complaint)}, unset the variable, or use --no-prefect")
+            raise BadInput(f"{API_URL}: {complaint}, unset the variable, or use --no-prefect")
 
     def begin(self, run: str, planned: list[Planned]) -> None:
         """Show the plan; its first step begins now."""
@@ -169,7 +169,7 @@ class FlowProcess:
         """One line on the terminal, and no more of it."""
         if not self._ended:
             self._ended = True
-            self._note(f"Prefect does not show the rest of this run: {_printable(why)}")
+            self._note(f"Prefect does not show the rest of this run: {why}")
 
     def _answer(self, seconds: float) -> dict[str, Any] | None:
         """The next line that the process says; None when it says none in time."""
@@ -183,8 +183,3 @@ class FlowProcess:
             self._buffer += read
         line, _, self._buffer = self._buffer.partition(b"\n")
         return json.loads(line)
-
-
-def _printable(text: str) -> str:
-    """A line that may hold what a server said, as a terminal may show it."""
-    return "".join(char if char.isprintable() else "?" for char in text)

@@ -119,7 +119,7 @@ def _of_the_client(home: Path, page: str, password: str) -> dict[str, str]:
 
 
 def _start(listener: socket.socket, home: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """The server's process. It gets the listening socket, so that nobody else can take its port before it is up."""
+    """The server's process. It gets the listening socket, so that no other process takes its port before it is up."""
     command = [sys.executable, "-P", "-m", "pipeline.flows.application", str(listener.fileno()), str(os.getpid())]
     with (home / "server.log").open("a", encoding="utf-8") as log, signals.held():
         return subprocess.Popen(

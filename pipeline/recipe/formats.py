@@ -1,4 +1,4 @@
-"""How text is dressed at every step: declared once in the recipe, inherited from policy to policy, and never changed
+"""How text is rendered at every step: declared once in the recipe, inherited from policy to policy, and never changed
 in silence.
 
 recipe + what the base policy was trained with -> the base's Format -> each stage's: its policy's, with what its own

@@ -278,7 +278,7 @@ class Registry:
 
 @contextmanager
 def passed_over(lenient: bool = True) -> Iterator[None]:
-    """In a list, what another user lets nobody read is named in the log and left out, where `lenient`."""
+    """In a list, a file that this user may not read is named in the log and left out, where `lenient`."""
     try:
         yield
     except Unreadable as error:

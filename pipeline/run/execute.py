@@ -45,9 +45,9 @@ def execute(
         if to_run:
             hub.refuse_unreachable(recipe.model)
             run.launcher.warm_up()  # its imports and the server's start go side by side
-        flow = (
-            stack.enter_context(flow_process(prefect_home(registry), run.id, observer.noted)) if with_prefect else None
-        )
+        flow = None
+        if with_prefect:
+            flow = stack.enter_context(flow_process(prefect_home(registry), run.id, observer.noted))
         for found in inspections.beforehand(planned, registry, run.launcher, run.execution):
             run.report(found)
         if flow:

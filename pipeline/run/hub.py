@@ -26,10 +26,10 @@ def refuse_unreachable(model: Model) -> None:
     """Raise BadInput for a model on the hub that is neither in this machine's cache nor given out by the hub."""
     if not model.hub:
         return
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
-
-    if isinstance(try_to_load_from_cache(model.hub, CONFIG, revision=model.revision), str):
+    if _cached_commit(model.hub, model.revision):
         return
+    from huggingface_hub import HfApi, constants
+
     where = f"model.hub: {model.hub}{f'@{model.revision}' if model.revision else ''}"
     if constants.HF_HUB_OFFLINE:
         raise BadInput(f"{where} is not in this machine's cache, and HF_HUB_OFFLINE is set. Fix: unset it")
@@ -48,10 +48,14 @@ def commit_of(source: str) -> str | None:
     this machine."""
     if not source.startswith(HUB):
         return None
+    repo, _, revision = source.removeprefix(HUB).partition("@")
+    return _cached_commit(repo, revision or None)
+
+
+def _cached_commit(repo: str, revision: str | None) -> str | None:
     from huggingface_hub import try_to_load_from_cache
 
-    repo, _, revision = source.removeprefix(HUB).partition("@")
-    found = try_to_load_from_cache(repo, CONFIG, revision=revision or None)
+    found = try_to_load_from_cache(repo, CONFIG, revision=revision)
     return Path(found).parent.name if isinstance(found, str) else None
 
 

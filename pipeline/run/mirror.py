@@ -37,7 +37,7 @@ KEPT = 2
 CLONE, RETURNING = ".mirrored-", ".returning-"
 """What lies in a work directory while something is copied out or back."""
 LAST_REQUEST = 5.0
-"""Seconds that a copy which was told to end may take for it."""
+"""Seconds that a copy may still take once it has to end."""
 
 Warn = Callable[[str], None]
 """Hears one line."""

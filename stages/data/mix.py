@@ -1,4 +1,4 @@
-"""General rows beside a stage's own: how many, and which.
+"""General rows in addition to a stage's own: how many, and which.
 
 the number of own rows + a share + the lines of a file -> lines of it, each at most once. A seed puts the lines into an
 order and the first so many are drawn, so a larger share draws the same lines and more; which those are does not depend
@@ -63,7 +63,7 @@ def drawn(stage: str, lines: Sequence[T], own: int, share: float, seed: int) -> 
 
 
 def count_of_step(own: int, share: float) -> int:
-    """How many general rows make up at least `share` of a step's rows beside `own` others: share / (1 - share) * own,
+    """How many general rows make up at least `share` of a step's rows, with `own` others: share / (1 - share) * own,
     rounded up."""
     exact = Fraction(str(share))
     return math.ceil(exact / (1 - exact) * own)

@@ -101,7 +101,7 @@ def read_card(directory: Path) -> dict[str, Any]:
 def labelled(row: TokenRow) -> dict[str, list[int]]:
     """Columns for SFTTrainer: input_ids, and in `labels` the code of each token's role.
 
-    A list column named `labels` is the only thing beside the ids that TRL carries through truncation, every packing
+    A list column named `labels` is the only column but the ids that TRL carries through truncation, every packing
     strategy and its collator, which writes -100 where nothing is to be learned: on padding, and on the first token of a
     document in a padding-free batch. The loss takes its targets from `input_ids`.
     """

@@ -34,7 +34,7 @@ PAGE = b"<html>Prefect</html>"
 
 class Fake(BaseHTTPRequestHandler):
     """GET /<status>/... answers with that status and a page; /hole never answers; /slow says that it is well, and is
-    silent afterwards; /api says that it is well, and knows nobody."""
+    silent afterwards; /api says that it is well, and knows no user."""
 
     def do_GET(self) -> None:
         case, last = self.path.split("/")[1] or "503", self.path.rpartition("/")[2]  # a proxy gets whole URLs

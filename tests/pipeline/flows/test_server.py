@@ -1,4 +1,4 @@
-"""A run's own Prefect server: nobody but its user gets in, neither from another page nor from another account, and it
+"""A run's own Prefect server: only its user gets in, neither from another page nor from another account, and it
 knows nothing of the user."""
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -85,11 +87,39 @@ def keys(path: Path, **env: str) -> list[str]:
     return [step["key"] for step in json.loads(done.stdout)]
 
 
-def test_a_locale_without_utf_8_changes_no_key_and_no_letter(accents):
-    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    assert keys(accents, **ascii_only) == keys(accents, LC_ALL="C.UTF-8")
-    shown = run_alone("rows", accents, "--split", "train[0:1]", cwd=accents.parent, env=ascii_only)
-    assert shown.returncode == 0, shown.stderr
+@pytest.fixture(scope="module")
+def latin_1(tmp_path_factory) -> dict[str, str]:
+    """The variables of an 8-bit locale, in which Python reads text as Latin-1."""
+    place = tmp_path_factory.mktemp("locales")
+    if shutil.which("localedef") is None:
+        pytest.skip("no localedef")
+    subprocess.run(["localedef", "-i", "en_US", "-f", "ISO-8859-1", place / "en_US.ISO-8859-1"], capture_output=True)
+    if not (place / "en_US.ISO-8859-1").is_dir():
+        pytest.skip("localedef has no en_US")
+    return {"LOCPATH": str(place), "LC_ALL": "en_US.ISO-8859-1"}
+
+
+ASCII_ONLY = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+READS_A_FILE = """
+from pathlib import Path
+REWARDS = {"any": 1.0}
+WORDS = Path("WORDS").read_text()
+def rows(rng): return ({"prompt": f"{WORDS} {number}"} for number in range(2000))
+def rewards(row, completion): return {"any": 1.0}
+def score(row, completion): return 1.0
+"""
+
+
+def test_a_locale_without_utf_8_changes_no_key(accents, latin_1):
+    assert keys(accents, **ASCII_ONLY) == keys(accents, **latin_1) == keys(accents, LC_ALL="C.UTF-8")
+
+
+def test_user_code_reads_a_file_as_utf_8_in_every_locale(latin_1, settings, write, tmp_path):
+    (tmp_path / "words.txt").write_text("trié — 数字", encoding="utf-8")
+    (tmp_path / "mine.py").write_text(READS_A_FILE.replace('WORDS"', f'{tmp_path / "words.txt"}"'))
+    settings["problem"] = {"file": str(tmp_path / "mine.py"), "files": [str(tmp_path / "words.txt")]}
+    shown = run_alone("rows", write(settings), "--split", "train[0:1]", cwd=tmp_path, env=latin_1)
+    assert shown.returncode == 0 and json.loads(shown.stdout)["prompt"].startswith("trié — 数字"), shown
 
 
 @pytest.mark.parametrize("change", [lambda text: "\ufeff" + text, lambda text: text.replace("\n", "\r\n")])
@@ -143,7 +173,7 @@ def test_a_tilde_is_the_home_on_the_command_line_and_in_the_environment(climbed,
     assert work_root(None) == tmp_path / "work"  # pyright: ignore[reportArgumentType] - not asked for
 
 
-@pytest.mark.parametrize("path", ["${HOME}/r", "$SCRATCH/r", "a/${USER}", "~nobody-of-this-name/r"])
+@pytest.mark.parametrize("path", ["${HOME}/r", "$SCRATCH/r", "a/${USER}", "~no-such-user/r"])
 def test_a_path_that_is_not_expanded_is_refused_and_makes_no_directory(path, settings, write, tmp_path):
     before = sorted(tmp_path.iterdir())
     for place in ("registry", "model.path", "work.mirror"):

@@ -21,10 +21,12 @@ from pipeline.registry.cleanup.gc import clean
 from pipeline.registry.pins import keep, pins
 from pipeline.registry.workdir import alone
 from stages.errors import BadInput
-from stages.runtime import checkpoints
+from stages.job import Execution, Job
+from stages.runtime import checkpoints, worker
 from tests.artifacts import draft, make
 from tests.conftest import ROOT, environment
 from tests.crashes import FAILED
+from tests.stages.runtime.test_attempts import Logs
 
 TEAM = 20000
 A, B = 20001, 20002
@@ -131,6 +133,27 @@ def resume(place: Path) -> None:
             shutil.rmtree(work / name, ignore_errors=name == "checkpoint-2")  # it may have been set aside
         (work / "job.json").write_text("{}")
         checkpoints.clear(work)
+
+
+def job_in(work: Path) -> None:
+    """A job of no library, which leaves a log and a directory."""
+    job = Job(
+        kind="logs", name="logs", config={"fails": False}, inputs={}, work=str(work), out=str(work / "out"),
+        problem=None, rows=None, format=None, seed=0, dtype="float32", execution=Execution(),
+    )  # fmt: skip
+    assert worker.main(str(job.save()), {"logs": Logs()}) == 0
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_a_job_writes_for_the_group_of_its_directory(umask, place):
+    """It is forked from a process that knows no registry, so it has to ask its directory."""
+    work = place / "team" / "work"
+    work.mkdir()
+    os.chown(work, A, TEAM)
+    work.chmod(0o2775)
+    assert as_user(A, umask, lambda: job_in(work)) == ""
+    made = [path for path in work.rglob("*") if path.name != "job.json"]  # the run's, which was forked here
+    assert made and all(path.stat().st_mode & 0o060 == 0o060 for path in made)
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])

@@ -35,7 +35,7 @@ def silent() -> Iterator[str]:
 
 @contextmanager
 def dead() -> Iterator[str]:
-    """A port on which nobody listens."""
+    """A port without a listener."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{bound.getsockname()[1]}"

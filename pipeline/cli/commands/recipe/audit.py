@@ -1,4 +1,4 @@
-"""audit: what a recipe's rewards pay for, beside what the task means."""
+"""audit: what a recipe's rewards pay for, compared with what the task means."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def audit(
     registry: RegistryOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Play answers whose worth is known, and show what they earn beside what they score. Ends with 3 where the best
+    """Play answers whose worth is known, and show what each earns and scores. Ends with 3 where the best
     answer is not the best paid."""
     if rows and not rows.is_file():
         raise BadInput(f"--rows: {rows} is not there")

@@ -23,11 +23,12 @@ from pipeline.recipe.recipe import Recipe, is_text_of, load, parse
 from pipeline.registry import Registry, runs
 from pipeline.results.summary import summarise
 from pipeline.run.execute import execute
+from stages.runtime import signals
 
 NoPrefect = Annotated[bool, typer.Option("--no-prefect", help="Run the same steps without a Prefect server.")]
 
 
-ENDINGS = (signal.SIGTERM, signal.SIGHUP)
+ENDINGS = signals.ASKED_BY_MACHINES
 """A closed terminal ends a run as SIGTERM does: what can be saved is saved."""
 
 
